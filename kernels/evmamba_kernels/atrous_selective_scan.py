@@ -1,0 +1,110 @@
+"""The contract of the atrous selective scan: what goes in, what comes out, and which implementation runs.
+
+The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977,
+projections included. Its definition, symbols and derivation stand in `kernels/README.md`.
+"""
+
+import torch
+
+from .atrous_selective_scan_torch import atrous_selective_scan_torch
+
+
+NUM_GROUPS = 4  # skip sampling with step 2 in both directions
+
+BACKENDS = {"torch": atrous_selective_scan_torch}
+
+
+def atrous_selective_scan(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Scans a map in four skip-sampled sequences, each with its own parameters (K = 4 groups).
+
+    Group k holds the pixels whose row has parity k % 2 and whose column has parity k // 2; even groups are visited row
+    by row, odd ones column by column. Along each sequence runs the selective scan of Mamba (arXiv 2312.00752):
+
+        dt, B, C = split(x_proj_weight[k] u)                            (R), (N), (N)
+        delta    = softplus(dt_proj_weight[k] dt + dt_proj_bias[k])     (D)
+        h        = exp(delta A) h + delta u B,  A = -exp(A_log[k])      (D, N)
+        y        = h C + D[k] u                                         (D)
+
+    An odd side is continued by one row or column of zeros, whose steps decay the state and whose outputs are dropped.
+
+    Args:
+        hidden_states: the map u, (B, H, W, D), any floating dtype; channels last in memory is fastest.
+        x_proj_weight: (K, R + 2N, D).
+        dt_proj_weight: (K, D, R).
+        dt_proj_bias: (K, D).
+        A_log: (K, D, N).
+        D: the skip weight, (K, D).
+        backend: "torch", or None to choose by device.
+
+    Returns:
+        The map y, (B, H, W, D), in the dtype of `hidden_states`. The recurrence runs in float32, in float64 for
+        float64 maps.
+
+    Raises:
+        ValueError: for shapes that do not fit together, an empty map, tensors on several devices, an unknown backend.
+        TypeError: for tensors that are not floating point.
+    """
+    check_arguments(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    name = "torch" if backend is None else backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r} of the atrous selective scan: choose one of {sorted(BACKENDS)}")
+    return BACKENDS[name](hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+
+
+def check_arguments(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+) -> None:
+    """Raises a `ValueError` or `TypeError` that names the first argument breaking the contract."""
+    arguments = {
+        "hidden_states": hidden_states,
+        "x_proj_weight": x_proj_weight,
+        "dt_proj_weight": dt_proj_weight,
+        "dt_proj_bias": dt_proj_bias,
+        "A_log": A_log,
+        "D": D,
+    }
+    for name, tensor in arguments.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+        if tensor.device != hidden_states.device:
+            raise ValueError(f"{name} is on {tensor.device}, but hidden_states is on {hidden_states.device}")
+
+    if hidden_states.ndim != 4:
+        raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
+    if hidden_states.numel() == 0:
+        raise ValueError(f"hidden_states must not be empty, got the shape {tuple(hidden_states.shape)}")
+    if A_log.ndim != 3 or dt_proj_weight.ndim != 3:
+        raise ValueError(
+            "A_log must have the shape (K, D, N) and dt_proj_weight the shape (K, D, R), "
+            f"got {tuple(A_log.shape)} and {tuple(dt_proj_weight.shape)}"
+        )
+    channels, state_size, rank = hidden_states.shape[-1], A_log.shape[-1], dt_proj_weight.shape[-1]
+    if state_size == 0 or rank == 0:
+        raise ValueError(f"the state size N and the rank R must be positive, got N = {state_size}, R = {rank}")
+    expected_shapes = {
+        "x_proj_weight": (NUM_GROUPS, rank + 2 * state_size, channels),
+        "dt_proj_weight": (NUM_GROUPS, channels, rank),
+        "dt_proj_bias": (NUM_GROUPS, channels),
+        "A_log": (NUM_GROUPS, channels, state_size),
+        "D": (NUM_GROUPS, channels),
+    }
+    for name, shape in expected_shapes.items():
+        if arguments[name].shape != shape:
+            raise ValueError(
+                f"{name} must have the shape {shape} for {channels} channels, state size {state_size} "
+                f"and rank {rank}, got {tuple(arguments[name].shape)}"
+            )

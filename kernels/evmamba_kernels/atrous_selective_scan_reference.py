@@ -1,0 +1,44 @@
+"""The atrous selective scan as a plain loop over the sequence: slow, short, and meant to be checked against the paper.
+
+Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977, section 3.2 (skip
+sampling), on top of "Mamba", arXiv 2312.00752, equations 2 to 4 (discretization, recurrence). Symbols: kernels/README.md.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def group_pixels(height: int, width: int, group: int) -> list[tuple[int, int]]:
+    """Pixels (row, column) of one scan group in the order in which the sequence visits them."""
+    rows = range(group % 2, height, 2)
+    columns = range(group // 2, width, 2)
+    if group % 2 == 0:
+        return [(row, column) for row in rows for column in columns]
+    return [(row, column) for column in columns for row in rows]
+
+
+def atrous_selective_scan_reference(
+    hidden_states: torch.Tensor,  # (B, H, W, D)
+    x_proj_weight: torch.Tensor,  # (K, R + 2N, D)
+    dt_proj_weight: torch.Tensor,  # (K, D, R)
+    dt_proj_bias: torch.Tensor,  # (K, D)
+    A_log: torch.Tensor,  # (K, D, N)
+    D: torch.Tensor,  # (K, D)
+) -> torch.Tensor:  # (B, H, W, D)
+    """One step of the recurrence at a time, for every group in turn, in the dtype of the inputs."""
+    batch_size, height, width, channels = hidden_states.shape
+    num_groups, _, rank = dt_proj_weight.shape
+    state_size = A_log.shape[-1]
+
+    padded = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))  # zeros at the bottom and right: even sides
+    output = torch.empty_like(padded)
+    for k in range(num_groups):
+        A = -torch.exp(A_log[k])  # (D, N)
+        h = padded.new_zeros(batch_size, channels, state_size)  # the state before the first step
+        for row, column in group_pixels(padded.shape[1], padded.shape[2], k):
+            u = padded[:, row, column]  # (B, D)
+            dt, B, C = (u @ x_proj_weight[k].T).split([rank, state_size, state_size], dim=-1)
+            delta = F.softplus(dt @ dt_proj_weight[k].T + dt_proj_bias[k])  # (B, D)
+            h = torch.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None, :]  # (B, D, N)
+            output[:, row, column] = (h * C[:, None, :]).sum(-1) + D[k] * u
+    return output[:, :height, :width]

@@ -1,0 +1,38 @@
+"""EfficientVMamba for transformers. Importing this package makes the Auto classes and pipelines know the model."""
+
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil
+
+# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_torchvision_available
+
+from .configuration_evmamba import VARIANTS, EfficientVMambaConfig
+from .modeling_evmamba import (
+    EfficientVMambaBackbone,
+    EfficientVMambaForImageClassification,
+    EfficientVMambaModel,
+    EfficientVMambaPreTrainedModel,
+)
+
+
+IMAGE_PROCESSOR_CLASSES = {"pil": BitImageProcessorPil}
+if is_torchvision_available():
+    from transformers import BitImageProcessor
+
+    IMAGE_PROCESSOR_CLASSES["torchvision"] = BitImageProcessor
+
+AutoConfig.register(EfficientVMambaConfig.model_type, EfficientVMambaConfig)
+AutoModel.register(EfficientVMambaConfig, EfficientVMambaModel)
+AutoModelForImageClassification.register(EfficientVMambaConfig, EfficientVMambaForImageClassification)
+AutoBackbone.register(EfficientVMambaConfig, EfficientVMambaBackbone)
+AutoImageProcessor.register(EfficientVMambaConfig, image_processor_classes=IMAGE_PROCESSOR_CLASSES)
+
+
+__all__ = [
+    "VARIANTS",
+    "EfficientVMambaBackbone",
+    "EfficientVMambaConfig",
+    "EfficientVMambaForImageClassification",
+    "EfficientVMambaModel",
+    "EfficientVMambaPreTrainedModel",
+]

@@ -1,0 +1,159 @@
+# Copyright 2026 The EfficientVMamba-on-the-Hub authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""EfficientVMamba model configuration (arXiv 2403.09977)"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import auto_docstring
+
+
+BLOCK_TYPES = ("evss", "inverted_residual")
+
+# The published networks: paper, table 1. Everything that is not in this table they share as the defaults below.
+VARIANTS = {
+    "tiny": {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 4, 2]},
+    "small": {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 4, 2]},
+    "base": {"hidden_sizes": [96, 192, 384, 768], "depths": [2, 2, 9, 2]},
+}
+
+
+@auto_docstring(checkpoint="TerryPei/EfficientVMamba-Tiny")
+@strict
+class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    block_types (`list[str]`, *optional*, defaults to `["evss", "evss", "inverted_residual", "inverted_residual"]`):
+        The block that each stage is made of: `"evss"` (atrous selective scan beside a local convolution) or
+        `"inverted_residual"`.
+    state_size (`int`, *optional*, defaults to 16):
+        States per channel of the selective scan, `N` in the Mamba paper.
+    expand (`int`, *optional*, defaults to 2):
+        The scan runs on `expand` times as many channels as its stage has.
+    time_step_rank (`int` or `str`, *optional*, defaults to `"auto"`):
+        Rank of the projection to the time steps. `"auto"` is a sixteenth of the stage's channels, rounded up.
+    time_step_min (`float`, *optional*, defaults to 0.001):
+        Smallest time step at initialization.
+    time_step_max (`float`, *optional*, defaults to 0.1):
+        Largest time step at initialization.
+    time_step_floor (`float`, *optional*, defaults to 0.0001):
+        Lower bound of the time steps drawn at initialization.
+    conv_kernel (`int`, *optional*, defaults to 3):
+        Side of the depthwise convolution before the scan. Odd.
+    use_conv_bias (`bool`, *optional*, defaults to `True`):
+        Whether that convolution has a bias.
+    use_bias (`bool`, *optional*, defaults to `False`):
+        Whether the projections into and out of the scan's channels have biases.
+    expand_ratio (`int`, *optional*, defaults to 4):
+        An inverted-residual block widens its channels by this factor.
+    squeeze_expansion_ratio (`float`, *optional*, defaults to 0.125):
+        Width of the bottleneck in the channel gates of both kinds of block, relative to the gated channels.
+    batch_norm_eps (`float`, *optional*, defaults to 1e-05):
+        The epsilon of the batch normalization layers.
+
+    Example:
+    ```python
+    >>> from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaModel
+
+    >>> # Initializing an EfficientVMamba-T style configuration; the larger networks are VARIANTS["small"] and ["base"]
+    >>> configuration = EfficientVMambaConfig(**VARIANTS["tiny"])
+
+    >>> # Initializing a model (with random weights) from the configuration
+    >>> model = EfficientVMambaModel(configuration)
+
+    >>> # Accessing the model configuration
+    >>> configuration = model.config
+    ```"""
+
+    model_type = "efficientvmamba"
+
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 4
+    hidden_sizes: list[int] | tuple[int, ...] = (48, 96, 192, 384)
+    depths: list[int] | tuple[int, ...] = (2, 2, 4, 2)
+    block_types: list[str] | tuple[str, ...] = ("evss", "evss", "inverted_residual", "inverted_residual")
+    state_size: int = 16
+    expand: int = 2
+    time_step_rank: int | str = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    conv_kernel: int = 3
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    expand_ratio: int = 4
+    squeeze_expansion_ratio: float = 0.125
+    drop_path_rate: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    batch_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        # lists, so that a configuration equals the one read back from its JSON file
+        self.hidden_sizes = list(self.hidden_sizes)
+        self.depths = list(self.depths)
+        self.block_types = list(self.block_types)
+        self.stage_names = ["stem"] + [f"stage{idx}" for idx in range(1, len(self.depths) + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.depths)
+
+    def validate_architecture(self):
+        """Part of `@strict`: refuses values from which no network can be built. Messages name the field."""
+        for field in ("num_channels", "patch_size", "state_size", "expand", "conv_kernel", "expand_ratio"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` must be a positive integer, got {getattr(self, field)}")
+        image_sides = [self.image_size] if isinstance(self.image_size, int) else self.image_size
+        if any(side < 1 for side in image_sides):
+            raise ValueError(f"`image_size` must be one positive integer or two, got {self.image_size}")
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"`conv_kernel` must be odd to keep the size of the map, got {self.conv_kernel}")
+
+        if not len(self.hidden_sizes) == len(self.depths) == len(self.block_types) > 0:
+            raise ValueError(
+                "`hidden_sizes`, `depths` and `block_types` must have one entry per stage, got "
+                f"{self.hidden_sizes}, {self.depths} and {self.block_types}"
+            )
+        for field in ("hidden_sizes", "depths"):
+            if any(value < 1 for value in getattr(self, field)):
+                raise ValueError(f"`{field}` must hold positive integers, got {getattr(self, field)}")
+        if unknown := [block_type for block_type in self.block_types if block_type not in BLOCK_TYPES]:
+            raise ValueError(f"`block_types` accepts {' and '.join(map(repr, BLOCK_TYPES))}, got {unknown[0]!r}")
+
+        if self.time_step_rank != "auto" and (isinstance(self.time_step_rank, str) or self.time_step_rank < 1):
+            raise ValueError(f"`time_step_rank` must be 'auto' or a positive integer, got {self.time_step_rank!r}")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                "`time_step_min` and `time_step_max` must satisfy 0 < time_step_min <= time_step_max, "
+                f"got {self.time_step_min} and {self.time_step_max}"
+            )
+        if self.time_step_floor <= 0:
+            raise ValueError(f"`time_step_floor` must be positive, got {self.time_step_floor}")
+        if not 0 < self.squeeze_expansion_ratio <= 1:
+            raise ValueError(f"`squeeze_expansion_ratio` must lie in (0, 1], got {self.squeeze_expansion_ratio}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` must lie in [0, 1), got {self.drop_path_rate}")
+        for field in ("layer_norm_eps", "batch_norm_eps", "initializer_range"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}")
+
+
+__all__ = ["VARIANTS", "EfficientVMambaConfig"]

@@ -1,0 +1,462 @@
+# Copyright 2026 The EfficientVMamba-on-the-Hub authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch EfficientVMamba model.
+
+Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", Pei, Huang and Xu, arXiv 2403.09977.
+The authors' code is https://github.com/TerryPei/EfficientVMamba; nothing of it is copied here. Where the paper and the
+released weights differ, the network follows the weights.
+
+Maps are (batch_size, channels, height, width) between modules, as in transformers' other vision models, and lie
+channels-last in memory, so that the permutations to (batch_size, height, width, channels) inside cost nothing.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithNoAttention,
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .atrous_selective_scan import atrous_selective_scan
+from .configuration_evmamba import EfficientVMambaConfig
+
+
+NUM_SCAN_GROUPS = 4  # skip sampling with step 2: one group per parity of row and column
+
+
+class EfficientVMambaLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a (batch_size, channels, height, width) map."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class EfficientVMambaDropPath(nn.Module):
+    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382): identity outside of training."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        kept = hidden_states.new_empty(hidden_states.shape[0], 1, 1, 1).bernoulli_(keep_prob)
+        return hidden_states * (kept / keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class EfficientVMambaEmbeddings(nn.Module):
+    """Cuts the image into patches. Pixels at the bottom and right that fill no patch are dropped."""
+
+    def __init__(self, config: EfficientVMambaConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_sizes[0], kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.layernorm = EfficientVMambaLayerNorm(config.hidden_sizes[0], eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "pixel_values must have the shape (batch_size, num_channels, height, width), "
+                f"got {tuple(pixel_values.shape)}"
+            )
+        _, num_channels, height, width = pixel_values.shape
+        if num_channels != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have {self.num_channels} channels, as the configuration says, got {num_channels}"
+            )
+        if height < self.patch_size or width < self.patch_size:
+            raise ValueError(
+                f"images must hold at least one patch of {self.patch_size} x {self.patch_size} pixels, "
+                f"got {height} x {width}"
+            )
+        return self.layernorm(self.patch_embeddings(pixel_values))
+
+
+class EfficientVMambaES2D(nn.Module):
+    """ES2D: Mamba's mixer with the atrous selective scan in place of the sequence (paper, section 3.2)."""
+
+    def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
+        super().__init__()
+        intermediate_size = config.expand * hidden_size  # D
+        state_size = config.state_size  # N
+        rank = math.ceil(hidden_size / 16) if config.time_step_rank == "auto" else config.time_step_rank  # R
+        self.time_step_min = config.time_step_min
+        self.time_step_max = config.time_step_max
+        self.time_step_floor = config.time_step_floor
+
+        self.in_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=config.use_bias)
+        self.conv2d = nn.Conv2d(
+            intermediate_size,
+            intermediate_size,
+            kernel_size=config.conv_kernel,
+            padding=config.conv_kernel // 2,
+            groups=intermediate_size,
+            bias=config.use_conv_bias,
+        )
+        self.x_proj_weight = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, rank + 2 * state_size, intermediate_size))
+        self.dt_proj_weight = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, rank))
+        self.dt_proj_bias = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
+        self.A_log = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, state_size))
+        self.D = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
+        self.layernorm = nn.LayerNorm(intermediate_size, eps=config.layer_norm_eps)
+        self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=config.use_bias)
+
+    def init_scan_weights(self):
+        _, channels, rank = self.dt_proj_weight.shape
+        state_size = self.A_log.shape[-1]
+        init.uniform_(self.x_proj_weight, -(channels**-0.5), channels**-0.5)  # as nn.Linear does by itself
+        init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
+        # time steps spread evenly over the orders of magnitude, through the inverse of softplus
+        log_range = math.log(self.time_step_max) - math.log(self.time_step_min)
+        dt = torch.exp(torch.rand_like(self.dt_proj_bias) * log_range + math.log(self.time_step_min))
+        dt = dt.clamp(min=self.time_step_floor)
+        init.copy_(self.dt_proj_bias, dt + torch.log(-torch.expm1(-dt)))
+        init.copy_(self.A_log, torch.arange(1, state_size + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        init.ones_(self.D)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
+        u = self.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = atrous_selective_scan(
+            F.silu(u),
+            self.x_proj_weight,
+            self.dt_proj_weight,
+            self.dt_proj_bias,
+            self.A_log,
+            self.D,
+        )
+        return self.out_proj(self.layernorm(y) * F.silu(z))
+
+
+class EfficientVMambaLocalBranch(nn.Module):
+    """The convolutional companion of the scan, with as many channels as the block."""
+
+    def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
+        self.batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
+        self.pointwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        hidden_states = self.depthwise_conv(hidden_states.permute(0, 3, 1, 2))
+        hidden_states = self.pointwise_conv(F.gelu(self.batch_norm(hidden_states)))
+        return hidden_states.permute(0, 2, 3, 1)
+
+
+class EfficientVMambaChannelGate(nn.Module):
+    """Scales each channel by a number in (0, 1) that depends on the mean of the normalized map."""
+
+    def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
+        super().__init__()
+        squeezed_size = max(1, int(hidden_size * config.squeeze_expansion_ratio))
+        self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.squeeze = nn.Linear(hidden_size, squeezed_size)
+        self.expand = nn.Linear(squeezed_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        mean = self.layernorm(hidden_states).mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+        return hidden_states * torch.sigmoid(self.expand(F.gelu(self.squeeze(mean))))
+
+
+class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
+    """EVSS block (paper, section 3.3): the scan sees the whole map, the local branch the neighbourhood of a pixel."""
+
+    def __init__(self, config: EfficientVMambaConfig, hidden_size: int, drop_path_rate: float):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mixer = EfficientVMambaES2D(config, hidden_size)
+        self.local_branch = EfficientVMambaLocalBranch(config, hidden_size)
+        self.gate = EfficientVMambaChannelGate(config, hidden_size)  # one gate, the same weights for both branches
+        self.drop_path = EfficientVMambaDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        normalized = self.layernorm(hidden_states.permute(0, 2, 3, 1))  # (B, H, W, C)
+        update = self.gate(self.mixer(normalized)) + self.gate(self.local_branch(normalized))
+        return hidden_states + self.drop_path(update.permute(0, 3, 1, 2))
+
+
+class EfficientVMambaSqueezeExcitation(nn.Module):
+    """Scales each channel by a number in (0, 1) that depends on the mean of the map."""
+
+    def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
+        super().__init__()
+        squeezed_size = max(1, int(hidden_size * config.squeeze_expansion_ratio))
+        self.squeeze = nn.Conv2d(hidden_size, squeezed_size, kernel_size=1)
+        self.expand = nn.Conv2d(squeezed_size, hidden_size, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, M, H, W) -> (B, M, H, W)
+        mean = hidden_states.mean(dim=(2, 3), keepdim=True)  # (B, M, 1, 1)
+        return hidden_states * torch.sigmoid(self.expand(F.relu(self.squeeze(mean))))
+
+
+class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
+    """Inverted-residual block of MobileNetV2 (https://arxiv.org/abs/1801.04381) with squeeze-and-excitation."""
+
+    def __init__(self, config: EfficientVMambaConfig, hidden_size: int, drop_path_rate: float):
+        super().__init__()
+        expanded_size = config.expand_ratio * hidden_size  # M
+        self.expand_conv = nn.Conv2d(hidden_size, expanded_size, kernel_size=1, bias=False)
+        self.expand_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
+        self.depthwise_conv = nn.Conv2d(
+            expanded_size, expanded_size, kernel_size=3, padding=1, groups=expanded_size, bias=False
+        )
+        self.depthwise_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
+        self.squeeze_excitation = EfficientVMambaSqueezeExcitation(config, expanded_size)
+        self.project_conv = nn.Conv2d(expanded_size, hidden_size, kernel_size=1, bias=False)
+        self.project_batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
+        self.drop_path = EfficientVMambaDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        update = F.relu(self.expand_batch_norm(self.expand_conv(hidden_states)))  # (B, M, H, W)
+        update = F.relu(self.depthwise_batch_norm(self.depthwise_conv(update)))
+        update = self.squeeze_excitation(update)
+        update = self.project_batch_norm(self.project_conv(update))  # (B, C, H, W)
+        return hidden_states + self.drop_path(update)
+
+
+class EfficientVMambaPatchMerging(nn.Module):
+    """Halves the sides of a map: each cell of 2 x 2 pixels becomes one. An odd side is continued by zeros."""
+
+    def __init__(self, config: EfficientVMambaConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(4 * in_channels, eps=config.layer_norm_eps)
+        self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))
+        height, width = hidden_states.shape[2:]
+        hidden_states = F.pad(hidden_states, (0, width % 2, 0, height % 2)).permute(0, 2, 3, 1)
+        cells = hidden_states.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+        cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C): column by column inside a cell
+        return self.reduction(self.layernorm(cells)).permute(0, 3, 1, 2)
+
+
+LAYER_CLASSES = {"evss": EfficientVMambaEVSSLayer, "inverted_residual": EfficientVMambaInvertedResidualLayer}
+
+
+class EfficientVMambaStage(nn.Module):
+    """Patch merging, but for the first stage, and blocks of one kind."""
+
+    def __init__(self, config: EfficientVMambaConfig, stage_idx: int):
+        super().__init__()
+        hidden_size = config.hidden_sizes[stage_idx]
+        if stage_idx == 0:
+            self.downsampling_layer = nn.Identity()
+        else:
+            self.downsampling_layer = EfficientVMambaPatchMerging(
+                config, config.hidden_sizes[stage_idx - 1], hidden_size
+            )
+
+        # stochastic depth grows linearly from 0 at the first block of the network to its full rate at the last
+        first_block, num_blocks = sum(config.depths[:stage_idx]), sum(config.depths)
+        layer_class = LAYER_CLASSES[config.block_types[stage_idx]]
+        self.layers = nn.ModuleList(
+            layer_class(config, hidden_size, config.drop_path_rate * block_idx / max(1, num_blocks - 1))
+            for block_idx in range(first_block, first_block + config.depths[stage_idx])
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.downsampling_layer(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+@auto_docstring
+class EfficientVMambaPreTrainedModel(PreTrainedModel):
+    config: EfficientVMambaConfig
+    base_model_prefix = "efficientvmamba"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EfficientVMambaEVSSLayer", "EfficientVMambaInvertedResidualLayer"]
+    _keep_in_fp32_modules_strict = ["A_log", "D"]
+    _can_record_outputs = {"hidden_states": EfficientVMambaStage}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # as PyTorch does by itself
+            fan_in = module.weight[0].numel()
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
+        elif isinstance(module, EfficientVMambaES2D):
+            module.init_scan_weights()
+        else:
+            super()._init_weights(module)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay besides biases and norms: `A_log` and `D`, as in Mamba."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D")}
+
+
+class EfficientVMambaEncoder(EfficientVMambaPreTrainedModel):
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: EfficientVMambaConfig):
+        super().__init__(config)
+        self.stages = nn.ModuleList(EfficientVMambaStage(config, stage_idx) for stage_idx in range(config.num_stages))
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithNoAttention:
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return BaseModelOutputWithNoAttention(last_hidden_state=hidden_states)
+
+
+@auto_docstring
+class EfficientVMambaModel(EfficientVMambaPreTrainedModel):
+    def __init__(self, config: EfficientVMambaConfig):
+        super().__init__(config)
+        self.embeddings = EfficientVMambaEmbeddings(config)
+        self.encoder = EfficientVMambaEncoder(config)
+        self.layernorm = EfficientVMambaLayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        encoder_outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
+        last_hidden_state = encoder_outputs.last_hidden_state  # (B, C, H, W)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.layernorm(last_hidden_state).mean(dim=(2, 3)),  # (B, C)
+            hidden_states=encoder_outputs.hidden_states,
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    EfficientVMamba Model with an image classification head on top (a linear layer on top of the pooled features), e.g.
+    for ImageNet.
+    """
+)
+class EfficientVMambaForImageClassification(EfficientVMambaPreTrainedModel):
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: EfficientVMambaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.efficientvmamba = EfficientVMambaModel(config)
+        self.classifier = (
+            nn.Linear(config.hidden_sizes[-1], config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutputWithNoAttention:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Labels for computing the image classification/regression loss. Indices should be in `[0, ...,
+            config.num_labels - 1]`. If `config.num_labels == 1` a regression loss is computed (Mean-Square loss), If
+            `config.num_labels > 1` a classification loss is computed (Cross-Entropy).
+        """
+        outputs = self.efficientvmamba(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+@auto_docstring(
+    custom_intro="""
+    EfficientVMamba backbone, to be used with frameworks like UperNet, DETR and MaskFormer.
+    """
+)
+class EfficientVMambaBackbone(BackboneMixin, EfficientVMambaPreTrainedModel):
+    has_attentions = False
+
+    def __init__(self, config: EfficientVMambaConfig):
+        super().__init__(config)
+        self.embeddings = EfficientVMambaEmbeddings(config)
+        self.encoder = EfficientVMambaEncoder(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.hidden_states_norms = nn.ModuleDict(
+            {
+                stage: EfficientVMambaLayerNorm(num_channels, eps=config.layer_norm_eps)
+                for stage, num_channels in zip(self.out_features, self.channels, strict=True)
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @auto_docstring
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        r"""
+        Examples:
+
+        ```python
+        >>> import torch
+        >>> from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig
+
+        >>> config = EfficientVMambaConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+        >>> backbone = EfficientVMambaBackbone(config)
+        >>> feature_maps = backbone(torch.randn(1, 3, 224, 224)).feature_maps
+        >>> [tuple(feature_map.shape[1:]) for feature_map in feature_maps]
+        [(48, 56, 56), (96, 28, 28), (192, 14, 14), (384, 7, 7)]
+        ```"""
+        encoder_outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
+        hidden_states = dict(zip(self.stage_names, encoder_outputs.hidden_states, strict=True))
+        feature_maps = tuple(self.hidden_states_norms[stage](hidden_states[stage]) for stage in self.out_features)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=encoder_outputs.hidden_states)
+
+
+__all__ = [
+    "EfficientVMambaBackbone",
+    "EfficientVMambaForImageClassification",
+    "EfficientVMambaModel",
+    "EfficientVMambaPreTrainedModel",
+]
