@@ -63,6 +63,6 @@ def image(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """|actual - expected| / |expected| in the Euclidean norm; NaN where `actual` holds one. `floor` bounds |expected|."""
+    """|actual - expected| / max(|expected|, floor) in the Euclidean norm; NaN where `actual` holds one."""
     assert actual.shape == expected.shape
     return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()

@@ -1,7 +1,8 @@
 """The atrous selective scan as a plain loop over the sequence: slow, short, and meant to be checked against the paper.
 
 Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977, section 3.2 (skip
-sampling), on top of "Mamba", arXiv 2312.00752, equations 2 to 4 (discretization, recurrence). Symbols: kernels/README.md.
+sampling), on top of "Mamba", arXiv 2312.00752, equations 2 to 4 (discretization, recurrence). For the
+symbols see kernels/README.md.
 """
 
 import torch

@@ -4,81 +4,93 @@ A Python loop over all pixels would be slow and would fix the graph to one image
 chunks of `CHUNK_LENGTH` steps. The recurrence runs inside all chunks at once, a logarithmic scan carries the state
 from chunk to chunk, and a second run inside the chunks starts from the carried states:
 
-    1. `run_chunks` from zero        -> what each chunk adds to the state
+    1. run every chunk from zero     -> what each chunk adds to the state
     2. `carry_between_chunks`        -> the state at the start of each chunk
-    3. `run_chunks` from those       -> the outputs
+    3. run every chunk from there    -> the outputs
 
 Decays are always exp(A * sum of delta), never a quotient, so nothing overflows and nothing loses precision where a
 state has decayed to zero. Symbols and shapes: `kernels/README.md`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 
 
+NUM_GROUPS = 4
+
 # Steps inside a chunk. The loops below are CHUNK_LENGTH operators long whatever the image; states are kept for one
 # step of every chunk at a time, so memory falls with the length and the overhead of small maps grows with it.
-CHUNK_LENGTH = 32
+CHUNK_LENGTH = 16
 
-# Rounds of the scan over chunks when the number of chunks is symbolic: enough for 2**20 chunks.
+# Rounds of the scan over chunks when the number of chunks is symbolic: enough for 2**20 chunks, maps of 8192 x 8192.
 MAX_CARRY_ROUNDS = 20
 
 
-def split_groups(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Skip-samples a map with even sides, (B, H, W, D), into its four sequences, (B, 4, L, D) with L = H * W / 4."""
-    batch_size, height, width, channels = hidden_states.shape
-    cells = hidden_states.reshape(batch_size, height // 2, 2, width // 2, 2, channels)
-    by_row = cells[:, :, 0].permute(0, 3, 1, 2, 4)  # groups 0 and 2: (B, 2, H/2, W/2, D)
-    by_column = cells[:, :, 1].permute(0, 3, 2, 1, 4)  # groups 1 and 3: (B, 2, W/2, H/2, D)
-    length = (height // 2) * (width // 2)
-    pairs = [by_row.reshape(batch_size, 2, length, channels), by_column.reshape(batch_size, 2, length, channels)]
-    return torch.stack(pairs, dim=2).flatten(1, 2)
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Keeps autocast, where the device has it, from taking matrix products to half precision."""
+    is_available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 
 
-def merge_groups(sequences: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Puts four sequences, (B, 4, L, D), back to the pixels of a map with even sides, (B, H, W, D)."""
-    batch_size, _, _, channels = sequences.shape
-    by_row = sequences[:, 0::2].reshape(batch_size, 2, height // 2, width // 2, channels).permute(0, 2, 3, 1, 4)
-    by_column = sequences[:, 1::2].reshape(batch_size, 2, width // 2, height // 2, channels).permute(0, 3, 2, 1, 4)
-    return torch.stack([by_row, by_column], dim=2).reshape(batch_size, height, width, channels)
+def pixels_of_steps(
+    height: int, width: int, num_steps: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pixel of the flattened map each step of the four sequences visits, and whether it lies on the map: (4, L).
 
-
-def run_chunks(
-    h: torch.Tensor,  # (B, K, G, D, N), the state before the first step of each chunk
-    delta: torch.Tensor,  # (B, K, G, T, D)
-    u: torch.Tensor,  # (B, K, G, T, D)
-    A: torch.Tensor,  # (K, 1, D, N)
-    B: torch.Tensor,  # (B, K, G, T, N)
-    C: torch.Tensor | None,  # (B, K, G, T, N)
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Runs the recurrence inside every chunk.
-
-    Returns the last states and, where C is given, the products h C of every step, (B, K, G, D) each.
+    Steps beyond an odd side, and steps after the end of the sequence, lie outside. Their pixel is 0.
     """
-    delta_u = delta * u
-    outputs = []
-    for t in range(CHUNK_LENGTH):
-        decay = torch.exp(delta[..., t, :, None] * A)  # (B, K, G, D, N)
-        h = decay * h + delta_u[..., t, :, None] * B[..., t, None, :]
-        if C is not None:
-            outputs.append((h @ C[..., t, :, None]).squeeze(-1))
-    return h, outputs
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    step = torch.arange(num_steps, device=device)
+    by_row = torch.stack([step // columns, step % columns])  # the cell of 2 x 2 pixels, (row, column), (2, L)
+    by_column = torch.stack([step % rows, step // rows])
+    cell = torch.stack([by_row, by_column, by_row, by_column])  # (4, 2, L)
+    parity = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], device=device)[..., None]  # (4, 2, 1)
+    row, column = (2 * cell + parity).unbind(1)
+    inside = (row < height) & (column < width)
+    return torch.where(inside, row * width + column, 0), inside
+
+
+def steps_of_pixels(height: int, width: int, num_steps: int, device: torch.device) -> torch.Tensor:
+    """The inverse: where in four sequences of `num_steps`, one after the other, each pixel of the map is, (H, W)."""
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    row = torch.arange(height, device=device)[:, None]
+    column = torch.arange(width, device=device)
+    by_row, by_column = (row // 2) * columns + column // 2, (column // 2) * rows + row // 2
+    group = row % 2 + 2 * (column % 2)
+    return group * num_steps + torch.where(row % 2 == 0, by_row, by_column)
+
+
+def advance(
+    h: torch.Tensor,  # (B, K, G, D, N)
+    delta: torch.Tensor,  # (B, K, G, D)
+    u: torch.Tensor,  # (B, K, G, D)
+    A: torch.Tensor,  # (K, 1, D, N)
+    B: torch.Tensor,  # (B, K, G, N)
+) -> torch.Tensor:  # (B, K, G, D, N)
+    """One step of the recurrence in every chunk."""
+    return torch.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[..., None, :]
 
 
 def carry_between_chunks(added: torch.Tensor, time: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """The state at the start of each chunk, (B, K, G, D, N), by a Hillis-Steele scan over the chunks.
 
     `added` (B, K, G, D, N) is the state that a chunk leaves behind when it starts from zero, `time` (B, K, G, D) the
-    sum of its deltas. After the round with shift s, chunk g accounts for the 2s chunks that end with g.
+    sum of its deltas. After the round with shift s, each place accounts for the 2s chunks before it.
     """
-    num_chunks = added.shape[2]
-    rounds = (num_chunks - 1).bit_length() if isinstance(num_chunks, int) else MAX_CARRY_ROUNDS
+    # Place g holds the chunk before chunk g. Place 0 holds nothing, no state and no time: what looks further back than
+    # the beginning looks there.
+    added = torch.cat([torch.zeros_like(added[:, :, :1]), added], dim=2)  # (B, K, G + 1, D, N)
+    time = torch.cat([torch.zeros_like(time[:, :, :1]), time], dim=2)  # (B, K, G + 1, D)
+    num_places = added.shape[2]
+    rounds = (num_places - 1).bit_length() if isinstance(num_places, int) else MAX_CARRY_ROUNDS
+    places = torch.arange(num_places, device=added.device)
     for shift in (2**i for i in range(rounds)):
-        # the chunk `shift` places earlier; before the first chunk there is no state and no time
-        earlier = F.pad(added, (0, 0, 0, 0, shift, 0))[:, :, :num_chunks]
-        added = added + torch.exp(time[..., None] * A) * earlier
-        time = time + F.pad(time, (0, 0, shift, 0))[:, :, :num_chunks]
-    return F.pad(added, (0, 0, 0, 0, 1, 0))[:, :, :num_chunks]
+        earlier = (places - shift).clamp(min=0)
+        added = added + torch.exp(time[..., None] * A) * added.index_select(2, earlier)
+        time = time + time.index_select(2, earlier)
+    return added[:, :, :-1]
 
 
 def atrous_selective_scan_torch(
@@ -90,30 +102,37 @@ def atrous_selective_scan_torch(
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
     """The operator in float32 (float64 stays float64), returned in the dtype of `hidden_states`."""
-    _, height, width, _ = hidden_states.shape
+    batch_size, height, width, channels = hidden_states.shape
     rank, state_size = dt_proj_weight.shape[-1], A_log.shape[-1]
+    device = hidden_states.device
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    length = ((height + 1) // 2) * ((width + 1) // 2)
+    # Steps after the end of a sequence change nothing before it. Two chunks at least: PyTorch treats sizes of 1 as
+    # constants, so that no exported graph would cover both one chunk and many.
+    num_chunks = length // CHUNK_LENGTH + 2
+    num_steps = num_chunks * CHUNK_LENGTH
 
-    # autocast would take the matrix products below to half precision
-    with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-        even_height, even_width = height + height % 2, width + width % 2
-        padded = F.pad(hidden_states.to(dtype), (0, 0, 0, width % 2, 0, height % 2))
-        sequences = split_groups(padded)  # (B, K, L, D)
-        length = sequences.shape[2]
-        # steps after the end of a sequence change nothing before it
-        chunks = F.pad(sequences, (0, 0, 0, -length % CHUNK_LENGTH)).unflatten(2, (-1, CHUNK_LENGTH))
+    with without_autocast(device):
+        pixels, inside = pixels_of_steps(height, width, num_steps, device)
+        visited = hidden_states.to(dtype).flatten(1, 2)[:, pixels]  # (B, K, G * T, D)
+        sequences = torch.where(inside[..., None], visited, 0)
+        u = sequences.unflatten(2, (num_chunks, CHUNK_LENGTH))  # (B, K, G, T, D)
 
-        u = chunks  # (B, K, G, T, D)
         projected = u @ x_proj_weight.to(dtype).mT[:, None]  # (B, K, G, T, R + 2N)
         dt, B, C = projected.split([rank, state_size, state_size], dim=-1)
         delta = F.softplus(dt @ dt_proj_weight.to(dtype).mT[:, None] + dt_proj_bias.to(dtype)[:, None, None])
         A = -torch.exp(A_log.to(dtype))[:, None]  # (K, 1, D, N)
 
-        at_rest = u.new_zeros(u.shape[:3] + A.shape[-2:])
-        added, _ = run_chunks(at_rest, delta, u, A, B, None)
-        start = carry_between_chunks(added, delta.sum(dim=3), A)
-        _, outputs = run_chunks(start, delta, u, A, B, C)
+        steps = list(zip(delta.unbind(3), u.unbind(3), B.unbind(3), C.unbind(3), strict=True))
+        h = u.new_zeros(batch_size, NUM_GROUPS, num_chunks, channels, state_size)
+        for delta_t, u_t, B_t, _ in steps:
+            h = advance(h, delta_t, u_t, A, B_t)
+        h = carry_between_chunks(h, delta.sum(dim=3), A)
+        outputs = []
+        for delta_t, u_t, B_t, C_t in steps:
+            h = advance(h, delta_t, u_t, A, B_t)
+            outputs.append((h @ C_t[..., None]).squeeze(-1))
 
         y = torch.stack(outputs, dim=3) + D.to(dtype)[:, None, None] * u  # (B, K, G, T, D)
-        merged = merge_groups(y.flatten(2, 3)[:, :, :length], even_height, even_width)
-        return merged[:, :height, :width].to(hidden_states.dtype)
+        places = steps_of_pixels(height, width, num_steps, device)
+        return y.reshape(batch_size, -1, channels)[:, places].to(hidden_states.dtype)
