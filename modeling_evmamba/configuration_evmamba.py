@@ -76,6 +76,7 @@ class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "efficientvmamba"
+    attribute_map = {"num_hidden_layers": "num_stages"}
 
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224

@@ -1,0 +1,331 @@
+"""The network: parity with the authors' implementation, and what it promises to users of transformers."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoBackbone,
+    AutoModel,
+    AutoModelForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+from golden_values import GOLDEN_DIR, image, load_cases, original_state_dict, relative_error
+from hub_scripts.original_checkpoint import original_name
+from modeling_evmamba import (
+    VARIANTS,
+    EfficientVMambaBackbone,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    EfficientVMambaModel,
+)
+from modeling_evmamba.modeling_evmamba import EfficientVMambaDropPath
+
+
+FORWARD_CASES = load_cases("forward.safetensors")
+FLOAT32_BOUND = 3e-6  # forward, relative norm
+GRADIENT_BOUND = 3e-5
+
+MICRO = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
+
+
+GOLDEN_CONFIGS = {
+    **{variant: {**fields, "num_labels": 1000} for variant, fields in VARIANTS.items()},
+    "micro": {"hidden_sizes": [16, 32, 64, 128], "depths": [2, 1, 2, 1], "num_labels": 10},
+}
+
+
+def golden_model(variant: str, seed: int = 11) -> EfficientVMambaForImageClassification:
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**GOLDEN_CONFIGS[variant]))
+    original = original_state_dict(variant, seed)
+    names = {name: original_name(name, model.config) for name in model.state_dict()}
+    assert set(names.values()) == set(original)
+    # the authors keep groups and channels of A_logs and Ds in one dimension
+    model.load_state_dict(
+        {name: original[names[name]].reshape(tensor.shape) for name, tensor in model.state_dict().items()}
+    )
+    return model
+
+
+def parse_case(name: str) -> tuple[str, int, tuple[int, ...]]:
+    variant, seed, shape = name.split("_")
+    return variant, int(seed.removeprefix("seed")), tuple(int(side) for side in shape.split("x"))
+
+
+@pytest.mark.parametrize("name", FORWARD_CASES)
+def test_golden_forward(name):
+    variant, seed, shape = parse_case(name)
+    model = golden_model(variant, seed).eval()
+    with torch.no_grad():
+        outputs = model(image(shape, seed), output_hidden_states=True)
+    names = ["embeddings", "stage0", "stage1", "stage2", "stage3"]
+    actual = {name: state.permute(0, 2, 3, 1) for name, state in zip(names, outputs.hidden_states, strict=True)}
+    actual["logits"] = outputs.logits
+    for output, expected in FORWARD_CASES[name].items():
+        assert relative_error(actual[output], expected) < FLOAT32_BOUND, output
+
+
+def test_golden_gradients():
+    expected = load_file(GOLDEN_DIR / "micro_gradients.safetensors")
+    model = golden_model("micro").train()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    pixel_values = image((4, 3, 72, 60), 11).requires_grad_()
+    loss = model(pixel_values, labels=torch.tensor([1, 3, 0, 9])).loss
+    loss.backward()
+
+    assert relative_error(loss.detach(), expected.pop("loss").reshape(())) < FLOAT32_BOUND
+    assert relative_error(pixel_values.grad, expected.pop("grad_pixel_values")) < GRADIENT_BOUND
+    for name, parameter in model.named_parameters():
+        gradient = expected.pop("grad." + original_name(name, model.config)).reshape(parameter.shape)
+        if name.endswith("local_branch.depthwise_conv.bias"):  # before a batch norm: zero in exact arithmetic
+            assert parameter.grad.norm() < 1e-6, name
+        else:
+            assert relative_error(parameter.grad, gradient) < GRADIENT_BOUND, name
+    assert not expected
+
+
+@pytest.mark.parametrize("variant, num_parameters", [("tiny", 6_493_660), ("small", 11_273_688), ("base", 33_717_136)])
+def test_parameter_counts(variant, num_parameters):
+    with torch.device("meta"):
+        model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000))
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+UNUSUAL_CONFIGS = {
+    "one channel, patches of 2": {"num_channels": 1, "patch_size": 2},
+    "five channels, patches of 3": {"num_channels": 5, "patch_size": 3},
+    "expand 1": {"expand": 1},
+    "expand 3": {"expand": 3},
+    "state size 1": {"state_size": 1},
+    "state size 5": {"state_size": 5},
+    "rank 7": {"time_step_rank": 7},
+    "kernel 5 without bias": {"conv_kernel": 5, "use_conv_bias": False},
+    "projections with bias": {"use_bias": True},
+    "two stages": {"hidden_sizes": [12, 20], "depths": [1, 2], "block_types": ["inverted_residual", "evss"]},
+    "five stages": {"hidden_sizes": [8, 8, 8, 8, 8], "depths": [1] * 5, "block_types": ["evss"] * 5},
+    "channels no multiple of anything": {"hidden_sizes": [5, 7, 11, 13]},
+    "one block": {"hidden_sizes": [8], "depths": [1], "block_types": ["evss"]},
+}
+
+
+@pytest.mark.parametrize("fields", UNUSUAL_CONFIGS.values(), ids=UNUSUAL_CONFIGS)
+def test_unusual_configurations_train(fields):
+    config = EfficientVMambaConfig(**{**MICRO, **fields}, num_labels=3)
+    model = EfficientVMambaForImageClassification(config).train()
+    pixel_values = torch.randn(2, config.num_channels, 45, 38)
+    outputs = model(pixel_values, labels=torch.tensor([0, 2]), output_hidden_states=True)
+    outputs.loss.backward()
+    assert len(outputs.hidden_states) == config.num_stages + 1
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    height, width = 45 // config.patch_size, 38 // config.patch_size
+    for stage, state in enumerate(outputs.hidden_states):
+        if stage > 1:  # the stem and the first stage share a size, every other stage halves it
+            height, width = (height + 1) // 2, (width + 1) // 2
+        assert state.shape == (2, config.hidden_sizes[max(0, stage - 1)], height, width)
+
+
+@pytest.mark.parametrize("height, width", [(4, 4), (4, 7), (5, 4), (9, 70), (33, 31)])
+def test_any_image_size_down_to_one_patch(height, width):
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO, num_labels=3)).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, height, width)).logits
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
+
+
+def test_pixels_that_fill_no_patch_are_dropped():
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
+    pixel_values = torch.randn(1, 3, 35, 34)
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values).logits, model(pixel_values[..., :32, :32]).logits)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 1, 32, 32), "must have 3 channels, as the configuration says, got 1"),
+        ((3, 32, 32), r"must have the shape \(batch_size, num_channels, height, width\), got \(3, 32, 32\)"),
+        ((1, 3, 32, 3), "at least one patch of 4 x 4 pixels, got 32 x 3"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_class", [EfficientVMambaForImageClassification, EfficientVMambaBackbone])
+def test_bad_images_are_refused(shape, message, model_class):
+    with pytest.raises(ValueError, match=message):
+        model_class(EfficientVMambaConfig(**MICRO))(torch.randn(shape))
+
+
+def test_initialization_follows_the_paper():
+    torch.manual_seed(0)
+    model = EfficientVMambaModel(EfficientVMambaConfig())
+    mixer = model.encoder.stages[0].layers[0].mixer
+    assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, 17.0).expand(4, 96, 16))
+    assert torch.equal(mixer.D, torch.ones(4, 96))
+    dt = torch.nn.functional.softplus(mixer.dt_proj_bias)
+    assert 1e-3 * 0.999 <= dt.min() < 1.5e-3 and 0.07 < dt.max() <= 0.1 * 1.001
+    assert mixer.dt_proj_weight.abs().max() <= 3**-0.5  # rank 3
+    assert mixer.x_proj_weight.abs().max() <= 96**-0.5
+    assert 0.019 < mixer.in_proj.weight.std() < 0.021
+    local_branch = model.encoder.stages[0].layers[0].local_branch
+    assert 0.9 / 3 < local_branch.depthwise_conv.weight.abs().max() <= 1 / 3  # fan-in 9
+    assert local_branch.depthwise_conv.bias.abs().max() > 0
+
+
+def test_no_weight_decay_names_the_scan_parameters():
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO))
+    names = model.no_weight_decay()
+    assert len(names) == 4  # two stages of one EVSS block, A_log and D each
+    assert all(name.endswith((".mixer.A_log", ".mixer.D")) for name in names)
+    assert names <= {name for name, _ in model.named_parameters()}
+
+
+def test_drop_path_rates_rise_linearly():
+    model = EfficientVMambaModel(EfficientVMambaConfig(drop_path_rate=0.3))
+    rates = [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")]
+    assert rates == pytest.approx(torch.linspace(0, 0.3, 10).tolist())
+
+
+def test_drop_path_keeps_the_expectation():
+    torch.manual_seed(0)
+    drop_path = EfficientVMambaDropPath(0.25).train()
+    dropped = drop_path(torch.ones(4000, 2, 1, 1))
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(dropped[:, 0], dropped[:, 1])  # whole samples
+    assert torch.equal(drop_path.eval()(torch.ones(4, 2, 1, 1)), torch.ones(4, 2, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_loading_keeps_the_recurrence_in_float32(tmp_path, dtype):
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO, num_labels=3)).eval()
+    model.save_pretrained(tmp_path)
+    reloaded = EfficientVMambaForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+    in_float32 = {name for name, parameter in reloaded.named_parameters() if parameter.dtype == torch.float32}
+    assert in_float32 == reloaded.no_weight_decay()
+    pixel_values = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits = reloaded(pixel_values.to(dtype)).logits
+        assert logits.dtype == dtype
+        assert relative_error(logits.float(), model(pixel_values).logits) < 0.05
+
+
+def test_auto_classes(tmp_path):
+    config = EfficientVMambaConfig(**MICRO, num_labels=3)
+    model = EfficientVMambaForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(reloaded) is EfficientVMambaForImageClassification
+    pixel_values = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        assert relative_error(reloaded(pixel_values).logits, model(pixel_values).logits) < FLOAT32_BOUND
+    assert type(AutoModel.from_pretrained(tmp_path)) is EfficientVMambaModel
+    assert type(AutoBackbone.from_config(config)) is EfficientVMambaBackbone
+
+
+def test_backbone_loads_from_a_classifier_and_adds_only_its_norms(tmp_path):
+    config = EfficientVMambaConfig(**MICRO)
+    classifier = EfficientVMambaForImageClassification(config).eval()
+    classifier.save_pretrained(tmp_path)
+    backbone, report = EfficientVMambaBackbone.from_pretrained(
+        tmp_path, out_features=["stage1", "stage4"], output_loading_info=True
+    )
+    assert all(key.startswith("hidden_states_norms.") for key in report["missing_keys"])
+    pixel_values = torch.randn(1, 3, 37, 53)
+    with torch.no_grad():
+        feature_maps = backbone.eval()(pixel_values).feature_maps
+        hidden_states = classifier(pixel_values, output_hidden_states=True).hidden_states
+    assert backbone.channels == [16, 128]
+    for feature_map, hidden_state in zip(feature_maps, (hidden_states[1], hidden_states[4]), strict=True):
+        # the norms start as the identity on normalized maps
+        expected = torch.nn.functional.layer_norm(hidden_state.permute(0, 2, 3, 1), hidden_state.shape[1:2], eps=1e-5)
+        assert torch.allclose(feature_map, expected.permute(0, 3, 1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (75, 101)])
+def test_backbone_inside_upernet(height, width):
+    backbone_config = EfficientVMambaConfig(**MICRO, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = UperNetConfig(
+        backbone_config=backbone_config, hidden_size=16, num_labels=3, auxiliary_in_channels=64, auxiliary_channels=8
+    )
+    model = UperNetForSemanticSegmentation(config)
+    outputs = model(torch.randn(2, 3, height, width), labels=torch.zeros(2, height, width, dtype=torch.long))
+    assert outputs.logits.shape == (2, 3, height, width)
+    outputs.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.backbone.hidden_states_norms.parameters())
+
+
+@pytest.mark.parametrize(
+    "problem_type, num_labels, labels",
+    [
+        ("regression", 1, torch.tensor([0.5, 1.5])),
+        ("regression", 3, torch.rand(2, 3)),
+        ("single_label_classification", 3, torch.tensor([0, 2])),
+        ("multi_label_classification", 3, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
+    ],
+)
+def test_problem_types(problem_type, num_labels, labels):
+    config = EfficientVMambaConfig(**MICRO, num_labels=num_labels, problem_type=problem_type)
+    model = EfficientVMambaForImageClassification(config).eval()
+    outputs = model(torch.randn(2, 3, 32, 32), labels=labels)
+    expected = {
+        "regression": lambda: torch.nn.functional.mse_loss(outputs.logits.squeeze(), labels),
+        "single_label_classification": lambda: torch.nn.functional.cross_entropy(outputs.logits, labels),
+        "multi_label_classification": lambda: torch.nn.functional.binary_cross_entropy_with_logits(
+            outputs.logits, labels
+        ),
+    }[problem_type]()
+    assert torch.allclose(outputs.loss, expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO, drop_path_rate=0.0)).train()
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable()
+    pixel_values, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
+    for network in (model, checkpointed):
+        network(pixel_values, labels=labels).loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, other.grad, atol=1e-6), name
+
+
+def test_float64_stays_float64():
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).double().eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).logits.dtype == torch.float64
+
+
+TWO_STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1], "block_types": ["evss", "inverted_residual"]}
+
+
+def test_compiles_to_one_graph():
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**TWO_STAGES)).eval()
+    # "eager" traces without compiling: whether there is one graph is what is tested
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for size in (64, 96, 77):
+            pixel_values = torch.randn(2, 3, size, size)
+            assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5)
+
+
+def test_exports_with_dynamic_batch_height_and_width():
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            return self.model(pixel_values).logits
+
+    model = Logits(EfficientVMambaForImageClassification(EfficientVMambaConfig(**TWO_STAGES)).eval())
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(sizes,))
+    with torch.no_grad():
+        for shape in [(2, 3, 96, 128), (5, 3, 37, 53), (3, 3, 225, 223)]:
+            pixel_values = torch.randn(shape)
+            assert torch.allclose(program.module()(pixel_values), model(pixel_values), atol=1e-5)
