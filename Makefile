@@ -1,0 +1,40 @@
+# Needs Python 3.10 or newer, make, and a network for the first run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install classify test test-wheel digits quality style clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## Create .venv and install the package into it.
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+classify: $(INSTALLED)  ## Classify the example images with the bundled model.
+	$(BIN)/evmamba classify demo/examples --top-k 3
+
+test: $(INSTALLED)  ## Run all tests but that of the wheel.
+	$(BIN)/python -m pytest -n 2
+
+test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and use it there.
+	$(BIN)/python -m pytest -m wheel
+
+digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
+	$(BIN)/python -m hub_scripts.train_digits
+
+quality: $(INSTALLED)  ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)  ## Mend style and formatting.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what the other targets made.
+	rm -rf $(VENV) .cache build dist *.egg-info
