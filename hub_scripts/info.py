@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
+from evmamba_kernels import choose_backend
 from hub_scripts.errors import UserError
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D
@@ -59,8 +60,9 @@ def measure_size(config: EfficientVMambaConfig, height: int, width: int) -> Size
     with torch.device("meta"), torch.no_grad():
         model = EfficientVMambaForImageClassification(config).eval()
         for module in model.modules():
-            if type(module) in counters:
-                module.register_forward_hook(counters[type(module)])
+            for counted_class, counter in counters.items():
+                if isinstance(module, counted_class):
+                    module.register_forward_hook(counter)
         model(torch.empty(1, config.num_channels, height, width))
     return Size(sum(parameter.numel() for parameter in model.parameters()), macs)
 
@@ -90,10 +92,12 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
 def describe_environment() -> dict[str, str]:
     """Versions and devices that decide how fast the network runs here."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    scan = choose_backend("cpu" if accelerator is None else accelerator.type, torch.float32)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerator": "none" if accelerator is None else str(accelerator),
         "threads": str(torch.get_num_threads()),
+        "scan": f"{scan.backend}: {scan.reason}",
     }

@@ -1,8 +1,18 @@
-"""The contract of the atrous selective scan: what goes in, what comes out, and which implementation runs.
+"""The contract of the atrous selective scan: what goes in, what comes out, and which backend computes it.
 
 The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977,
 projections included. Its definition, symbols and derivation stand in `kernels/README.md`.
+
+A backend is a file beside this one with a function `forward` and, for the gradients, `backward`, and an entry in
+`BACKENDS`. PyTorch sees all of them as one operator, `torch.ops.evmamba.atrous_selective_scan`, but for the backend
+"torch": made of PyTorch operators, it needs none, and compilers look inside.
 """
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +21,117 @@ from .atrous_selective_scan_torch import atrous_selective_scan_torch
 
 NUM_GROUPS = 4  # skip sampling with step 2 in both directions
 
-BACKENDS = {"torch": atrous_selective_scan_torch}
+LOWER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend(NamedTuple):
+    """Where an implementation computes, and how to import its functions."""
+
+    device_types: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]  # of the map
+    load: Callable[
+        [], tuple[Callable, Callable]
+    ]  # forward and backward; raises ImportError where something is missing
+
+
+def load_numba() -> tuple[Callable, Callable]:
+    from .atrous_selective_scan_numba import backward, forward
+
+    return forward, backward
+
+
+# In the order of preference. What none of them computes, "torch" does.
+BACKENDS = {
+    "numba": Backend(("cpu",), LOWER_DTYPES, load_numba),
+}
+
+ENVIRONMENT_VARIABLE = "EVMAMBA_SCAN_BACKEND"
+
+# what the environment or `use_backend` asks for; None leaves the choice to the device
+preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+class Choice(NamedTuple):
+    backend: str
+    reason: str
+
+
+@cache
+def missing_requirement(backend: str) -> str | None:
+    """Why a backend cannot be imported, None if it can."""
+    try:
+        BACKENDS[backend].load()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = None) -> Choice:
+    """The backend for maps on such a device and of such a dtype, and why it is the one.
+
+    Args:
+        device_type: "cpu", "cuda", ...
+        dtype: of the map.
+        backend: a name asks for that one; None for the preferred one, or the first that fits.
+
+    Raises:
+        ValueError: for an unknown name, and where the backend asked for does not compute on such maps.
+        ImportError: where the backend asked for needs a package that is missing.
+    """
+    wanted = backend or preferred_backend
+    if wanted is not None:
+        if wanted != "torch":
+            refuse_unfit(wanted, device_type, dtype)
+        return Choice(wanted, "it was asked for")
+    reasons = []
+    for name, candidate in BACKENDS.items():
+        if device_type not in candidate.device_types:
+            reasons.append(f"{name} computes on {' and '.join(candidate.device_types)}")
+        elif dtype not in candidate.dtypes:
+            reasons.append(f"{name} does not compute in {dtype}")
+        elif missing := missing_requirement(name):
+            reasons.append(missing)
+        else:
+            return Choice(name, f"it is the fastest on {device_type}")
+    return Choice("torch", "; ".join(reasons))
+
+
+def refuse_unfit(backend: str, device_type: str, dtype: torch.dtype) -> None:
+    if backend not in BACKENDS:
+        names = ", ".join(map(repr, [*BACKENDS, "torch"]))
+        raise ValueError(f"unknown backend {backend!r} of the atrous selective scan: choose one of {names}")
+    if device_type not in BACKENDS[backend].device_types or dtype not in BACKENDS[backend].dtypes:
+        raise ValueError(
+            f"the backend {backend!r} computes on {' and '.join(BACKENDS[backend].device_types)} in "
+            f"{', '.join(map(str, BACKENDS[backend].dtypes))}, not on {device_type} in {dtype}: "
+            "leave the choice open (backend=None) or choose 'torch'"
+        )
+    if missing := missing_requirement(backend):
+        raise ImportError(missing)
+
+
+# Compilers take the answer as it is when they trace: the graph keeps its backend.
+choose_backend_once = torch.compiler.assume_constant_result(choose_backend)
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Asks for a backend in all of the process while the context lasts; None leaves the choice to the device.
+
+    The environment variable `EVMAMBA_SCAN_BACKEND` does the same from the start. An argument `backend` of the operator
+    has precedence. Graphs that were compiled before keep the backend that they were traced with.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    global preferred_backend
+    if backend not in (None, "torch", *BACKENDS):
+        refuse_unfit(backend, "cpu", torch.float32)
+    previous, preferred_backend = preferred_backend, backend
+    try:
+        yield
+    finally:
+        preferred_backend = previous
 
 
 def atrous_selective_scan(
@@ -43,21 +163,24 @@ def atrous_selective_scan(
         dt_proj_bias: (K, D).
         A_log: (K, D, N).
         D: the skip weight, (K, D).
-        backend: "torch", or None to choose by device.
+        backend: "numba" (CPU), "torch" (any device), or None to choose by device; see `choose_backend`.
 
     Returns:
         The map y, (B, H, W, D), in the dtype of `hidden_states`. The recurrence runs in float32, in float64 for
         float64 maps.
 
     Raises:
-        ValueError: for shapes that do not fit together, an empty map, tensors on several devices, an unknown backend.
+        ValueError: for shapes that do not fit together, an empty map, tensors on several devices, an unknown backend
+            or one that does not compute on such maps.
         TypeError: for tensors that are not floating point.
+        ImportError: where the backend asked for needs a package that is missing.
     """
-    check_arguments(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    name = "torch" if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r} of the atrous selective scan: choose one of {sorted(BACKENDS)}")
-    return BACKENDS[name](hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    check_arguments(*arguments)
+    choice = choose_backend_once(hidden_states.device.type, hidden_states.dtype, backend)
+    if choice.backend == "torch":
+        return atrous_selective_scan_torch(*arguments)
+    return scan_operator(*arguments, choice.backend)
 
 
 def check_arguments(
@@ -108,3 +231,55 @@ def check_arguments(
                 f"{name} must have the shape {shape} for {channels} channels, state size {state_size} "
                 f"and rank {rank}, got {tuple(arguments[name].shape)}"
             )
+
+
+@torch.library.custom_op("evmamba::atrous_selective_scan", mutates_args=())
+def scan_operator(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    forward, _ = BACKENDS[backend].load()
+    return forward(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+
+
+@torch.library.custom_op("evmamba::atrous_selective_scan_backward", mutates_args=())
+def adjoint_operator(
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _, backward = BACKENDS[backend].load()
+    return backward(grad, hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+
+
+@scan_operator.register_fake
+def fake_scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@adjoint_operator.register_fake
+def fake_adjoint(grad, hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
+    arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    return tuple(argument.new_empty(argument.shape) for argument in arguments)
+
+
+def keep_arguments(ctx, inputs, output) -> None:
+    *arguments, ctx.backend = inputs
+    ctx.save_for_backward(*arguments)  # all that the backward pass needs; states are made again
+
+
+def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *adjoint_operator(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+scan_operator.register_autograd(differentiate, setup_context=keep_arguments)

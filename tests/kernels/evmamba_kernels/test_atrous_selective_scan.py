@@ -1,14 +1,22 @@
 """The operator against golden float64 values, and its contract. Golden values: `tests/golden_values.py`."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evmamba_kernels import atrous_selective_scan
+from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
+from evmamba_kernels.atrous_selective_scan import scan_operator
 from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference, group_pixels
 from golden_values import load_cases, relative_error
 
 
 CASES = load_cases("atrous_scan_fp64.safetensors")
+BACKENDS = ["torch", "numba"]
 ORIGINAL_NAMES = ["x", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"]
 
 
@@ -21,8 +29,8 @@ def golden_arguments(case: dict[str, torch.Tensor], prefix: str = "") -> list[to
     return [x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
 
 
-def random_arguments(batch_size, height, width, channels, state_size=4, rank=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
+def random_arguments(batch_size, height, width, channels, state_size=4, rank=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -31,7 +39,7 @@ def random_arguments(batch_size, height, width, channels, state_size=4, rank=2, 
         normal(batch_size, height, width, channels),
         normal(4, rank + 2 * state_size, channels) / channels**0.5,
         normal(4, channels, rank) / rank**0.5,
-        normal(4, channels) - 2,
+        normal(4, channels) - 2,  # time steps around 0.1
         normal(4, channels, state_size).abs(),
         normal(4, channels),
     ]
@@ -63,45 +71,108 @@ def test_shapes_against_the_reference(shape, state_size, rank):
     assert relative_error(atrous_selective_scan(*arguments), atrous_selective_scan_reference(*arguments)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)], ids=str
-)
-def test_lower_dtypes_run_the_recurrence_in_float32(dtype, bound):
-    arguments = random_arguments(1, 40, 40, 8)
-    arguments[0] = arguments[0].to(dtype)
-    y = atrous_selective_scan(*[arguments[0], *(argument.float() for argument in arguments[1:])])
-    expected = atrous_selective_scan_reference(*[arguments[0].double(), *arguments[1:]])
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of the result, relative norm
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lower_dtypes_run_the_recurrence_in_float32(backend, dtype):
+    u, *parameters = random_arguments(1, 40, 40, 8)
+    u = u.to(dtype)
+    y = atrous_selective_scan(u, *(parameter.float() for parameter in parameters), backend=backend)
     assert y.dtype == dtype
-    assert relative_error(y.double(), expected) < bound
+    assert relative_error(y.double(), atrous_selective_scan_reference(u.double(), *parameters)) < BOUNDS[dtype]
 
 
-def test_autocast_leaves_the_recurrence_in_float32():
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_have_the_dtypes_of_their_arguments(backend, dtype):
+    u, *parameters = random_arguments(2, 9, 8, 20, state_size=16, rank=3)
+    arguments = [u.to(dtype), *(parameter.float() for parameter in parameters)]
+    arguments = [argument.requires_grad_() for argument in arguments]
+    grad = torch.randn(u.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(atrous_selective_scan(*arguments, backend=backend), arguments, grad.to(dtype))
+    exact = [argument.detach().double().requires_grad_() for argument in arguments]
+    expected = torch.autograd.grad(atrous_selective_scan_reference(*exact), exact, grad.to(dtype).double())
+    for gradient, exact_gradient, argument in zip(gradients, expected, arguments, strict=True):
+        assert gradient.dtype == argument.dtype
+        assert relative_error(gradient.double(), exact_gradient) < 2 * BOUNDS[dtype]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 13), st.integers(1, 13), st.integers(1, 40)),
+    state_size=st.integers(1, 64),
+    rank=st.integers(1, 24),
+    seed=st.integers(0, 2**32 - 1),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_shapes_against_the_reference(backend, shape, state_size, rank, seed):
+    arguments = random_arguments(*shape, state_size, rank, dtype=torch.float32, seed=seed)
+    arguments = [argument.requires_grad_() for argument in arguments]
+    exact = [argument.detach().double().requires_grad_() for argument in arguments]
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    y, expected_y = atrous_selective_scan(*arguments, backend=backend), atrous_selective_scan_reference(*exact)
+    assert relative_error(y.double(), expected_y) < 3e-6
+    gradients = torch.autograd.grad(y, arguments, grad)
+    for gradient, expected in zip(gradients, torch.autograd.grad(expected_y, exact, grad.double()), strict=True):
+        assert relative_error(gradient.double(), expected, floor=1e-6) < 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_recurrence_in_float32(backend):
     arguments = random_arguments(1, 12, 12, 8, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = atrous_selective_scan(*arguments)
-    assert torch.equal(y, atrous_selective_scan(*arguments))
+        y = atrous_selective_scan(*arguments, backend=backend)
+    assert torch.equal(y, atrous_selective_scan(*arguments, backend=backend))
 
 
-def test_extreme_values_stay_finite_and_right():
-    arguments = random_arguments(1, 32, 32, 4, dtype=torch.float32)
+@pytest.mark.parametrize("side", [32, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_values_stay_finite_and_right(backend, side):
+    arguments = random_arguments(1, side, side, 4, dtype=torch.float32)
     arguments[3].uniform_(-20, 50)  # dt_proj_bias
     arguments[4].uniform_(-8, 8)  # A_log
     arguments = [argument.requires_grad_() for argument in arguments]
-    y = atrous_selective_scan(*arguments)
-    expected = atrous_selective_scan_reference(*(argument.detach().double() for argument in arguments))
+    y = atrous_selective_scan(*arguments, backend=backend)
+    expected = atrous_selective_scan(*(argument.detach().double() for argument in arguments), backend="torch")
     assert relative_error(y.double(), expected) < 1e-5
     for gradient in torch.autograd.grad(y.sum(), arguments):
         assert gradient.isfinite().all()
 
 
-def test_non_contiguous_and_expanded_maps():
-    arguments = random_arguments(2, 7, 6, 5)
-    permuted = arguments[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    assert not permuted.is_contiguous()
-    assert torch.equal(atrous_selective_scan(permuted, *arguments[1:]), atrous_selective_scan(*arguments))
-    expanded = arguments[0][:1].expand(3, -1, -1, -1)
-    expected = atrous_selective_scan(expanded.contiguous(), *arguments[1:])
-    assert torch.equal(atrous_selective_scan(expanded, *arguments[1:]), expected)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_maps_stay_zero(backend):
+    u, *parameters = random_arguments(1, 8, 8, 4, dtype=torch.float32)
+    assert not atrous_selective_scan(torch.zeros_like(u), *parameters, backend=backend).any()
+
+
+STRIDED_MAPS = {
+    "channels first in memory": lambda u: u.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "expanded": lambda u: u[:1].expand(3, -1, -1, -1),
+    "half of the channels of another map": lambda u: torch.cat([u, u + 1], dim=-1)[..., : u.shape[-1]],
+    "transposed": lambda u: u.transpose(1, 2),
+    "a window": lambda u: u[:, 1:, 2:5],
+}
+
+
+@pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_maps(backend, make_view):
+    u, *parameters = random_arguments(2, 7, 6, 5, dtype=torch.float32)
+    view = make_view(u)
+    assert not view.is_contiguous()
+    dense = view.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(
+        atrous_selective_scan(view, *parameters, backend=backend),
+        atrous_selective_scan(dense, *parameters, backend=backend),
+    )
+    gradients = []
+    for argument in (view, dense):
+        argument = argument.detach().requires_grad_()
+        y = atrous_selective_scan(argument, *parameters, backend=backend)
+        gradients += torch.autograd.grad(y.square().sum(), argument)
+    assert torch.equal(*gradients)
 
 
 def test_gradcheck():
@@ -109,10 +180,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(atrous_selective_scan, arguments)
 
 
-def test_export_with_dynamic_sizes():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_export_with_dynamic_sizes(backend):
     class Scan(torch.nn.Module):
         def forward(self, u, parameters):
-            return atrous_selective_scan(u, *parameters)
+            return atrous_selective_scan(u, *parameters, backend=backend)
 
     arguments = random_arguments(2, 24, 20, 4, dtype=torch.float32)
     batch, height, width = (torch.export.Dim(name, min=2, max=512) for name in ("batch", "height", "width"))
@@ -148,5 +220,56 @@ def test_broken_contracts_are_refused(changed, error, message):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*torch"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'numba', 'torch'"):
         atrous_selective_scan(*random_arguments(1, 2, 2, 2), backend="cuda")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
+        pass
+
+
+def test_a_backend_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"'numba' computes on cpu in .*, not on cpu in torch\.float64"):
+        atrous_selective_scan(*random_arguments(1, 2, 2, 2), backend="numba")
+
+
+def test_choice_by_device_and_its_reasons():
+    assert choose_backend("cpu", torch.float32).backend == "numba"
+    assert choose_backend("cpu", torch.float64) == ("torch", "numba does not compute in torch.float64")
+    assert choose_backend("mps", torch.float32) == ("torch", "numba computes on cpu")
+    with use_backend("torch"):
+        assert choose_backend("cpu", torch.float32) == ("torch", "it was asked for")
+        assert choose_backend("cpu", torch.float32, "numba").backend == "numba"
+    assert choose_backend("cpu", torch.float32).backend == "numba"
+
+
+def test_the_environment_chooses_a_backend():
+    script = "import torch, evmamba_kernels as k; print(k.choose_backend('cpu', torch.float32).backend)"
+    for name in ("torch", "numba"):
+        variables = os.environ | {"EVMAMBA_SCAN_BACKEND": name}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=120
+        )
+        assert run.stdout.strip() == name, run.stderr
+
+
+def test_without_numba_pytorch_computes():
+    script = """
+import sys
+sys.modules["numba"] = None  # importing it raises ImportError
+import torch, evmamba_kernels as k
+print(k.choose_backend("cpu", torch.float32))
+arguments = [torch.ones(shape) for shape in [(1, 3, 3, 2), (4, 3, 2), (4, 2, 1), (4, 2), (4, 2, 1), (4, 2)]]
+print(k.atrous_selective_scan(*arguments).shape)
+k.atrous_selective_scan(*arguments, backend="numba")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "backend='torch'" in run.stdout and "pip install numba" in run.stdout
+    assert "torch.Size([1, 3, 3, 2])" in run.stdout
+    assert run.stderr.splitlines()[-1].startswith(
+        "ImportError: the CPU kernels of the atrous selective scan need numba"
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 16), (2, 5, 3, 7)], ids=str)
+def test_operator_registration(shape):
+    arguments = [argument.requires_grad_() for argument in random_arguments(*shape, dtype=torch.float32)]
+    torch.library.opcheck(scan_operator, (*arguments, "numba"))

@@ -1,0 +1,307 @@
+"""Vectors of 16 float32 numbers for Numba, and the functions of the scan on them.
+
+Numba's loops vectorise well only where LLVM can prove that arrays do not overlap and trip counts are long; the scan
+has neither. So the kernels say what they mean: a value of the type `Vector` holds 16 neighbouring channels, and LLVM
+maps it to what the processor has (one register with AVX-512, two with AVX2, four with NEON or SSE).
+"""
+
+import numpy as np
+
+
+try:
+    from llvmlite import ir
+    from numba import njit
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic, models, register_model
+except ImportError as error:
+    raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
+
+
+LANES = 16
+
+float32 = np.float32  # literals in kernels; without it Numba would compute in float64
+
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
+INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+MASK = ir.VectorType(ir.IntType(1), LANES)
+
+
+class VectorType(types.Type):
+    def __init__(self):
+        super().__init__(name=f"float32x{LANES}")
+
+
+Vector = VectorType()
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, data_model_manager, frontend_type):
+        super().__init__(data_model_manager, frontend_type, VECTOR)
+
+
+def element_pointer(context, builder, array_type, array, index, pointee):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), pointee.as_pointer())
+
+
+def lane_mask(builder, count):
+    """The first `count` lanes."""
+    lanes = ir.Constant(INTEGERS, list(range(LANES)))
+    return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, ir.IntType(32)), INTEGERS))
+
+
+def broadcast(builder, scalar, vector_type):
+    undefined = ir.Constant(vector_type, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(INTEGERS, [0] * LANES))
+
+
+def shuffle(builder, a, b, lanes):
+    """Chosen lanes of a and, counted on from 16, of b."""
+    lanes = list(lanes)
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+def call_llvm(builder, name, result, *arguments):
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+@intrinsic
+def load(typing_context, array, index):
+    """16 numbers of a 1-d array from `index`."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
+        vector = builder.load(pointer)
+        vector.align = 4
+        return vector
+
+    return Vector(array, types.intp), generate
+
+
+@intrinsic
+def store(typing_context, array, index, vector):
+    """Writes 16 numbers to a 1-d array from `index`."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
+        builder.store(arguments[2], pointer).align = 4
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, Vector), generate
+
+
+@intrinsic
+def load_first(typing_context, array, index, count):
+    """The first `count` of the 16 numbers from `index`, zeros for the others, whose memory is not touched."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
+        alignment, zeros = ir.Constant(ir.IntType(32), 4), ir.Constant(VECTOR, [0.0] * LANES)
+        mask = lane_mask(builder, arguments[2])
+        return call_llvm(builder, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer, alignment, mask, zeros)
+
+    return Vector(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def store_first(typing_context, array, index, vector, count):
+    """Writes the first `count` of 16 numbers from `index`; the memory of the others is not touched."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
+        alignment, mask = ir.Constant(ir.IntType(32), 4), lane_mask(builder, arguments[3])
+        call_llvm(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments[2], pointer, alignment, mask)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, Vector, types.intp), generate
+
+
+@intrinsic
+def load_splat(typing_context, array, index):
+    """One number of a 1-d array in all lanes. Numba's own indexing would look for negative indices each time."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, ir.FloatType())
+        return broadcast(builder, builder.load(pointer), VECTOR)
+
+    return Vector(array, types.intp), generate
+
+
+@intrinsic
+def splat(typing_context, number):
+    """A float32 number in all lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return broadcast(builder, arguments[0], VECTOR)
+
+    return Vector(types.float32), generate
+
+
+def binary_operator(instruction):
+    @intrinsic
+    def operator(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, instruction)(*arguments)
+
+        return Vector(Vector, Vector), generate
+
+    return operator
+
+
+add = binary_operator("fadd")
+subtract = binary_operator("fsub")
+multiply = binary_operator("fmul")
+divide = binary_operator("fdiv")
+
+
+@intrinsic
+def multiply_add(typing_context, a, b, c):
+    """a b + c, rounded once where the processor can."""
+
+    def generate(context, builder, signature, arguments):
+        return call_llvm(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, *arguments)
+
+    return Vector(Vector, Vector, Vector), generate
+
+
+def choice(comparison):
+    @intrinsic
+    def choose(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            return builder.select(builder.fcmp_ordered(comparison, *arguments), *arguments)
+
+        return Vector(Vector, Vector), generate
+
+    return choose
+
+
+# b where one of them is NaN: exponents that are NaN must not come out as a number, so the bound goes first
+largest = choice(">")
+smallest = choice("<")
+
+
+@intrinsic
+def absolute(typing_context, a):
+    def generate(context, builder, signature, arguments):
+        return call_llvm(builder, f"llvm.fabs.v{LANES}f32", VECTOR, *arguments)
+
+    return Vector(Vector), generate
+
+
+@intrinsic
+def lane_sums(typing_context, array, index):
+    """The lane sums of 16 vectors that lie one after the other, as one vector.
+
+    Vectors are merged in pairs: the merged one holds half as many partial sums of twice as many vectors.
+    """
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
+        vectors = []
+        for i in range(LANES):
+            vectors.append(builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)])))
+            vectors[-1].align = 4
+        partial_sums = LANES  # of each vector
+        while len(vectors) > 1:
+            starts = range(0, 2 * LANES, partial_sums)
+            partial_sums //= 2
+            low, high = (
+                [start + half * partial_sums + i for start in starts for i in range(partial_sums)] for half in (0, 1)
+            )
+            pairs = zip(vectors[0::2], vectors[1::2], strict=True)
+            vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
+        return vectors[0]
+
+    return Vector(array, types.intp), generate
+
+
+@intrinsic
+def add_to_exponent(typing_context, a, integers):
+    """a 2^n, n being the low bits of the other number's representation. Neither may leave the normal range."""
+
+    def generate(context, builder, signature, arguments):
+        bits, shift = (builder.bitcast(argument, INTEGERS) for argument in arguments)
+        shift = builder.shl(shift, ir.Constant(INTEGERS, [23] * LANES))
+        return builder.bitcast(builder.add(bits, shift), VECTOR)
+
+    return Vector(Vector, Vector), generate
+
+
+@njit
+def exp2_of_fraction(f, n):
+    """2^(n + f) for |f| <= 1/2; n is given by a number in whose low bits it stands.
+
+    A minimax polynomial of 2^f with the value 1 at 0 (Lawson's iteration), relative error 0.8 ulp.
+    """
+    p = splat(float32(1.326472690e-03))
+    p = multiply_add(p, f, splat(float32(9.671512661e-03)))
+    p = multiply_add(p, f, splat(float32(5.550733744e-02)))
+    p = multiply_add(p, f, splat(float32(2.402224208e-01)))
+    p = multiply_add(p, f, splat(float32(6.931469776e-01)))
+    p = multiply_add(p, f, splat(float32(1.0)))
+    return add_to_exponent(p, n)
+
+
+@njit
+def exp2(x):
+    """2^x for x <= 126, within 3 ulp; 2^-126 for all x below -126.
+
+    Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+    """
+    x = largest(splat(float32(-126.0)), x)
+    n = add(x, splat(float32(12582912.0)))
+    return exp2_of_fraction(subtract(x, subtract(n, splat(float32(12582912.0)))), n)
+
+
+@njit
+def exp(x):
+    """e^x for x <= 87, within 4 ulp; 2^-126 for all x below -87.3. The logarithm of 2 is taken off in two parts."""
+    x = largest(splat(float32(-87.33654)), x)
+    n = multiply_add(x, splat(float32(1.4426950409)), splat(float32(12582912.0)))
+    rounded = subtract(n, splat(float32(12582912.0)))
+    rest = multiply_add(rounded, splat(float32(-0.693359375)), x)
+    rest = multiply_add(rounded, splat(float32(2.12194440e-4)), rest)
+    return exp2_of_fraction(multiply(rest, splat(float32(1.4426950409))), n)
+
+
+@njit
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1, within 3 ulp: 2 atanh(s) with s = x / (2 + x), a minimax polynomial in s^2."""
+    s = divide(x, add(x, splat(float32(2.0))))
+    q = multiply(s, s)
+    p = splat(float32(1.400599368e-01))
+    p = multiply_add(p, q, splat(float32(1.400090257e-01)))
+    p = multiply_add(p, q, splat(float32(2.001076362e-01)))
+    p = multiply_add(p, q, splat(float32(3.333320814e-01)))
+    p = multiply_add(p, q, splat(float32(1.0)))
+    return multiply(add(s, s), p)
+
+
+@intrinsic
+def by_sign(typing_context, x, positive, negative):
+    """`negative` in the lanes where x < 0, `positive` in the others."""
+
+    def generate(context, builder, signature, arguments):
+        x, positive, negative = arguments
+        is_negative = builder.fcmp_ordered("<", x, ir.Constant(VECTOR, [0.0] * LANES))
+        return builder.select(is_negative, negative, positive)
+
+    return Vector(Vector, Vector, Vector), generate
+
+
+@njit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), within 5 ulp."""
+    small = exp(subtract(splat(float32(0.0)), absolute(x)))
+    return add(largest(splat(float32(0.0)), x), log1p(small))
+
+
+@njit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), the derivative of softplus, within 5 ulp."""
+    small = exp(subtract(splat(float32(0.0)), absolute(x)))
+    of_absolute = divide(splat(float32(1.0)), add(small, splat(float32(1.0))))
+    return by_sign(x, of_absolute, multiply(small, of_absolute))

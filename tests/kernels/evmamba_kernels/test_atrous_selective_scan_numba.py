@@ -1,0 +1,182 @@
+"""The CPU kernels: vector functions, threads, processes, memory."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from evmamba_kernels import atrous_selective_scan
+from evmamba_kernels import atrous_selective_scan_numba as kernels
+from evmamba_kernels import atrous_selective_scan_numba_simd as simd
+
+
+def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, rank=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch_size, height, width, channels),
+        (4, rank + 2 * state_size, channels),
+        (4, channels, rank),
+        (4, channels),
+        (4, channels, state_size),
+        (4, channels),
+    ]
+    return [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
+
+
+@pytest.fixture(params=[1, 2, 7])
+def num_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def apply(function, x: np.ndarray) -> np.ndarray:
+    """A function of vectors on an array of any length."""
+
+    @njit
+    def loop(x, out):
+        for i in range(0, len(x), 16):
+            count = min(16, len(x) - i)
+            simd.store_first(out, i, function(simd.load_first(x, i, count)), count)
+
+    out = np.full_like(x, np.nan)
+    loop(x, out)
+    return out
+
+
+FUNCTIONS = {  # name: exact function, range, bound in units in the last place
+    "exp2": (np.exp2, -125.9, 126.0, 3),
+    "exp": (np.exp, -87.3, 87.0, 4),
+    "log1p": (np.log1p, 0.0, 1.0, 3),
+    "softplus": (lambda x: np.logaddexp(0, x), -87.0, 100.0, 5),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), -87.0, 100.0, 5),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vector_functions_are_accurate(name):
+    exact, low, high, bound = FUNCTIONS[name]
+    x = np.linspace(low, high, 1_000_003).astype(np.float32)
+    x = np.concatenate([x, np.geomspace(1e-30, high, 10_000).astype(np.float32)]).clip(low, high)
+    expected = exact(x.astype(np.float64))
+    ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
+    assert (np.abs(apply(getattr(simd, name), x) - expected) / ulp).max() < bound
+
+
+def test_vector_functions_beyond_their_ranges():
+    x = np.array([np.nan, -np.inf, -1e30, 1e30, 0], dtype=np.float32)
+    assert np.isnan(apply(simd.softplus, x)[0]) and np.isnan(apply(simd.exp2, x)[0])
+    np.testing.assert_allclose(apply(simd.softplus, x)[1:], [0, 0, 1e30, np.log(2)], atol=1e-37)
+    np.testing.assert_allclose(apply(simd.sigmoid, x)[1:], [0, 0, 1, 0.5], atol=1e-37)
+    np.testing.assert_allclose(apply(simd.exp2, x)[1:3], 0, atol=1e-37)
+
+
+def test_lane_sums():
+    @njit
+    def sums(vectors, out):
+        simd.store(out, 0, simd.lane_sums(vectors, 0))
+
+    vectors, out = np.random.default_rng(0).standard_normal(256).astype(np.float32), np.empty(16, np.float32)
+    sums(vectors, out)
+    np.testing.assert_allclose(out, vectors.reshape(16, 16).sum(axis=1), rtol=1e-5)
+
+
+def test_nan_in_one_channel_stays_visible():
+    u, *parameters = arguments()
+    u[0, 0, 0, 0] = torch.nan
+    assert atrous_selective_scan(u, *parameters, backend="numba").isnan().any()
+
+
+def test_the_number_of_threads_changes_nothing(num_threads):
+    tensors = arguments()
+    torch.set_num_threads(1)
+    expected = kernels.forward(*tensors)
+    gradients = kernels.backward(expected, *tensors)
+    torch.set_num_threads(num_threads)
+    assert torch.equal(kernels.forward(*tensors), expected)
+    for gradient, single in zip(kernels.backward(expected, *tensors), gradients, strict=True):
+        torch.testing.assert_close(gradient, single, rtol=1e-5, atol=1e-6)
+
+
+def test_every_element_is_written(monkeypatch):
+    """Memory that is handed out holds NaN; one that is left would show."""
+    tensors = arguments(height=9, width=7, channels=21, state_size=5)
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(tensor, *size, **options):
+        return new_empty(tensor, *size, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    y = kernels.forward(*tensors)
+    assert y.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in kernels.backward(y, *tensors))
+
+
+def test_several_python_threads_at_once(num_threads):
+    calls = [arguments(seed=seed) for seed in range(12)]
+    expected = [kernels.forward(*tensors) for tensors in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for y, single in zip(pool.map(lambda tensors: kernels.forward(*tensors), calls), expected, strict=True):
+                assert torch.equal(y, single)
+
+
+def test_an_error_in_a_worker_reaches_the_caller(num_threads):
+    def fail(first, last):
+        raise ValueError(f"jobs {first} to {last}")
+
+    with pytest.raises(ValueError, match="jobs"):
+        kernels.run_jobs(fail, 8)
+    assert kernels.forward(*arguments()).isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_computes_as_its_parent():
+    script = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_atrous_selective_scan_numba import arguments, kernels
+torch.set_num_threads(2)
+tensors = arguments()
+expected = kernels.forward(*tensors)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(kernels.forward(*tensors), expected) else 1)
+_, status = os.waitpid(child, 0)
+assert torch.equal(kernels.forward(*tensors), expected)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    command = [sys.executable, "-c", script, os.path.dirname(__file__)]
+    assert subprocess.run(command, timeout=120).returncode == 0
+
+
+def test_data_loader_workers_compute():
+    """Forked workers of a loader in a process whose threads run already."""
+    torch.set_num_threads(2)
+    expected = kernels.forward(*arguments(seed=3))
+    loader = torch.utils.data.DataLoader(ScannedMaps(), batch_size=None, num_workers=2)
+    outputs = list(loader)
+    torch.set_num_threads(1)
+    assert len(outputs) == 6
+    assert torch.equal(outputs[3], expected)
+
+
+class ScannedMaps(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, seed):
+        return kernels.forward(*arguments(seed=seed))
+
+
+def test_compiled_code_is_cached_on_disk():
+    kernels.forward(*arguments())
+    assert kernels.scan_jobs.stats.cache_path
+    assert sum(kernels.scan_jobs.stats.cache_hits.values()) + sum(kernels.scan_jobs.stats.cache_misses.values()) > 0
+    assert len(kernels.scan_jobs.signatures) == 1  # one compilation serves all shapes
