@@ -55,6 +55,20 @@ class EfficientVMambaLayerNorm(nn.LayerNorm):
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class EfficientVMambaPointwiseConv(nn.Conv2d):
+    """A 1 x 1 convolution as the matrix product that it is on a map that lies channels-last.
+
+    On CPUs, PyTorch's own convolution takes a slow path for small maps (benchmarks/NOTES.md).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H, W)
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        return F.linear(hidden_states, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class EfficientVMambaDropPath(nn.Module):
     """Stochastic depth per sample (https://arxiv.org/abs/1603.09382): identity outside of training."""
 
@@ -167,7 +181,7 @@ class EfficientVMambaLocalBranch(nn.Module):
         super().__init__()
         self.depthwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
         self.batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
-        self.pointwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=1)
+        self.pointwise_conv = EfficientVMambaPointwiseConv(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         hidden_states = self.depthwise_conv(hidden_states.permute(0, 3, 1, 2))
@@ -213,8 +227,8 @@ class EfficientVMambaSqueezeExcitation(nn.Module):
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
         squeezed_size = max(1, int(hidden_size * config.squeeze_expansion_ratio))
-        self.squeeze = nn.Conv2d(hidden_size, squeezed_size, kernel_size=1)
-        self.expand = nn.Conv2d(squeezed_size, hidden_size, kernel_size=1)
+        self.squeeze = EfficientVMambaPointwiseConv(hidden_size, squeezed_size)
+        self.expand = EfficientVMambaPointwiseConv(squeezed_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, M, H, W) -> (B, M, H, W)
         mean = hidden_states.mean(dim=(2, 3), keepdim=True)  # (B, M, 1, 1)
@@ -227,14 +241,14 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int, drop_path_rate: float):
         super().__init__()
         expanded_size = config.expand_ratio * hidden_size  # M
-        self.expand_conv = nn.Conv2d(hidden_size, expanded_size, kernel_size=1, bias=False)
+        self.expand_conv = EfficientVMambaPointwiseConv(hidden_size, expanded_size, bias=False)
         self.expand_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
         self.depthwise_conv = nn.Conv2d(
             expanded_size, expanded_size, kernel_size=3, padding=1, groups=expanded_size, bias=False
         )
         self.depthwise_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
         self.squeeze_excitation = EfficientVMambaSqueezeExcitation(config, expanded_size)
-        self.project_conv = nn.Conv2d(expanded_size, hidden_size, kernel_size=1, bias=False)
+        self.project_conv = EfficientVMambaPointwiseConv(expanded_size, hidden_size, bias=False)
         self.project_batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
         self.drop_path = EfficientVMambaDropPath(drop_path_rate)
 

@@ -300,11 +300,8 @@ def test_float64_stays_float64():
         assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).logits.dtype == torch.float64
 
 
-TWO_STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1], "block_types": ["evss", "inverted_residual"]}
-
-
 def test_compiles_to_one_graph():
-    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**TWO_STAGES)).eval()
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
     # "eager" traces without compiling: whether there is one graph is what is tested
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():
@@ -322,7 +319,7 @@ def test_exports_with_dynamic_batch_height_and_width():
         def forward(self, pixel_values):
             return self.model(pixel_values).logits
 
-    model = Logits(EfficientVMambaForImageClassification(EfficientVMambaConfig(**TWO_STAGES)).eval())
+    model = Logits(EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval())
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(sizes,))
     with torch.no_grad():
