@@ -13,6 +13,7 @@ from numba import njit
 from evmamba_kernels import atrous_selective_scan
 from evmamba_kernels import atrous_selective_scan_numba as kernels
 from evmamba_kernels import atrous_selective_scan_numba_simd as simd
+from evmamba_kernels import atrous_selective_scan_numba_threads as threads
 
 
 def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, rank=3, seed=0):
@@ -28,12 +29,22 @@ def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, ran
     return [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
 
 
-@pytest.fixture(params=[1, 2, 7])
-def num_threads(request):
+@pytest.fixture(params=["1 thread", "2 of OpenMP", "7 of OpenMP", "2 of our own", "7 of our own"])
+def num_threads(request, monkeypatch):
+    number = int(request.param.split()[0])
+    if "OpenMP" in request.param and threads.openmp is None:
+        pytest.skip("this PyTorch computes without an OpenMP runtime that has GNU's interface")
+    if "own" in request.param:
+        monkeypatch.setattr(threads, "openmp", None)
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(number)
+    yield number
     torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch brings other OpenMP runtimes")
+def test_openmp_is_found():
+    assert threads.openmp is not None
 
 
 def apply(function, x: np.ndarray) -> np.ndarray:
