@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from golden_values import GOLDEN_DIR, image, load_cases, original_state_dict, relative_error
+from evmamba_kernels import use_backend
 from hub_scripts.original_checkpoint import original_name
 from modeling_evmamba import (
     VARIANTS,
@@ -55,11 +56,12 @@ def parse_case(name: str) -> tuple[str, int, tuple[int, ...]]:
     return variant, int(seed.removeprefix("seed")), tuple(int(side) for side in shape.split("x"))
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("name", FORWARD_CASES)
-def test_golden_forward(name):
+def test_golden_forward(name, backend):
     variant, seed, shape = parse_case(name)
     model = golden_model(variant, seed).eval()
-    with torch.no_grad():
+    with torch.no_grad(), use_backend(backend):
         outputs = model(image(shape, seed), output_hidden_states=True)
     names = ["embeddings", "stage0", "stage1", "stage2", "stage3"]
     actual = {name: state.permute(0, 2, 3, 1) for name, state in zip(names, outputs.hidden_states, strict=True)}
@@ -68,14 +70,16 @@ def test_golden_forward(name):
         assert relative_error(actual[output], expected) < FLOAT32_BOUND, output
 
 
-def test_golden_gradients():
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_golden_gradients(backend):
     expected = load_file(GOLDEN_DIR / "micro_gradients.safetensors")
     model = golden_model("micro").train()
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
     pixel_values = image((4, 3, 72, 60), 11).requires_grad_()
-    loss = model(pixel_values, labels=torch.tensor([1, 3, 0, 9])).loss
+    with use_backend(backend):
+        loss = model(pixel_values, labels=torch.tensor([1, 3, 0, 9])).loss
     loss.backward()
 
     assert relative_error(loss.detach(), expected.pop("loss").reshape(())) < FLOAT32_BOUND
