@@ -13,8 +13,8 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from golden_values import GOLDEN_DIR, image, load_cases, original_state_dict, relative_error
 from evmamba_kernels import use_backend
+from golden_values import GOLDEN_DIR, image, load_cases, original_state_dict, relative_error
 from hub_scripts.original_checkpoint import original_name
 from modeling_evmamba import (
     VARIANTS,
