@@ -1,0 +1,241 @@
+"""Times the atrous selective scan, each backend against the plain recurrence in PyTorch and mambapy's parallel scan.
+
+All methods take turns in every round. Before that, their outputs and gradients are compared.
+
+Example:
+    python benchmarks/bench_operator.py --repeats 5 --shapes 1,28,28,192
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from measure import (
+    RESULTS_DIR,
+    console,
+    describe_environment,
+    in_fresh_process,
+    median_times,
+    peak_memory,
+    print_table,
+    write_csv,
+)
+from rivals import mambapy_pscan, plain_recurrence
+
+from evmamba_kernels import atrous_selective_scan, choose_backend
+from evmamba_kernels.atrous_selective_scan import BACKENDS
+
+
+PLAIN = "plain recurrence"
+MAMBAPY = "mambapy pscan"
+MODES = ("forward", "forward + backward")
+# Of the largest value. Float32 sums over all pixels in different orders, seen: below 1e-5.
+LARGEST_DIFFERENCE = 1e-4
+
+Shape = tuple[int, int, int, int]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        default=[(1, 56, 56, 96), (8, 56, 56, 96), (1, 28, 28, 192)],
+        metavar="B,H,W,D",
+        help="maps to scan; default: 1,56,56,96 8,56,56,96 1,28,28,192, the stages 1 and 2 of EfficientVMamba-T",
+    )
+    parser.add_argument("--state-size", type=int, default=16, metavar="N", help="states per channel; default: 16")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default), cuda, ...")
+    parser.add_argument(
+        "--scaling", action="store_true", help="also measure time per pixel and peak memory of growing maps, D = 96"
+    )
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        type=int,
+        default=[56, 112, 224, 256],
+        metavar="SIDE",
+        help="heights and widths for --scaling; default: 56 112 224 256, that is images of 224 to 1024 pixels",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=RESULTS_DIR,
+        help="folder of CSV files and plot; default: benchmarks/results",
+    )
+    return parser.parse_args()
+
+
+def parse_shape(text: str) -> Shape:
+    shape = tuple(map(int, text.split(",")))
+    if len(shape) != 4:
+        raise argparse.ArgumentTypeError(f"a shape is four numbers B,H,W,D, got {text}")
+    return shape
+
+
+def find_backends(device: torch.device) -> list[str]:
+    backends = []
+    for name in [*BACKENDS, "torch"]:
+        try:
+            choose_backend(device.type, torch.float32, name)
+        except (ValueError, ImportError) as error:
+            console.print(f"without {name}: {error}", soft_wrap=True)
+        else:
+            backends.append(name)
+    return backends
+
+
+def get_method(name: str) -> Callable:
+    if name == PLAIN:
+        return plain_recurrence
+    if name == MAMBAPY:
+        return mambapy_pscan
+    return partial(atrous_selective_scan, backend=name)
+
+
+def make_inputs(shape: Shape, state_size: int, device: torch.device) -> list[torch.Tensor]:
+    """Arguments as in a network of random weights."""
+    torch.manual_seed(0)
+    channels = shape[-1]
+    rank = math.ceil(channels / 32)  # a sixteenth of the stage's channels, of which D is twice as many
+    A_log = torch.arange(1, state_size + 1).log().expand(4, channels, state_size).contiguous()
+    inputs = [
+        torch.randn(shape),
+        torch.randn(4, rank + 2 * state_size, channels) * channels**-0.5,
+        torch.randn(4, channels, rank) * rank**-0.5,
+        torch.rand(4, channels) * 4 - 6,
+        A_log,
+        torch.ones(4, channels),
+    ]
+    return [tensor.to(device).requires_grad_() for tensor in inputs]
+
+
+def run_forward(method: Callable, inputs: list[torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return method(*inputs)
+
+
+def run_forward_backward(method: Callable, inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    output = method(*inputs)
+    return [output, *torch.autograd.grad(output, inputs, grad)]
+
+
+def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Raises an `AssertionError` unless the outputs and all gradients agree."""
+    for result, reference in zip(results, expected, strict=True):
+        difference = ((result - reference).abs().max() / reference.abs().max()).item()
+        assert difference < LARGEST_DIFFERENCE, f"{name} differs from the {PLAIN} by {difference:.1e}"
+
+
+def measure_shape(shape: Shape, names: list[str], arguments: argparse.Namespace) -> list[dict[str, object]]:
+    inputs = make_inputs(shape, arguments.state_size, arguments.device)
+    grad = torch.randn_like(inputs[0])
+    expected = run_forward_backward(plain_recurrence, inputs, grad)
+    methods = {}
+    for name in names:
+        method = get_method(name)
+        check_equality(name, run_forward_backward(method, inputs, grad), expected)
+        methods[name, "forward"] = partial(run_forward, method, inputs)
+        methods[name, "forward + backward"] = partial(run_forward_backward, method, inputs, grad)
+    shape_name = "x".join(map(str, shape))
+    seconds = median_times(methods, arguments.repeats, arguments.device, shape_name)
+    return [
+        {
+            "shape": shape_name,
+            "pass": mode,
+            "method": name,
+            "median ms": 1e3 * seconds[name, mode],
+            "plain / this": seconds[PLAIN, mode] / seconds[name, mode],
+        }
+        for mode in MODES
+        for name in names
+    ]
+
+
+def measure_memory(name: str, side: int, state_size: int, device: torch.device) -> float:
+    """Peak memory of one forward pass; to be called in a fresh process."""
+    method = get_method(name)
+    run_forward(method, make_inputs((1, 4, 4, 96), state_size, device))  # compiles, and starts the threads
+    return peak_memory(partial(run_forward, method, make_inputs((1, side, side, 96), state_size, device)), device)
+
+
+def measure_scaling(names: list[str], arguments: argparse.Namespace) -> list[dict[str, object]]:
+    methods = {
+        (name, side): partial(
+            run_forward, get_method(name), make_inputs((1, side, side, 96), arguments.state_size, arguments.device)
+        )
+        for name in names
+        for side in arguments.sides
+    }
+    seconds = median_times(methods, arguments.repeats, arguments.device, "growing maps")
+    rows = []
+    for name in names:
+        first = seconds[name, arguments.sides[0]] / arguments.sides[0] ** 2
+        for side in arguments.sides:
+            memory = in_fresh_process(measure_memory, name, side, arguments.state_size, arguments.device)
+            per_pixel = seconds[name, side] / side**2
+            rows.append(
+                {
+                    "shape": f"1x{side}x{side}x96",
+                    "method": name,
+                    "median ms": 1e3 * seconds[name, side],
+                    "ns per pixel": 1e9 * per_pixel,
+                    f"relative to {arguments.sides[0]}": per_pixel / first,
+                    "peak MiB": memory / 2**20,
+                }
+            )
+    return rows
+
+
+def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str, str], path: Path) -> None:
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = plt.subplots(1, len(MODES), figsize=(11, 4), sharey=True, layout="constrained")
+    width = 0.8 / len(names)
+    for ax, mode in zip(axes, MODES, strict=True):
+        for i, name in enumerate(names):
+            heights = [row["median ms"] for row in rows if (row["pass"], row["method"]) == (mode, name)]
+            places = [place + (i - (len(names) - 1) / 2) * width for place in range(len(shapes))]
+            bars = ax.bar(places, heights, width, label=name)
+            ax.bar_label(bars, fmt="{:.3g}", fontsize=7)
+        ax.set(title=mode, yscale="log", xticks=range(len(shapes)), xticklabels=shapes)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("median time in ms")
+    axes[0].legend(frameon=False, fontsize=8)
+    device = environment.get("gpu", f"{environment['cpu']}, {environment['threads']} threads")
+    figure.suptitle(f"Atrous selective scan of maps B x H x W x D, float32, {device}", fontsize=11)
+    figure.savefig(path, dpi=150, facecolor="white")
+    console.print(f"written: {path}", soft_wrap=True)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    matplotlib.use("Agg")
+    environment = describe_environment(arguments.device) | {"repeats": str(arguments.repeats)}
+    file_name = "operator" if arguments.device.type == "cpu" else f"operator_{arguments.device.type}"
+    backends = find_backends(arguments.device)
+    names = [*backends, PLAIN]
+    if find_spec("mambapy"):
+        names.append(MAMBAPY)
+    else:
+        console.print(f"without {MAMBAPY}: pip install mambapy")
+
+    rows = [row for shape in arguments.shapes for row in measure_shape(shape, names, arguments)]
+    print_table("Atrous selective scan", rows)
+    write_csv(arguments.output_dir / f"{file_name}.csv", rows, environment)
+    plot(rows, names, environment, arguments.output_dir / f"{file_name}.png")
+    if arguments.scaling:
+        rows = measure_scaling([*backends, PLAIN], arguments)
+        print_table("Growing maps, forward", rows)
+        write_csv(arguments.output_dir / f"{file_name}_scaling.csv", rows, environment)
+
+
+if __name__ == "__main__":
+    main()

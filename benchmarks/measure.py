@@ -1,0 +1,133 @@
+"""What the benchmarks share: timing in rounds, peak memory, the description of the machine, tables and CSV files."""
+
+import csv
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+
+console = Console(highlight=False)
+error_console = Console(stderr=True, highlight=False)
+
+RESULTS_DIR = Path(__file__).parent / "results"
+WARM_UP_ROUNDS = 2  # the first call compiles, the second finds the caches cold
+
+
+def median_times(
+    methods: dict[Hashable, Callable[[], object]], repeats: int, device: torch.device, description: str
+) -> dict[Hashable, float]:
+    """Median seconds of each method. Every round calls all of them, so that a slow moment of the machine hits all."""
+    times = {name: [] for name in methods}
+    rounds = range(WARM_UP_ROUNDS + repeats)
+    for i in track(rounds, description, console=error_console, transient=True):
+        for name, method in methods.items():
+            synchronize(device)
+            start = time.perf_counter()
+            method()
+            synchronize(device)
+            if i >= WARM_UP_ROUNDS:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def in_fresh_process(function: Callable, *arguments):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> float:
+    """Bytes that one call needs at most beyond what is there before it, NaN where the system does not tell.
+
+    Meant for a fresh process: memory that earlier work has left behind would be used again, and not be counted. On a
+    CPU this is Linux' high-water mark of the resident memory, set back before the call. `ru_maxrss` cannot be set back
+    and a child inherits it from its parent.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    clear_refs = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not clear_refs.exists():
+        return math.nan
+    clear_refs.write_text("5")
+    before = read_process_status("VmRSS")
+    function()
+    return read_process_status("VmHWM") - before
+
+
+def read_process_status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"/proc/self/status has no field {field}")
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    environment = {
+        "date": date.today().isoformat(),
+        "cpu": read_cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        environment["gpu"] = torch.cuda.get_device_name(device)
+    for package in ("torch", "numba", "triton", "transformers", "timm", "mambapy"):
+        try:
+            environment[package] = version(package)
+        except PackageNotFoundError:
+            environment[package] = "not installed"
+    return environment
+
+
+def read_cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_table(title: str, rows: list[dict[str, object]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*map(format_value, row.values()))
+    console.print(table)
+
+
+def format_value(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(path: Path, rows: list[dict[str, object]], environment: dict[str, str]) -> None:
+    """A CSV file whose first lines, each after a `#`, say where it was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in environment.items())
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            rounded = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            writer.writerow(rounded)
+    console.print(f"written: {path}", soft_wrap=True)

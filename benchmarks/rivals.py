@@ -1,0 +1,87 @@
+"""Other ways to compute the atrous selective scan, for comparison: the plain recurrence, and mambapy's parallel scan.
+
+Both take the arguments of `evmamba_kernels.atrous_selective_scan` and differ in the recurrence alone. Symbols and
+shapes: `kernels/README.md`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from evmamba_kernels.atrous_selective_scan_torch import pixels_of_steps, steps_of_pixels
+
+
+class Sequences(NamedTuple):
+    """What the recurrence runs on."""
+
+    u: torch.Tensor  # (B, K, L, D)
+    delta: torch.Tensor  # (B, K, L, D)
+    A: torch.Tensor  # (K, D, N)
+    B: torch.Tensor  # (B, K, L, N)
+    C: torch.Tensor  # (B, K, L, N)
+
+
+def gather_sequences(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+) -> Sequences:
+    _, height, width, _ = hidden_states.shape
+    rank, state_size = dt_proj_weight.shape[-1], A_log.shape[-1]
+    length = ((height + 1) // 2) * ((width + 1) // 2)
+    pixels, inside = pixels_of_steps(height, width, length, hidden_states.device)
+    u = torch.where(inside[..., None], hidden_states.flatten(1, 2)[:, pixels], 0)  # (B, K, L, D)
+    dt, B, C = (u @ x_proj_weight.mT).split([rank, state_size, state_size], dim=-1)
+    delta = F.softplus(dt @ dt_proj_weight.mT + dt_proj_bias[:, None])
+    return Sequences(u, delta, -torch.exp(A_log), B, C)
+
+
+def scatter_sequences(y: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """From (B, K, L, D) back to the map, (B, H, W, D)."""
+    batch_size, height, width, channels = hidden_states.shape
+    places = steps_of_pixels(height, width, y.shape[2], y.device)
+    return y.reshape(batch_size, -1, channels)[:, places]
+
+
+def plain_recurrence(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """Step by step, all images and groups at once."""
+    u, delta, A, B, C = gather_sequences(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log)
+    h = u.new_zeros(*u[:, :, 0].shape, A.shape[-1])  # (B, K, D, N)
+    outputs = []
+    # unbind: its gradient is one stack, that of an index per step would be one whole sequence per step
+    for delta_t, input_t, B_t, C_t in zip(
+        delta.unbind(2), (delta * u).unbind(2), B.unbind(2), C.unbind(2), strict=True
+    ):
+        h = torch.exp(delta_t[..., None] * A) * h + input_t[..., None] * B_t[..., None, :]
+        outputs.append((h @ C_t[..., None]).squeeze(-1))  # (B, K, D)
+    y = torch.stack(outputs, dim=2) + D[:, None] * u  # (B, K, L, D)
+    return scatter_sequences(y, hidden_states)
+
+
+def mambapy_pscan(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """The parallel scan of https://github.com/alxndrTL/mamba.py, which keeps the states of all steps in memory."""
+    from mambapy.pscan import pscan
+
+    u, delta, A, B, C = gather_sequences(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log)
+    decay = torch.exp(delta[..., None] * A[:, None])  # (B, K, L, D, N)
+    added = (delta * u)[..., None] * B[..., None, :]  # (B, K, L, D, N)
+    h = pscan(decay.flatten(0, 1), added.flatten(0, 1)).unflatten(0, u.shape[:2])  # (B, K, L, D, N)
+    y = (h @ C[..., None]).squeeze(-1) + D[:, None] * u  # (B, K, L, D)
+    return scatter_sequences(y, hidden_states)
