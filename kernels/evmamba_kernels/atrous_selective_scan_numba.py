@@ -5,14 +5,16 @@ steps: finds their pixels, projects u to dt, B and C, then runs the recurrence, 
 by index arithmetic: neither u nor y is gathered or scattered, and of the projections, of delta and of the states
 there is never more than one chunk, in the caches.
 
-`scan_jobs` is the forward pass. `adjoint_jobs` is the backward pass: it stores the states between chunks first, then
-goes through the chunks from the last, once more forward for the states of all steps and then backward for the
-adjoints. Gradients through the projection are two matrix products per group, in PyTorch.
+`scan_job` is a job of the forward pass. `adjoint_job` is one of the backward pass: it stores the states between chunks
+first, then goes through the chunks from the last, once more forward for the states of all steps and then backward for
+the adjoints. Gradients through the projection are two matrix products per group, in PyTorch.
 
 Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +22,8 @@ import torch
 
 
 try:
-    from numba import njit
+    from numba import carray, cfunc, njit, types
+    from numba.core.ccallback import CFunc
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
 
@@ -28,13 +31,17 @@ from .atrous_selective_scan_numba_simd import (
     LANES,
     add,
     exp2,
+    exp2_multiply_add,
     float32,
+    float_pointer,
     lane_sums,
     load,
     load_first,
     load_splat,
     multiply,
     multiply_add,
+    products_of_16_columns,
+    products_of_48_columns,
     sigmoid,
     smallest,
     softplus,
@@ -42,7 +49,7 @@ from .atrous_selective_scan_numba_simd import (
     store,
     store_first,
 )
-from .atrous_selective_scan_numba_threads import run_jobs
+from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, finish_job, run_jobs
 
 
 NUM_GROUPS = 4
@@ -52,10 +59,11 @@ LOG_2 = float32(0.6931471805599453)
 # Steps of a chunk: what is kept for each of them has to stay in the caches.
 CHUNK_LENGTH = 32
 
-# Pixels whose projections are made together, so that a vector of weights is loaded once for all of them.
-TILE = 6
+# Pixels whose projections are made together, so that a vector of weights is loaded once for all of them. With 3
+# vectors of sums for each, the 32 registers are full. Divides the chunk.
+TILE = 8
 
-compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+compiled = njit(boundscheck=False, error_model="numpy")
 
 
 class Sizes(NamedTuple):
@@ -67,14 +75,32 @@ class Sizes(NamedTuple):
     projected: int  # R + 2N, rounded up to whole vectors
 
 
-class Parameters(NamedTuple):
-    """Flat float32 arrays of the shapes that the operator has them in."""
+class Strides(NamedTuple):
+    """Of a map whose channels lie next to each other."""
 
-    x_proj_weight: np.ndarray  # (K, R + 2N, D)
-    dt_proj_weight: np.ndarray  # (K, D, R)
-    dt_proj_bias: np.ndarray  # (K, D)
-    A_log: np.ndarray  # (K, D, N)
-    D: np.ndarray  # (K, D)
+    image: int
+    row: int
+    column: int
+
+
+class Parameters(NamedTuple):
+    """Pointers to float32 numbers in the shapes that the operator has them in."""
+
+    x_proj_weight: int  # (K, R + 2N, D)
+    dt_proj_weight: int  # (K, D, R)
+    dt_proj_bias: int  # (K, D)
+    A_log: int  # (K, D, N)
+    D: int  # (K, D)
+
+
+def work_of(*fields: str) -> np.dtype:
+    """What a kernel is called with: a record of integers, addresses among them."""
+    sizes = (*Strides._fields, *Sizes._fields, "num_splits")
+    return np.dtype([(field, np.int64) for field in (*COUNTERS, "u", *sizes, *Parameters._fields, *fields)])
+
+
+SCAN_WORK = work_of("y")
+ADJOINT_WORK = work_of("grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields))
 
 
 class Packed(NamedTuple):
@@ -100,20 +126,52 @@ class Chunk(NamedTuple):
 
 
 @compiled
+def new_floats(count):
+    """Zeros, aligned to 64 bytes: no vector lies in two cache lines."""
+    memory = np.zeros(count + LANES, np.float32)
+    skipped = -(memory.ctypes.data // 4) % LANES
+    return memory[skipped : skipped + count]
+
+
+@compiled
+def sizes_in(work):
+    return Sizes(work.height, work.width, work.channels, work.rank, work.state_size, work.projected)
+
+
+@compiled
+def strides_in(work):
+    return Strides(work.image, work.row, work.column)
+
+
+@compiled
+def parameters_in(work):
+    return Parameters(
+        float_pointer(work.x_proj_weight),
+        float_pointer(work.dt_proj_weight),
+        float_pointer(work.dt_proj_bias),
+        float_pointer(work.A_log),
+        float_pointer(work.D),
+    )
+
+
+@compiled
 def new_packed(sizes):
     padded = (sizes.channels + LANES - 1) // LANES * LANES
     return Packed(
-        np.zeros(sizes.channels * sizes.projected, np.float32),
-        np.zeros(padded * sizes.rank, np.float32),
-        np.zeros(padded, np.float32),
-        np.zeros(padded * sizes.state_size, np.float32),
-        np.zeros(padded, np.float32),
+        new_floats(sizes.channels * sizes.projected),
+        new_floats(padded * sizes.rank),
+        new_floats(padded),
+        new_floats(padded * sizes.state_size),
+        new_floats(padded),
     )
 
 
 @compiled
 def pack(packed, parameters, k, sizes):
-    """Fills `packed` with the parameters of group k. Channels that fill up the last block are zero."""
+    """Fills `packed` with the parameters of group k. Channels that fill up the last block are zero.
+
+    |A| is at most 2^100, so that delta A stays finite: such a state is gone within a step all the same.
+    """
     channels, rank, state_size = sizes.channels, sizes.rank, sizes.state_size
     num_projected = rank + 2 * state_size
     for i in range(num_projected):
@@ -131,7 +189,7 @@ def pack(packed, parameters, k, sizes):
             A_log = parameters.A_log[(k * channels + d) * state_size + n]
             packed.A[(block * state_size + n) * LANES + lane] = A_log
     for i in range(0, len(packed.A), LANES):
-        exponent = smallest(splat(float32(126.0)), multiply(load(packed.A, i), splat(LOG2_E)))
+        exponent = smallest(splat(float32(100.0)), multiply(load(packed.A, i), splat(LOG2_E)))
         store(packed.A, i, multiply(exp2(exponent), splat(-LOG2_E)))
 
 
@@ -141,15 +199,15 @@ def new_chunk(sizes):
         np.empty(CHUNK_LENGTH, np.int64),
         np.empty(CHUNK_LENGTH, np.int64),
         np.empty(CHUNK_LENGTH, np.int64),
-        np.empty(CHUNK_LENGTH * sizes.projected, np.float32),
-        np.empty(CHUNK_LENGTH * LANES, np.float32),
-        np.empty(CHUNK_LENGTH * LANES, np.float32),
-        np.empty(CHUNK_LENGTH * LANES, np.float32),
+        new_floats(CHUNK_LENGTH * sizes.projected),
+        new_floats(CHUNK_LENGTH * LANES),
+        new_floats(CHUNK_LENGTH * LANES),
+        new_floats(CHUNK_LENGTH * LANES),
     )
 
 
 @compiled
-def read_chunk(chunk, first, count, k, u, u_start, u_strides, packed, sizes):
+def read_chunk(chunk, first, count, k, u, u_start, strides, packed, sizes):
     """Finds the pixels of `count` steps of group k from number `first`, and projects them.
 
     Beside the map, where u is zero, the projections are, and delta, its bias being left, is not.
@@ -162,33 +220,32 @@ def read_chunk(chunk, first, count, k, u, u_start, u_strides, packed, sizes):
         row, column = 2 * row + k % 2, 2 * column + k // 2
         is_inside = row < sizes.height and column < sizes.width
         chunk.pixel[i] = row * sizes.width + column if is_inside else -1
-        chunk.source[i] = u_start + row * u_strides[1] + column * u_strides[2] if is_inside else -1
+        chunk.source[i] = u_start + row * strides.row + column * strides.column if is_inside else -1
 
-    size, projected, weight, source = sizes.projected, chunk.projected, packed.x_proj_weight, chunk.source
+    size, projected, source = sizes.projected, chunk.projected, chunk.source
     for i in range(0, count, TILE):
         # the last tile may count its last step several times; steps beside the map take any pixel, cleared below
         i1, i2, i3 = min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
-        i4, i5 = min(i + 4, count - 1), min(i + 5, count - 1)
-        p0, p1, p2 = max(source[i], u_start), max(source[i1], u_start), max(source[i2], u_start)
-        p3, p4, p5 = max(source[i3], u_start), max(source[i4], u_start), max(source[i5], u_start)
-        for lane in range(0, size, LANES):
-            s0 = s1 = s2 = s3 = s4 = s5 = splat(float32(0.0))
-            w = lane
-            for d in range(sizes.channels):
-                weights = load(weight, w)
-                w += size
-                s0 = multiply_add(load_splat(u, p0 + d), weights, s0)
-                s1 = multiply_add(load_splat(u, p1 + d), weights, s1)
-                s2 = multiply_add(load_splat(u, p2 + d), weights, s2)
-                s3 = multiply_add(load_splat(u, p3 + d), weights, s3)
-                s4 = multiply_add(load_splat(u, p4 + d), weights, s4)
-                s5 = multiply_add(load_splat(u, p5 + d), weights, s5)
-            store(projected, i * size + lane, s0)
-            store(projected, i1 * size + lane, s1)
-            store(projected, i2 * size + lane, s2)
-            store(projected, i3 * size + lane, s3)
-            store(projected, i4 * size + lane, s4)
-            store(projected, i5 * size + lane, s5)
+        i4, i5, i6, i7 = min(i + 4, count - 1), min(i + 5, count - 1), min(i + 6, count - 1), min(i + 7, count - 1)
+        p0, p1, p2, p3 = (
+            max(source[i], u_start),
+            max(source[i1], u_start),
+            max(source[i2], u_start),
+            max(source[i3], u_start),
+        )
+        p4, p5, p6, p7 = (
+            max(source[i4], u_start),
+            max(source[i5], u_start),
+            max(source[i6], u_start),
+            max(source[i7], u_start),
+        )
+        pixels = (p0, p1, p2, p3, p4, p5, p6, p7)
+        rows = (i * size, i1 * size, i2 * size, i3 * size, i4 * size, i5 * size, i6 * size, i7 * size)
+        in_threes = size // (3 * LANES) * (3 * LANES)
+        for j in range(0, in_threes, 3 * LANES):
+            products_of_48_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
+        for j in range(in_threes, size, LANES):
+            products_of_16_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
     for i in range(count):
         if source[i] < 0:
             projected[i * size : (i + 1) * size] = float32(0.0)
@@ -211,40 +268,51 @@ def read_block(chunk, count, block, u, packed, sizes):
 
 
 @compiled
-def scan_jobs(first, last, u, u_strides, parameters, y, sizes, num_splits):
-    """Jobs (B, K, splits of the blocks of channels): y (B, H, W, D) from u."""
+def scan_job(job, u, strides, parameters, y, sizes, num_splits, packed, chunk, h):
+    """A job of (B, K, splits of the blocks of channels): y (B, H, W, D) from u."""
+    split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     state_size = sizes.state_size
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_blocks = (sizes.channels + LANES - 1) // LANES
+    y_start = b * sizes.height * sizes.width * sizes.channels
+    pack(packed, parameters, k, sizes)
+    h[:] = float32(0.0)
+    for t in range(0, length, CHUNK_LENGTH):
+        count = min(CHUNK_LENGTH, length - t)
+        read_chunk(chunk, t, count, k, u, b * strides.image, strides, packed, sizes)
+        for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
+            read_block(chunk, count, block, u, packed, sizes)
+            channel, state = block * LANES, block * state_size * LANES
+            existing = min(LANES, sizes.channels - channel)
+            skip = load(packed.D, channel)
+            for i in range(count):
+                delta, u_t = load(chunk.delta, i * LANES), load(chunk.u, i * LANES)
+                delta_u, y_t = multiply(delta, u_t), multiply(skip, u_t)
+                B = i * sizes.projected + sizes.rank
+                C = B + state_size
+                for n in range(state_size):
+                    at = state + n * LANES
+                    added = multiply(delta_u, load_splat(chunk.projected, B + n))
+                    h_n = exp2_multiply_add(multiply(delta, load(packed.A, at)), load(h, at), added)
+                    store(h, at, h_n)
+                    y_t = multiply_add(h_n, load_splat(chunk.projected, C + n), y_t)
+                if chunk.pixel[i] >= 0:
+                    store_first(y, y_start + chunk.pixel[i] * sizes.channels + channel, y_t, existing)
+
+
+def scan_jobs(pointer):
+    """Does jobs until none is left. `pointer` leads to a record `SCAN_WORK`."""
+    work = carray(pointer, 1, SCAN_WORK)[0]
+    sizes, strides, parameters = sizes_in(work), strides_in(work), parameters_in(work)
+    u, y = float_pointer(work.u), float_pointer(work.y)
+    num_blocks = (sizes.channels + LANES - 1) // LANES
     packed, chunk = new_packed(sizes), new_chunk(sizes)
-    h = np.empty(num_blocks * state_size * LANES, np.float32)
-    for job in range(first, last):
-        split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
-        pack(packed, parameters, k, sizes)
-        h[:] = float32(0.0)
-        y_start = b * sizes.height * sizes.width * sizes.channels
-        for t in range(0, length, CHUNK_LENGTH):
-            count = min(CHUNK_LENGTH, length - t)
-            read_chunk(chunk, t, count, k, u, b * u_strides[0], u_strides, packed, sizes)
-            for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
-                read_block(chunk, count, block, u, packed, sizes)
-                channel, state = block * LANES, block * state_size * LANES
-                existing = min(LANES, sizes.channels - channel)
-                skip = load(packed.D, channel)
-                for i in range(count):
-                    delta, u_t = load(chunk.delta, i * LANES), load(chunk.u, i * LANES)
-                    delta_u, y_t = multiply(delta, u_t), multiply(skip, u_t)
-                    B = i * sizes.projected + sizes.rank
-                    C = B + state_size
-                    for n in range(state_size):
-                        at = state + n * LANES
-                        decay = exp2(multiply(delta, load(packed.A, at)))
-                        added = multiply(delta_u, load_splat(chunk.projected, B + n))
-                        h_n = multiply_add(decay, load(h, at), added)
-                        store(h, at, h_n)
-                        y_t = multiply_add(h_n, load_splat(chunk.projected, C + n), y_t)
-                    if chunk.pixel[i] >= 0:
-                        store_first(y, y_start + chunk.pixel[i] * sizes.channels + channel, y_t, existing)
+    h = new_floats(num_blocks * sizes.state_size * LANES)
+    job = claim_job(pointer)
+    while job < work.num_jobs:
+        scan_job(job, u, strides, parameters, y, sizes, work.num_splits, packed, chunk, h)
+        finish_job(pointer)
+        job = claim_job(pointer)
 
 
 @compiled
@@ -269,11 +337,56 @@ def copy_state(source, source_start, target, target_start, state_size):
         store(target, target_start + n, load(source, source_start + n))
 
 
+class AdjointSpace(NamedTuple):
+    """Memory of a thread for the backward pass."""
+
+    starts: np.ndarray  # (chunks, blocks, N, 16), states before each chunk
+    h: np.ndarray  # (T + 1, N, 16), states before each step of a chunk, and after the last
+    decays: np.ndarray  # (T, N, 16)
+    adjoint: np.ndarray  # (blocks, N, 16), of the state after the current step, through all later steps
+    sum_A: np.ndarray  # (blocks, N, 16)
+    sum_weight: np.ndarray  # (blocks, R, 16)
+    sum_bias: np.ndarray  # (blocks, 16)
+    sum_skip: np.ndarray  # (blocks, 16)
+    by_lane: np.ndarray  # (T, sizes.projected, 16): gradients of dt, B and C, channels 16 apart added up
+
+
 @compiled
-def adjoint_jobs(
-    first, last, u, u_strides, parameters, grad_y, grad_u, grad_projected, grad_parameters, sizes, num_splits
+def new_adjoint_space(sizes):
+    length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
+    num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+    num_blocks = (sizes.channels + LANES - 1) // LANES
+    state = sizes.state_size * LANES
+    return AdjointSpace(
+        new_floats(num_chunks * num_blocks * state),
+        new_floats((CHUNK_LENGTH + 1) * state),
+        new_floats(CHUNK_LENGTH * state),
+        new_floats(num_blocks * state),
+        new_floats(num_blocks * state),
+        new_floats(num_blocks * sizes.rank * LANES),
+        new_floats(num_blocks * LANES),
+        new_floats(num_blocks * LANES),
+        new_floats(CHUNK_LENGTH * sizes.projected * LANES),
+    )
+
+
+@compiled
+def adjoint_job(
+    job,
+    u,
+    strides,
+    parameters,
+    grad_y,
+    grad_u,
+    grad_projected,
+    grad_parameters,
+    sizes,
+    num_splits,
+    packed,
+    chunk,
+    space,
 ):
-    """Jobs (B, K, splits of the blocks of channels): gradients of the recurrence from grad_y (B, H, W, D).
+    """A job of (B, K, splits of the blocks of channels): gradients of the recurrence from grad_y (B, H, W, D).
 
     `grad_parameters` are for each image, (B, K, ...), that of `x_proj_weight` is left alone. `grad_projected`
     (B, K, splits, rows, columns, sizes.projected) is to be summed over the splits. `grad_u` has what reaches u through
@@ -284,107 +397,132 @@ def adjoint_jobs(
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     num_blocks = (sizes.channels + LANES - 1) // LANES
-    packed, chunk = new_packed(sizes), new_chunk(sizes)
-    starts = np.empty((num_chunks + 1) * num_blocks * state, np.float32)  # states before each chunk
-    h = np.empty((CHUNK_LENGTH + 1) * state, np.float32)
-    decays = np.empty(CHUNK_LENGTH * state, np.float32)
-    adjoint = np.empty(num_blocks * state, np.float32)  # of the state after the current step, through all later steps
-    sum_A = np.empty(num_blocks * state, np.float32)
-    sum_weight = np.empty(num_blocks * rank * LANES, np.float32)
-    sum_bias, sum_skip = np.empty(num_blocks * LANES, np.float32), np.empty(num_blocks * LANES, np.float32)
-    # gradients of dt, B and C, (T, sizes.projected, 16), channels that differ by a multiple of 16 added up
-    by_lane = np.empty(CHUNK_LENGTH * size * LANES, np.float32)
+    starts, h, decays, adjoint, sum_A, sum_weight, sum_bias, sum_skip, by_lane = space
     zero = splat(float32(0.0))
-    for job in range(first, last):
-        split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
-        first_block, last_block = num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits
-        u_start, y_start = b * u_strides[0], b * sizes.height * sizes.width * sizes.channels
-        pack(packed, parameters, k, sizes)
+    split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
+    first_block, last_block = num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits
+    u_start, y_start = b * strides.image, b * sizes.height * sizes.width * sizes.channels
+    pack(packed, parameters, k, sizes)
 
-        starts[: num_blocks * state] = float32(0.0)
-        for c in range(num_chunks - 1):
-            read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, k, u, u_start, u_strides, packed, sizes)
-            for block in range(first_block, last_block):
-                at = (c * num_blocks + block) * state
-                read_block(chunk, CHUNK_LENGTH, block, u, packed, sizes)
-                copy_state(starts, at, h, 0, state_size)
-                run_chunk(chunk, CHUNK_LENGTH, block, packed, h, decays, sizes)
-                copy_state(h, CHUNK_LENGTH * state, starts, at + num_blocks * state, state_size)
+    starts[: num_blocks * state] = float32(0.0)
+    for c in range(num_chunks - 1):
+        read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, k, u, u_start, strides, packed, sizes)
+        for block in range(first_block, last_block):
+            at = (c * num_blocks + block) * state
+            read_block(chunk, CHUNK_LENGTH, block, u, packed, sizes)
+            copy_state(starts, at, h, 0, state_size)
+            run_chunk(chunk, CHUNK_LENGTH, block, packed, h, decays, sizes)
+            copy_state(h, CHUNK_LENGTH * state, starts, at + num_blocks * state, state_size)
 
-        adjoint[:] = float32(0.0)
-        sum_A[:] = float32(0.0)
-        sum_weight[:] = float32(0.0)
-        sum_bias[:] = float32(0.0)
-        sum_skip[:] = float32(0.0)
-        for c in range(num_chunks - 1, -1, -1):
-            count = min(CHUNK_LENGTH, length - c * CHUNK_LENGTH)
-            read_chunk(chunk, c * CHUNK_LENGTH, count, k, u, u_start, u_strides, packed, sizes)
-            by_lane[:] = float32(0.0)
-            for block in range(first_block, last_block):
-                channel = block * LANES
-                existing = min(LANES, sizes.channels - channel)
-                skip = load(packed.D, channel)
-                read_block(chunk, count, block, u, packed, sizes)
-                copy_state(starts, (c * num_blocks + block) * state, h, 0, state_size)
-                run_chunk(chunk, count, block, packed, h, decays, sizes)
-                for i in range(count - 1, -1, -1):
-                    is_inside = chunk.pixel[i] >= 0
-                    pixel = y_start + chunk.pixel[i] * sizes.channels + channel
-                    grad_y_t = load_first(grad_y, pixel, existing if is_inside else 0)
-                    delta, u_t = load(chunk.delta, i * LANES), load(chunk.u, i * LANES)
-                    delta_u = multiply(delta, u_t)
-                    grad_delta_u = grad_delta = zero
-                    dt = i * size
-                    B, C = dt + rank, dt + rank + state_size
-                    for n in range(state_size):
-                        at, here = i * state + n * LANES, block * state + n * LANES
-                        to_B, to_C = (B + n) * LANES, (C + n) * LANES
-                        adjoint_n = multiply_add(grad_y_t, load_splat(chunk.projected, C + n), load(adjoint, here))
-                        before = multiply(adjoint_n, load(decays, at))  # the adjoint of the state before this step
-                        through_decay = multiply(before, load(h, at))
-                        store(adjoint, here, before)
-                        store(sum_A, here, multiply_add(through_decay, delta, load(sum_A, here)))
-                        store(by_lane, to_B, multiply_add(adjoint_n, delta_u, load(by_lane, to_B)))
-                        store(by_lane, to_C, multiply_add(grad_y_t, load(h, at + state), load(by_lane, to_C)))
-                        grad_delta_u = multiply_add(adjoint_n, load_splat(chunk.projected, B + n), grad_delta_u)
-                        grad_delta = multiply_add(through_decay, load(packed.A, here), grad_delta)
-                    # A is in units of log 2
-                    grad_delta = multiply_add(u_t, grad_delta_u, multiply(grad_delta, splat(LOG_2)))
-                    grad_raw = multiply(grad_delta, sigmoid(load(chunk.raw, i * LANES)))
-                    for r in range(rank):
-                        at, to_dt = (block * rank + r) * LANES, (dt + r) * LANES
-                        dt_r = load_splat(chunk.projected, dt + r)
-                        store(sum_weight, at, multiply_add(grad_raw, dt_r, load(sum_weight, at)))
-                        weight = load(packed.dt_proj_weight, at)
-                        store(by_lane, to_dt, multiply_add(grad_raw, weight, load(by_lane, to_dt)))
-                    store(sum_bias, channel, add(load(sum_bias, channel), grad_raw))
-                    store(sum_skip, channel, multiply_add(grad_y_t, u_t, load(sum_skip, channel)))
-                    if is_inside:
-                        grad_u_t = multiply_add(delta, grad_delta_u, multiply(skip, grad_y_t))
-                        store_first(grad_u, pixel, grad_u_t, existing)
-            for i in range(count):
-                out = (job * length + chunk.cell[i]) * size
-                for j in range(0, size, LANES):
-                    store(grad_projected, out + j, lane_sums(by_lane, (i * size + j) * LANES))
+    adjoint[:] = float32(0.0)
+    sum_A[:] = float32(0.0)
+    sum_weight[:] = float32(0.0)
+    sum_bias[:] = float32(0.0)
+    sum_skip[:] = float32(0.0)
+    for c in range(num_chunks - 1, -1, -1):
+        count = min(CHUNK_LENGTH, length - c * CHUNK_LENGTH)
+        read_chunk(chunk, c * CHUNK_LENGTH, count, k, u, u_start, strides, packed, sizes)
+        by_lane[:] = float32(0.0)
+        for block in range(first_block, last_block):
+            channel = block * LANES
+            existing = min(LANES, sizes.channels - channel)
+            skip = load(packed.D, channel)
+            read_block(chunk, count, block, u, packed, sizes)
+            copy_state(starts, (c * num_blocks + block) * state, h, 0, state_size)
+            run_chunk(chunk, count, block, packed, h, decays, sizes)
+            for i in range(count - 1, -1, -1):
+                is_inside = chunk.pixel[i] >= 0
+                pixel = y_start + chunk.pixel[i] * sizes.channels + channel
+                grad_y_t = load_first(grad_y, pixel, existing if is_inside else 0)
+                delta, u_t = load(chunk.delta, i * LANES), load(chunk.u, i * LANES)
+                delta_u = multiply(delta, u_t)
+                grad_delta_u = grad_delta = zero
+                dt = i * size
+                B, C = dt + rank, dt + rank + state_size
+                for n in range(state_size):
+                    at, here = i * state + n * LANES, block * state + n * LANES
+                    to_B, to_C = (B + n) * LANES, (C + n) * LANES
+                    adjoint_n = multiply_add(grad_y_t, load_splat(chunk.projected, C + n), load(adjoint, here))
+                    before = multiply(adjoint_n, load(decays, at))  # the adjoint of the state before this step
+                    through_decay = multiply(before, load(h, at))
+                    store(adjoint, here, before)
+                    store(sum_A, here, multiply_add(through_decay, delta, load(sum_A, here)))
+                    store(by_lane, to_B, multiply_add(adjoint_n, delta_u, load(by_lane, to_B)))
+                    store(by_lane, to_C, multiply_add(grad_y_t, load(h, at + state), load(by_lane, to_C)))
+                    grad_delta_u = multiply_add(adjoint_n, load_splat(chunk.projected, B + n), grad_delta_u)
+                    grad_delta = multiply_add(through_decay, load(packed.A, here), grad_delta)
+                # A is in units of log 2
+                grad_delta = multiply_add(u_t, grad_delta_u, multiply(grad_delta, splat(LOG_2)))
+                grad_raw = multiply(grad_delta, sigmoid(load(chunk.raw, i * LANES)))
+                for r in range(rank):
+                    at, to_dt = (block * rank + r) * LANES, (dt + r) * LANES
+                    dt_r = load_splat(chunk.projected, dt + r)
+                    store(sum_weight, at, multiply_add(grad_raw, dt_r, load(sum_weight, at)))
+                    weight = load(packed.dt_proj_weight, at)
+                    store(by_lane, to_dt, multiply_add(grad_raw, weight, load(by_lane, to_dt)))
+                store(sum_bias, channel, add(load(sum_bias, channel), grad_raw))
+                store(sum_skip, channel, multiply_add(grad_y_t, u_t, load(sum_skip, channel)))
+                if is_inside:
+                    grad_u_t = multiply_add(delta, grad_delta_u, multiply(skip, grad_y_t))
+                    store_first(grad_u, pixel, grad_u_t, existing)
+        for i in range(count):
+            out = (job * length + chunk.cell[i]) * size
+            for j in range(0, size, LANES):
+                store(grad_projected, out + j, lane_sums(by_lane, (i * size + j) * LANES))
 
-        for d in range(first_block * LANES, min(last_block * LANES, sizes.channels)):
-            block, lane = d // LANES, d % LANES
-            out = (b * NUM_GROUPS + k) * sizes.channels + d
-            grad_parameters.dt_proj_bias[out] = sum_bias[d]
-            grad_parameters.D[out] = sum_skip[d]
-            for r in range(rank):
-                weight = sum_weight[(block * rank + r) * LANES + lane]
-                grad_parameters.dt_proj_weight[out * rank + r] = weight
-            for n in range(state_size):
-                # A_log reaches the decays through A, whose derivative is A itself
-                at = (block * state_size + n) * LANES + lane
-                grad_parameters.A_log[out * state_size + n] = sum_A[at] * packed.A[at] * LOG_2
+    for d in range(first_block * LANES, min(last_block * LANES, sizes.channels)):
+        block, lane = d // LANES, d % LANES
+        out = (b * NUM_GROUPS + k) * sizes.channels + d
+        grad_parameters.dt_proj_bias[out] = sum_bias[d]
+        grad_parameters.D[out] = sum_skip[d]
+        for r in range(rank):
+            weight = sum_weight[(block * rank + r) * LANES + lane]
+            grad_parameters.dt_proj_weight[out * rank + r] = weight
+        for n in range(state_size):
+            # A_log reaches the decays through A, whose derivative is A itself
+            at = (block * state_size + n) * LANES + lane
+            grad_parameters.A_log[out * state_size + n] = sum_A[at] * packed.A[at] * LOG_2
 
 
-def flat(tensor: torch.Tensor) -> np.ndarray:
-    """The memory that a tensor spans, from its first element, as a 1-d array."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((span,), (1,)).numpy()
+def adjoint_jobs(pointer):
+    """Does jobs until none is left. `pointer` leads to a record `ADJOINT_WORK`."""
+    work = carray(pointer, 1, ADJOINT_WORK)[0]
+    sizes, strides, parameters = sizes_in(work), strides_in(work), parameters_in(work)
+    u, grad_y, grad_u = float_pointer(work.u), float_pointer(work.grad_y), float_pointer(work.grad_u)
+    grad_projected = float_pointer(work.grad_projected)
+    grad_parameters = Parameters(
+        float_pointer(work.grad_x_proj_weight),
+        float_pointer(work.grad_dt_proj_weight),
+        float_pointer(work.grad_dt_proj_bias),
+        float_pointer(work.grad_A_log),
+        float_pointer(work.grad_D),
+    )
+    packed, chunk, space = new_packed(sizes), new_chunk(sizes), new_adjoint_space(sizes)
+    job = claim_job(pointer)
+    while job < work.num_jobs:
+        adjoint_job(
+            job,
+            u,
+            strides,
+            parameters,
+            grad_y,
+            grad_u,
+            grad_projected,
+            grad_parameters,
+            sizes,
+            work.num_splits,
+            packed,
+            chunk,
+            space,
+        )
+        finish_job(pointer)
+        job = claim_job(pointer)
+
+
+@cache
+def compiled_kernel(jobs: Callable) -> CFunc:
+    """`scan_jobs` or `adjoint_jobs` for C callers: no Python, and so no GIL, between the threads and their jobs."""
+    return cfunc(types.void(types.voidptr), cache=True, boundscheck=False, error_model="numpy")(jobs)
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -393,16 +531,39 @@ def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
     return u if u.stride(-1) == 1 else u.contiguous()
 
 
-def prepare(arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, list[torch.Tensor], Sizes, int]:
-    """The map and the parameters as the kernels want them, their sizes, and in how many parts to share channels."""
+class Call(NamedTuple):
+    """The arguments as the kernels want them, in float32, and what their work records have in common."""
+
+    u: torch.Tensor  # (B, H, W, D), channels dense
+    parameters: list[torch.Tensor]  # dense
+    num_splits: int  # in how many parts the channels are shared
+    work: dict[str, int]
+
+
+def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
     hidden_states, *parameters = arguments
     u = with_dense_channels(hidden_states)
     parameters = [parameter.detach().float().contiguous() for parameter in parameters]
+    batch_size, height, width, channels = u.shape
     rank, state_size = parameters[1].shape[-1], parameters[3].shape[-1]
-    sizes = Sizes(*u.shape[1:], rank, state_size, math.ceil((rank + 2 * state_size) / LANES) * LANES)
     # only where images and groups are too few for the threads: each part projects all channels for itself
-    num_splits = math.ceil(torch.get_num_threads() / (u.shape[0] * NUM_GROUPS))
-    return u, parameters, sizes, min(num_splits, math.ceil(sizes.channels / LANES))
+    num_splits = math.ceil(torch.get_num_threads() / (batch_size * NUM_GROUPS))
+    num_splits = min(num_splits, math.ceil(channels / LANES))
+    work = {
+        "num_jobs": batch_size * NUM_GROUPS * num_splits,
+        "u": u.data_ptr(),
+        **Strides(*u.stride()[:3])._asdict(),
+        **Sizes(
+            height, width, channels, rank, state_size, math.ceil((rank + 2 * state_size) / LANES) * LANES
+        )._asdict(),
+        "num_splits": num_splits,
+        **addresses(Parameters._fields, parameters),
+    }
+    return Call(u, parameters, num_splits, work)
+
+
+def addresses(names: Iterable[str], tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def forward(
@@ -414,12 +575,9 @@ def forward(
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
     """The operator in float32, returned in the dtype of `hidden_states`."""
-    arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    u, parameters, sizes, num_splits = prepare(arguments)
-    y = u.new_empty(u.shape)
-    num_jobs = u.shape[0] * NUM_GROUPS * num_splits
-    flat_parameters = Parameters(*map(flat, parameters))
-    run_jobs(scan_jobs, num_jobs, flat(u), u.stride()[:3], flat_parameters, flat(y), sizes, num_splits)
+    call = prepare((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
+    y = call.u.new_empty(call.u.shape)
+    run_jobs(compiled_kernel(scan_jobs).ctypes, SCAN_WORK, call.work | {"y": y.data_ptr()})
     return y.to(hidden_states.dtype)
 
 
@@ -434,26 +592,18 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    u, parameters, sizes, num_splits = prepare(arguments)
-    batch_size = u.shape[0]
-    rows, columns = (sizes.height + 1) // 2, (sizes.width + 1) // 2
+    u, parameters, num_splits, work = prepare(arguments)
+    batch_size, height, width, _ = u.shape
+    grad = grad.detach().float().contiguous()
     grad_u = u.new_empty(u.shape)
-    grad_projected = u.new_empty(batch_size, NUM_GROUPS, num_splits, rows, columns, sizes.projected)
+    grad_projected = u.new_empty(
+        batch_size, NUM_GROUPS, num_splits, (height + 1) // 2, (width + 1) // 2, work["projected"]
+    )
     weight, *others = parameters
     grad_weight, *grad_others = torch.empty_like(weight), *(u.new_empty(batch_size, *other.shape) for other in others)
-    run_jobs(
-        adjoint_jobs,
-        batch_size * NUM_GROUPS * num_splits,
-        flat(u),
-        u.stride()[:3],
-        Parameters(*map(flat, parameters)),
-        flat(grad.detach().float().contiguous()),
-        flat(grad_u),
-        flat(grad_projected),
-        Parameters(*map(flat, (grad_weight, *grad_others))),
-        sizes,
-        num_splits,
-    )
+    outputs = (grad, grad_u, grad_projected, grad_weight, *grad_others)
+    names = ADJOINT_WORK.names[-len(outputs) :]
+    run_jobs(compiled_kernel(adjoint_jobs).ctypes, ADJOINT_WORK, work | addresses(names, outputs))
 
     grad_projected = grad_projected.sum(dim=2)[..., : weight.shape[1]]  # (B, K, rows, columns, R + 2N)
     for k in range(NUM_GROUPS):

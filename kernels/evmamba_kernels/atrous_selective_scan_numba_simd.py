@@ -12,6 +12,7 @@ try:
     from llvmlite import ir
     from numba import njit
     from numba.core import cgutils, types
+    from numba.core.registry import cpu_target
     from numba.extending import intrinsic, models, register_model
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
@@ -41,8 +42,10 @@ class VectorModel(models.PrimitiveModel):
 
 
 def element_pointer(context, builder, array_type, array, index, pointee):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), pointee.as_pointer())
+    """The address of an element of a 1-d array, or of memory that a pointer points to."""
+    if isinstance(array_type, types.Array):
+        array = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(array, [index]), pointee.as_pointer())
 
 
 def lane_mask(builder, count):
@@ -66,6 +69,16 @@ def shuffle(builder, a, b, lanes):
 def call_llvm(builder, name, result, *arguments):
     function_type = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+@intrinsic
+def float_pointer(typing_context, address):
+    """A pointer to float32 numbers from its address, an integer. Where the others say array, they take one too."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
 
 
 @intrinsic
@@ -191,6 +204,50 @@ def absolute(typing_context, a):
     return Vector(Vector), generate
 
 
+def products_of_tile(num_vectors):
+    @intrinsic
+    def products(typing_context, u, pixels, channels, weight, column, num_columns, out, rows):
+        """Products of several pixels' channels (their first elements in `u` given) with columns of a matrix.
+
+        `weight` is (channels, num_columns); the 16 or more columns from `column` are taken. All sums stay in registers
+        and a vector of weights is loaded once for all pixels. The sums of a pixel go to `out` from its row on.
+        """
+
+        def generate(context, builder, signature, arguments):
+            u, pixels, channels, weight, column, num_columns, out, rows = arguments
+            pixels, rows = cgutils.unpack_tuple(builder, pixels), cgutils.unpack_tuple(builder, rows)
+            zeros = ir.Constant(VECTOR, [0.0] * LANES)
+            sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(num_vectors)] for _ in pixels]
+
+            def vectors(array, start):
+                array_type = signature.args[6] if array is out else signature.args[3]
+                starts = [builder.add(start, ir.Constant(start.type, LANES * i)) for i in range(num_vectors)]
+                return [element_pointer(context, builder, array_type, array, i, VECTOR) for i in starts]
+
+            with cgutils.for_range(builder, channels) as loop:
+                row = builder.add(builder.mul(loop.index, num_columns), column)
+                weights = [builder.load(pointer, align=4) for pointer in vectors(weight, row)]
+                for pixel, sums_of_pixel in zip(pixels, sums, strict=True):
+                    at = builder.add(pixel, loop.index)
+                    pointer = element_pointer(context, builder, signature.args[0], u, at, ir.FloatType())
+                    channel = broadcast(builder, builder.load(pointer), VECTOR)
+                    for weight_vector, place in zip(weights, sums_of_pixel, strict=True):
+                        operands = channel, weight_vector, builder.load(place)
+                        builder.store(call_llvm(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, *operands), place)
+            for row, sums_of_pixel in zip(rows, sums, strict=True):
+                for pointer, place in zip(vectors(out, builder.add(row, column)), sums_of_pixel, strict=True):
+                    builder.store(builder.load(place), pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.none(u, pixels, channels, weight, column, num_columns, out, rows), generate
+
+    return products
+
+
+products_of_16_columns = products_of_tile(1)
+products_of_48_columns = products_of_tile(3)
+
+
 @intrinsic
 def lane_sums(typing_context, array, index):
     """The lane sums of 16 vectors that lie one after the other, as one vector.
@@ -246,7 +303,7 @@ def exp2_of_fraction(f, n):
 
 
 @njit
-def exp2(x):
+def exp2_by_polynomial(x):
     """2^x for x <= 126, within 3 ulp; 2^-126 for all x below -126.
 
     Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
@@ -254,6 +311,75 @@ def exp2(x):
     x = largest(splat(float32(-126.0)), x)
     n = add(x, splat(float32(12582912.0)))
     return exp2_of_fraction(subtract(x, subtract(n, splat(float32(12582912.0)))), n)
+
+
+@njit
+def exp2_multiply_add_by_polynomial(x, a, b):
+    """2^x a + b."""
+    return multiply_add(exp2_by_polynomial(x), a, b)
+
+
+# 2^f for |f| <= 1/64 is SCALE ((f + SHIFT)^2 + REST) with a relative error of 0.9 ulp: interpolation in Chebyshev's
+# nodes, written as a square, so that it takes an addition and a multiply-add, and the table of powers holds the scale.
+SCALE, SHIFT, REST = 0.24022826809625927, float32(1.4427056), float32(2.0813080)
+
+
+@intrinsic
+def scaled_power_of_fraction(typing_context, n):
+    """SCALE 2^(j/32), j being the low five bits of the number's representation. One instruction of AVX-512."""
+
+    def generate(context, builder, signature, arguments):
+        powers = [SCALE * 2 ** (j / 32) for j in range(2 * LANES)]
+        low, high = ir.Constant(VECTOR, powers[:LANES]), ir.Constant(VECTOR, powers[LANES:])
+        j = builder.bitcast(arguments[0], INTEGERS)
+        return call_llvm(builder, "llvm.x86.avx512.vpermi2var.ps.512", VECTOR, low, j, high)
+
+    return Vector(Vector), generate
+
+
+@intrinsic
+def multiply_by_power(typing_context, a, x):
+    """a 2^floor(x), zero where that is too small. One instruction of AVX-512."""
+
+    def generate(context, builder, signature, arguments):
+        a, x = arguments
+        all_lanes, rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(ir.IntType(32), 4)
+        return call_llvm(builder, "llvm.x86.avx512.mask.scalef.ps.512", VECTOR, a, x, a, all_lanes, rounding)
+
+    return Vector(Vector, Vector), generate
+
+
+@njit
+def split_by_table(x):
+    """Three parts of x, of which 2^x is made: the power of its fraction, its multiple of 1/32, the square of the rest.
+
+    Adding 1.5 * 2^18 leaves the nearest multiple of 1/32 in the low bits of the sum.
+    """
+    n = add(x, splat(float32(393216.0)))
+    nearest = subtract(n, splat(float32(393216.0)))
+    shifted = add(subtract(x, nearest), splat(SHIFT))
+    return scaled_power_of_fraction(n), nearest, multiply_add(shifted, shifted, splat(REST))
+
+
+@njit
+def exp2_by_table(x):
+    """2^x for finite x, within 3 ulp from -123 on; below, where numbers are subnormal, within 2^-147."""
+    power, nearest, square = split_by_table(x)
+    return multiply(multiply_by_power(power, nearest), square)
+
+
+@njit
+def exp2_multiply_add_by_table(x, a, b):
+    """2^x a + b, with a multiplication less than in two steps."""
+    power, nearest, square = split_by_table(x)
+    return multiply_add(multiply_by_power(multiply(power, a), nearest), square, b)
+
+
+# The table takes less of the units that multiply than the polynomial (benchmarks/NOTES.md), but two instructions that
+# only AVX-512 has.
+HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+exp2 = exp2_by_table if HAS_AVX512 else exp2_by_polynomial
+exp2_multiply_add = exp2_multiply_add_by_table if HAS_AVX512 else exp2_multiply_add_by_polynomial
 
 
 @njit

@@ -1,7 +1,8 @@
-"""Threads for compiled kernels that release the GIL.
+"""Threads for compiled kernels.
 
 Numba's own `parallel=True` aborts the process when two Python threads enter it at once (layer "workqueue") or after a
-fork (layer "omp"). Here a kernel is called with a range of jobs by each of a few threads:
+fork (layer "omp"). Here a kernel is a C function that takes a pointer to its work and claims one job after the other
+from it, called by each of a few threads:
 
 - those of the OpenMP runtime that PyTorch computes with, where it is GNU's or one with its interface (Linux). Between
   two operators they wait for work by spinning, and threads of our own would have to share the cores with them;
@@ -14,17 +15,29 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
 
+import numpy as np
 import torch
 
 
-Job = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+try:
+    from llvmlite import ir
+    from numba.core import types
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
+
+
+# The first fields of a work record, each an int64. The first two begin at 0 and are counted up by the threads.
+COUNTERS = ("next_job", "jobs_done", "num_jobs")
+
+Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def find_openmp() -> ctypes.CDLL | None:
     """The OpenMP runtime in this process, None where it has not the interface of GNU's."""
     try:
         library = ctypes.CDLL(None)  # importing torch made its symbols global
-        library.GOMP_parallel.argtypes = [Job, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.argtypes = [Kernel, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
         library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018, raises where one is missing
     except (AttributeError, OSError, TypeError):
@@ -33,14 +46,14 @@ def find_openmp() -> ctypes.CDLL | None:
 
 
 openmp = find_openmp()
-work: SimpleQueue = SimpleQueue()
+calls: SimpleQueue = SimpleQueue()
 workers: list[Thread] = []
 
 
 def forget_threads() -> None:
-    """No thread survives a fork: the child starts without any, and without what they had still to do."""
-    global openmp, work
-    openmp, work = None, SimpleQueue()
+    """No thread survives a fork: the child starts without any, and without what they had to do still."""
+    global openmp, calls
+    openmp, calls = None, SimpleQueue()
     workers.clear()
 
 
@@ -48,49 +61,69 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=forget_threads)
 
 
-def run_jobs(kernel: Callable, num_jobs: int, *arguments) -> None:
-    """Calls `kernel(first, last, *arguments)` on ranges that cover `num_jobs`, in `torch.get_num_threads()` threads.
+@intrinsic
+def claim_job(typing_context, work):
+    """The number of the next job, taken from the record that `work` points to. No two threads get the same."""
 
-    Any number of Python threads may call it at once.
+    def generate(context, builder, signature, arguments):
+        return add_atomically(builder, arguments[0], COUNTERS.index("next_job"))
+
+    return types.int64(types.voidptr), generate
+
+
+@intrinsic
+def finish_job(typing_context, work):
+    """Counts a job that is done."""
+
+    def generate(context, builder, signature, arguments):
+        return add_atomically(builder, arguments[0], COUNTERS.index("jobs_done"))
+
+    return types.int64(types.voidptr), generate
+
+
+def add_atomically(builder, pointer, field):
+    counters = builder.bitcast(pointer, ir.IntType(64).as_pointer())
+    place = builder.gep(counters, [ir.Constant(ir.IntType(64), field)])
+    return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+
+def run_jobs(kernel: Callable, record_type: np.dtype, fields: dict[str, int]) -> None:
+    """Calls `kernel` with a pointer to its work in `torch.get_num_threads()` threads, which share the jobs.
+
+    The work is a record of `fields` that begins with `COUNTERS`. Any number of Python threads may call at once.
+
+    Raises:
+        MemoryError: where jobs were left undone, as a thread got no memory.
     """
-    num_threads = min(torch.get_num_threads(), num_jobs)
-    errors = []
-
-    def run_part(part: int, num_parts: int) -> None:
-        try:
-            kernel(num_jobs * part // num_parts, num_jobs * (part + 1) // num_parts, *arguments)
-        except BaseException as error:  # to be raised by the caller
-            errors.append(error)
-
+    work = np.array([tuple(fields.get(name, 0) for name in record_type.names)], record_type)
+    num_threads = min(torch.get_num_threads(), fields["num_jobs"])
     if num_threads == 1:
-        run_part(0, 1)
+        kernel(work.ctypes.data)
     elif openmp is not None:
-        # the team may be smaller than asked for
-        body = Job(lambda _: run_part(openmp.omp_get_thread_num(), openmp.omp_get_num_threads()))
-        openmp.GOMP_parallel(body, None, num_threads, 0)
+        openmp.GOMP_parallel(kernel, work.ctypes.data, num_threads, 0)
     else:
-        run_in_workers(run_part, num_threads)
-    if errors:
-        raise errors[0]
+        run_in_workers(kernel, work.ctypes.data, num_threads)
+    if work["jobs_done"] != fields["num_jobs"]:
+        raise MemoryError(f"the CPU kernel finished {work['jobs_done'][0]} of {fields['num_jobs']} jobs")
 
 
-def run_in_workers(run_part: Callable[[int, int], None], num_threads: int) -> None:
-    """Calls `run_part(part, num_threads)` for every part, the last one in this thread, the others in our own."""
+def run_in_workers(kernel: Callable, pointer: int, num_threads: int) -> None:
+    """Calls `kernel(pointer)` in this thread and in threads of our own."""
     while len(workers) < num_threads - 1:
-        worker = Thread(target=wait_for_work, args=(work,), name=f"evmamba-scan-{len(workers)}", daemon=True)
+        worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-scan-{len(workers)}", daemon=True)
         workers.append(worker)
         worker.start()
 
     done = SimpleQueue()
-    for part in range(num_threads - 1):
-        work.put((run_part, part, num_threads, done))
-    run_part(num_threads - 1, num_threads)
+    for _ in range(num_threads - 1):
+        calls.put((kernel, pointer, done))
+    kernel(pointer)
     for _ in range(num_threads - 1):
         done.get()
 
 
 def wait_for_work(queue: SimpleQueue) -> None:
     while True:
-        run_part, part, num_parts, done = queue.get()
-        run_part(part, num_parts)
-        done.put(part)
+        kernel, pointer, done = queue.get()
+        kernel(pointer)
+        done.put(None)
