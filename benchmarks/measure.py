@@ -22,23 +22,28 @@ console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 
 RESULTS_DIR = Path(__file__).parent / "results"
-WARM_UP_ROUNDS = 2  # the first call compiles, the second finds the caches cold
+WARM_UP_ROUNDS = 2  # the first call compiles
+CALLS_PER_ROUND = 4  # the first is not timed: it finds the caches, and the allocator, as the method before left them
 
 
 def median_times(
     methods: dict[Hashable, Callable[[], object]], repeats: int, device: torch.device, description: str
 ) -> dict[Hashable, float]:
-    """Median seconds of each method. Every round calls all of them, so that a slow moment of the machine hits all."""
+    """Median seconds of a call of each method in steady state.
+
+    Every round calls all methods, each a few times in a row, so that a slow moment of the machine hits all.
+    """
     times = {name: [] for name in methods}
     rounds = range(WARM_UP_ROUNDS + repeats)
     for i in track(rounds, description, console=error_console, transient=True):
         for name, method in methods.items():
-            synchronize(device)
-            start = time.perf_counter()
-            method()
-            synchronize(device)
-            if i >= WARM_UP_ROUNDS:
-                times[name].append(time.perf_counter() - start)
+            for call in range(CALLS_PER_ROUND):
+                synchronize(device)
+                start = time.perf_counter()
+                method()
+                synchronize(device)
+                if i >= WARM_UP_ROUNDS and call > 0:
+                    times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

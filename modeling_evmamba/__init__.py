@@ -7,6 +7,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .configuration_evmamba import VARIANTS, EfficientVMambaConfig
+from .inference_evmamba import optimize_for_inference
 from .modeling_evmamba import (
     EfficientVMambaBackbone,
     EfficientVMambaForImageClassification,
@@ -35,4 +36,5 @@ __all__ = [
     "EfficientVMambaForImageClassification",
     "EfficientVMambaModel",
     "EfficientVMambaPreTrainedModel",
+    "optimize_for_inference",
 ]

@@ -43,6 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .atrous_selective_scan import atrous_selective_scan
 from .configuration_evmamba import EfficientVMambaConfig
+from .layer_norm_gated import layer_norm_gated
 
 
 NUM_SCAN_GROUPS = 4  # skip sampling with step 2: one group per parity of row and column
@@ -144,6 +145,7 @@ class EfficientVMambaES2D(nn.Module):
         self.dt_proj_bias = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
         self.A_log = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, state_size))
         self.D = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
+        self.activation = nn.SiLU()
         self.layernorm = nn.LayerNorm(intermediate_size, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=config.use_bias)
 
@@ -162,16 +164,17 @@ class EfficientVMambaES2D(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
-        u = self.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        u = self.activation(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = atrous_selective_scan(
-            F.silu(u),
+            u,
             self.x_proj_weight,
             self.dt_proj_weight,
             self.dt_proj_bias,
             self.A_log,
             self.D,
         )
-        return self.out_proj(self.layernorm(y) * F.silu(z))
+        y = layer_norm_gated(y, z, self.layernorm.weight, self.layernorm.bias, self.layernorm.eps)
+        return self.out_proj(y)
 
 
 class EfficientVMambaLocalBranch(nn.Module):
@@ -181,16 +184,16 @@ class EfficientVMambaLocalBranch(nn.Module):
         super().__init__()
         self.depthwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
         self.batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
+        self.activation = nn.GELU()
         self.pointwise_conv = EfficientVMambaPointwiseConv(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        hidden_states = self.depthwise_conv(hidden_states.permute(0, 3, 1, 2))
-        hidden_states = self.pointwise_conv(F.gelu(self.batch_norm(hidden_states)))
-        return hidden_states.permute(0, 2, 3, 1)
+        hidden_states = self.batch_norm(self.depthwise_conv(hidden_states.permute(0, 3, 1, 2)))
+        return self.pointwise_conv(self.activation(hidden_states)).permute(0, 2, 3, 1)
 
 
 class EfficientVMambaChannelGate(nn.Module):
-    """Scales each channel by a number in (0, 1) that depends on the mean of the normalized map."""
+    """A factor in (0, 1) for each channel that depends on the mean of the normalized map."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
@@ -199,9 +202,9 @@ class EfficientVMambaChannelGate(nn.Module):
         self.squeeze = nn.Linear(hidden_size, squeezed_size)
         self.expand = nn.Linear(squeezed_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, 1, 1, C)
         mean = self.layernorm(hidden_states).mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
-        return hidden_states * torch.sigmoid(self.expand(F.gelu(self.squeeze(mean))))
+        return torch.sigmoid(self.expand(F.gelu(self.squeeze(mean))))
 
 
 class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
@@ -217,7 +220,8 @@ class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         normalized = self.layernorm(hidden_states.permute(0, 2, 3, 1))  # (B, H, W, C)
-        update = self.gate(self.mixer(normalized)) + self.gate(self.local_branch(normalized))
+        mixed, local = self.mixer(normalized), self.local_branch(normalized)
+        update = torch.addcmul(mixed * self.gate(mixed), local, self.gate(local))
         return hidden_states + self.drop_path(update.permute(0, 3, 1, 2))
 
 
@@ -247,14 +251,15 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
             expanded_size, expanded_size, kernel_size=3, padding=1, groups=expanded_size, bias=False
         )
         self.depthwise_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
+        self.activation = nn.ReLU()
         self.squeeze_excitation = EfficientVMambaSqueezeExcitation(config, expanded_size)
         self.project_conv = EfficientVMambaPointwiseConv(expanded_size, hidden_size, bias=False)
         self.project_batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
         self.drop_path = EfficientVMambaDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        update = F.relu(self.expand_batch_norm(self.expand_conv(hidden_states)))  # (B, M, H, W)
-        update = F.relu(self.depthwise_batch_norm(self.depthwise_conv(update)))
+        update = self.activation(self.expand_batch_norm(self.expand_conv(hidden_states)))  # (B, M, H, W)
+        update = self.activation(self.depthwise_batch_norm(self.depthwise_conv(update)))
         update = self.squeeze_excitation(update)
         update = self.project_batch_norm(self.project_conv(update))  # (B, C, H, W)
         return hidden_states + self.drop_path(update)

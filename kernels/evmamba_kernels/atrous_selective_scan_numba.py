@@ -13,8 +13,7 @@ Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +21,7 @@ import torch
 
 
 try:
-    from numba import carray, cfunc, njit, types
-    from numba.core.ccallback import CFunc
+    from numba import carray, njit
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
 
@@ -31,7 +29,6 @@ from .atrous_selective_scan_numba_simd import (
     LANES,
     add,
     exp2,
-    exp2_multiply_add,
     float32,
     float_pointer,
     lane_sums,
@@ -40,7 +37,9 @@ from .atrous_selective_scan_numba_simd import (
     load_splat,
     multiply,
     multiply_add,
+    products_of_2_columns,
     products_of_16_columns,
+    products_of_32_columns,
     products_of_48_columns,
     sigmoid,
     smallest,
@@ -49,7 +48,7 @@ from .atrous_selective_scan_numba_simd import (
     store,
     store_first,
 )
-from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, finish_job, run_jobs
+from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
 
 
 NUM_GROUPS = 4
@@ -207,7 +206,7 @@ def new_chunk(sizes):
 
 
 @compiled
-def read_chunk(chunk, first, count, k, u, u_start, strides, packed, sizes):
+def read_chunk(chunk, first, count, k, u, u_start, strides, parameters, packed, sizes):
     """Finds the pixels of `count` steps of group k from number `first`, and projects them.
 
     Beside the map, where u is zero, the projections are, and delta, its bias being left, is not.
@@ -223,6 +222,10 @@ def read_chunk(chunk, first, count, k, u, u_start, strides, packed, sizes):
         chunk.source[i] = u_start + row * strides.row + column * strides.column if is_inside else -1
 
     size, projected, source = sizes.projected, chunk.projected, chunk.source
+    # columns that do not fill half a vector are cheaper one by one
+    num_projected = sizes.rank + 2 * sizes.state_size
+    in_vectors = (num_projected + LANES // 2 - 1) // LANES * LANES
+    weight_start = k * num_projected * sizes.channels
     for i in range(0, count, TILE):
         # the last tile may count its last step several times; steps beside the map take any pixel, cleared below
         i1, i2, i3 = min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
@@ -241,11 +244,22 @@ def read_chunk(chunk, first, count, k, u, u_start, strides, packed, sizes):
         )
         pixels = (p0, p1, p2, p3, p4, p5, p6, p7)
         rows = (i * size, i1 * size, i2 * size, i3 * size, i4 * size, i5 * size, i6 * size, i7 * size)
-        in_threes = size // (3 * LANES) * (3 * LANES)
-        for j in range(0, in_threes, 3 * LANES):
+        j = 0
+        while j < in_vectors - 2 * LANES:
             products_of_48_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
-        for j in range(in_threes, size, LANES):
+            j += 3 * LANES
+        if j == in_vectors - 2 * LANES:
+            products_of_32_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
+        elif j == in_vectors - LANES:
             products_of_16_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
+        for j in range(in_vectors, num_projected, 2):
+            j1 = min(j + 1, num_projected - 1)
+            columns = (weight_start + j * sizes.channels, weight_start + j1 * sizes.channels)
+            r0, r1, r2, r3, r4, r5, r6, r7 = rows
+            first = (r0 + j, r1 + j, r2 + j, r3 + j, r4 + j, r5 + j, r6 + j, r7 + j)
+            second = (r0 + j1, r1 + j1, r2 + j1, r3 + j1, r4 + j1, r5 + j1, r6 + j1, r7 + j1)
+            places = (*first, *second)
+            products_of_2_columns(u, pixels, sizes.channels, parameters.x_proj_weight, columns, projected, places)
     for i in range(count):
         if source[i] < 0:
             projected[i * size : (i + 1) * size] = float32(0.0)
@@ -279,7 +293,7 @@ def scan_job(job, u, strides, parameters, y, sizes, num_splits, packed, chunk, h
     h[:] = float32(0.0)
     for t in range(0, length, CHUNK_LENGTH):
         count = min(CHUNK_LENGTH, length - t)
-        read_chunk(chunk, t, count, k, u, b * strides.image, strides, packed, sizes)
+        read_chunk(chunk, t, count, k, u, b * strides.image, strides, parameters, packed, sizes)
         for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
             read_block(chunk, count, block, u, packed, sizes)
             channel, state = block * LANES, block * state_size * LANES
@@ -293,7 +307,8 @@ def scan_job(job, u, strides, parameters, y, sizes, num_splits, packed, chunk, h
                 for n in range(state_size):
                     at = state + n * LANES
                     added = multiply(delta_u, load_splat(chunk.projected, B + n))
-                    h_n = exp2_multiply_add(multiply(delta, load(packed.A, at)), load(h, at), added)
+                    decay = exp2(multiply(delta, load(packed.A, at)))
+                    h_n = multiply_add(decay, load(h, at), added)
                     store(h, at, h_n)
                     y_t = multiply_add(h_n, load_splat(chunk.projected, C + n), y_t)
                 if chunk.pixel[i] >= 0:
@@ -406,7 +421,7 @@ def adjoint_job(
 
     starts[: num_blocks * state] = float32(0.0)
     for c in range(num_chunks - 1):
-        read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, k, u, u_start, strides, packed, sizes)
+        read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, k, u, u_start, strides, parameters, packed, sizes)
         for block in range(first_block, last_block):
             at = (c * num_blocks + block) * state
             read_block(chunk, CHUNK_LENGTH, block, u, packed, sizes)
@@ -421,7 +436,7 @@ def adjoint_job(
     sum_skip[:] = float32(0.0)
     for c in range(num_chunks - 1, -1, -1):
         count = min(CHUNK_LENGTH, length - c * CHUNK_LENGTH)
-        read_chunk(chunk, c * CHUNK_LENGTH, count, k, u, u_start, strides, packed, sizes)
+        read_chunk(chunk, c * CHUNK_LENGTH, count, k, u, u_start, strides, parameters, packed, sizes)
         by_lane[:] = float32(0.0)
         for block in range(first_block, last_block):
             channel = block * LANES
@@ -519,12 +534,6 @@ def adjoint_jobs(pointer):
         job = claim_job(pointer)
 
 
-@cache
-def compiled_kernel(jobs: Callable) -> CFunc:
-    """`scan_jobs` or `adjoint_jobs` for C callers: no Python, and so no GIL, between the threads and their jobs."""
-    return cfunc(types.void(types.voidptr), cache=True, boundscheck=False, error_model="numpy")(jobs)
-
-
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
     """In float32, channels next to each other; any other strides are kept."""
     u = hidden_states.detach().float()
@@ -577,7 +586,7 @@ def forward(
     """The operator in float32, returned in the dtype of `hidden_states`."""
     call = prepare((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
-    run_jobs(compiled_kernel(scan_jobs).ctypes, SCAN_WORK, call.work | {"y": y.data_ptr()})
+    run_jobs(compiled_kernel(scan_jobs), SCAN_WORK, call.work | {"y": y.data_ptr()})
     return y.to(hidden_states.dtype)
 
 
@@ -603,7 +612,7 @@ def backward(
     grad_weight, *grad_others = torch.empty_like(weight), *(u.new_empty(batch_size, *other.shape) for other in others)
     outputs = (grad, grad_u, grad_projected, grad_weight, *grad_others)
     names = ADJOINT_WORK.names[-len(outputs) :]
-    run_jobs(compiled_kernel(adjoint_jobs).ctypes, ADJOINT_WORK, work | addresses(names, outputs))
+    run_jobs(compiled_kernel(adjoint_jobs), ADJOINT_WORK, work | addresses(names, outputs))
 
     grad_projected = grad_projected.sum(dim=2)[..., : weight.shape[1]]  # (B, K, rows, columns, R + 2N)
     for k in range(NUM_GROUPS):

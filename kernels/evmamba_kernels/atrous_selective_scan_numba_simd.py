@@ -54,6 +54,12 @@ def lane_mask(builder, count):
     return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, ir.IntType(32)), INTEGERS))
 
 
+def masked_load(builder, pointer, count):
+    alignment, zeros = ir.Constant(ir.IntType(32), 4), ir.Constant(VECTOR, [0.0] * LANES)
+    mask = lane_mask(builder, count)
+    return call_llvm(builder, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer, alignment, mask, zeros)
+
+
 def broadcast(builder, scalar, vector_type):
     undefined = ir.Constant(vector_type, ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
@@ -112,9 +118,7 @@ def load_first(typing_context, array, index, count):
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
-        alignment, zeros = ir.Constant(ir.IntType(32), 4), ir.Constant(VECTOR, [0.0] * LANES)
-        mask = lane_mask(builder, arguments[2])
-        return call_llvm(builder, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer, alignment, mask, zeros)
+        return masked_load(builder, pointer, arguments[2])
 
     return Vector(array, types.intp, types.intp), generate
 
@@ -130,6 +134,17 @@ def store_first(typing_context, array, index, vector, count):
         return context.get_dummy_value()
 
     return types.none(array, types.intp, Vector, types.intp), generate
+
+
+@intrinsic
+def keep_first(typing_context, vector, count):
+    """The first `count` lanes, zeros for the others."""
+
+    def generate(context, builder, signature, arguments):
+        vector, count = arguments
+        return builder.select(lane_mask(builder, count), vector, ir.Constant(VECTOR, [0.0] * LANES))
+
+    return Vector(Vector, types.intp), generate
 
 
 @intrinsic
@@ -196,12 +211,19 @@ largest = choice(">")
 smallest = choice("<")
 
 
-@intrinsic
-def absolute(typing_context, a):
-    def generate(context, builder, signature, arguments):
-        return call_llvm(builder, f"llvm.fabs.v{LANES}f32", VECTOR, *arguments)
+def unary_function(name):
+    @intrinsic
+    def function(typing_context, a):
+        def generate(context, builder, signature, arguments):
+            return call_llvm(builder, f"llvm.{name}.v{LANES}f32", VECTOR, *arguments)
 
-    return Vector(Vector), generate
+        return Vector(Vector), generate
+
+    return function
+
+
+absolute = unary_function("fabs")
+square_root = unary_function("sqrt")
 
 
 def products_of_tile(num_vectors):
@@ -245,32 +267,84 @@ def products_of_tile(num_vectors):
 
 
 products_of_16_columns = products_of_tile(1)
+products_of_32_columns = products_of_tile(2)
 products_of_48_columns = products_of_tile(3)
 
 
 @intrinsic
-def lane_sums(typing_context, array, index):
-    """The lane sums of 16 vectors that lie one after the other, as one vector.
+def products_of_2_columns(typing_context, u, pixels, channels, weight, columns, out, places):
+    """Products of 8 pixels' channels with two columns of a matrix, which begin in `weight` where `columns` says.
 
-    Vectors are merged in pairs: the merged one holds half as many partial sums of twice as many vectors.
+    Vectors of 16 channels are summed up, and their lanes at last. `places` says where in `out` the products go, first
+    those of the 8 pixels with the first column, then those with the second.
     """
 
     def generate(context, builder, signature, arguments):
-        pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
-        vectors = []
-        for i in range(LANES):
-            vectors.append(builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)])))
-            vectors[-1].align = 4
-        partial_sums = LANES  # of each vector
-        while len(vectors) > 1:
-            starts = range(0, 2 * LANES, partial_sums)
-            partial_sums //= 2
-            low, high = (
-                [start + half * partial_sums + i for start in starts for i in range(partial_sums)] for half in (0, 1)
+        u, pixels, channels, weight, columns, out, places = arguments
+        pixels, columns, places = (cgutils.unpack_tuple(builder, each) for each in (pixels, columns, places))
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0.0] * LANES)) for _ in range(LANES)]
+        lanes = ir.Constant(channels.type, LANES)
+        num_blocks, rest = builder.sdiv(channels, lanes), builder.srem(channels, lanes)
+
+        def add_products(load_vector):
+            weights = [load_vector(signature.args[3], weight, column) for column in columns]
+            channels_of_pixels = [load_vector(signature.args[0], u, pixel) for pixel in pixels]
+            pairs = [(w, c) for w in weights for c in channels_of_pixels]
+            for (w, c), place in zip(pairs, sums, strict=True):
+                builder.store(
+                    call_llvm(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, w, c, builder.load(place)), place
+                )
+
+        with cgutils.for_range(builder, num_blocks) as loop:
+            start = builder.mul(loop.index, lanes)
+            add_products(
+                lambda array_type, array, first: builder.load(
+                    element_pointer(context, builder, array_type, array, builder.add(first, start), VECTOR), align=4
+                )
             )
-            pairs = zip(vectors[0::2], vectors[1::2], strict=True)
-            vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
-        return vectors[0]
+        with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(rest.type, 0))):
+            start = builder.mul(num_blocks, lanes)
+            add_products(
+                lambda array_type, array, first: masked_load(
+                    builder,
+                    element_pointer(context, builder, array_type, array, builder.add(first, start), VECTOR),
+                    rest,
+                )
+            )
+        products = sums_of_lanes(builder, [builder.load(place) for place in sums])
+        for lane, place in enumerate(places):
+            pointer = element_pointer(context, builder, signature.args[5], out, place, ir.FloatType())
+            builder.store(builder.extract_element(products, ir.Constant(ir.IntType(32), lane)), pointer)
+        return context.get_dummy_value()
+
+    return types.none(u, pixels, channels, weight, columns, out, places), generate
+
+
+def sums_of_lanes(builder, vectors):
+    """The lane sums of 16 vectors as one vector.
+
+    Vectors are merged in pairs: the merged one holds half as many partial sums of twice as many vectors.
+    """
+    partial_sums = LANES  # of each vector
+    while len(vectors) > 1:
+        starts = range(0, 2 * LANES, partial_sums)
+        partial_sums //= 2
+        low, high = (
+            [start + half * partial_sums + i for start in starts for i in range(partial_sums)] for half in (0, 1)
+        )
+        pairs = zip(vectors[0::2], vectors[1::2], strict=True)
+        vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
+    return vectors[0]
+
+
+@intrinsic
+def lane_sums(typing_context, array, index):
+    """The lane sums of 16 vectors that lie one after the other, as one vector."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
+        places = [builder.gep(pointer, [ir.Constant(ir.IntType(64), i)]) for i in range(LANES)]
+        return sums_of_lanes(builder, [builder.load(place, align=4) for place in places])
 
     return Vector(array, types.intp), generate
 
@@ -313,26 +387,14 @@ def exp2_by_polynomial(x):
     return exp2_of_fraction(subtract(x, subtract(n, splat(float32(12582912.0)))), n)
 
 
-@njit
-def exp2_multiply_add_by_polynomial(x, a, b):
-    """2^x a + b."""
-    return multiply_add(exp2_by_polynomial(x), a, b)
-
-
-# 2^f for |f| <= 1/64 is SCALE ((f + SHIFT)^2 + REST) with a relative error of 0.9 ulp: interpolation in Chebyshev's
-# nodes, written as a square, so that it takes an addition and a multiply-add, and the table of powers holds the scale.
-SCALE, SHIFT, REST = 0.24022826809625927, float32(1.4427056), float32(2.0813080)
-
-
 @intrinsic
-def scaled_power_of_fraction(typing_context, n):
-    """SCALE 2^(j/32), j being the low five bits of the number's representation. One instruction of AVX-512."""
+def power_of_fraction(typing_context, n):
+    """2^(j/16), j being the low four bits of the number's representation. One instruction of AVX-512."""
 
     def generate(context, builder, signature, arguments):
-        powers = [SCALE * 2 ** (j / 32) for j in range(2 * LANES)]
-        low, high = ir.Constant(VECTOR, powers[:LANES]), ir.Constant(VECTOR, powers[LANES:])
+        powers = ir.Constant(VECTOR, [2 ** (j / LANES) for j in range(LANES)])
         j = builder.bitcast(arguments[0], INTEGERS)
-        return call_llvm(builder, "llvm.x86.avx512.vpermi2var.ps.512", VECTOR, low, j, high)
+        return call_llvm(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, powers, j)
 
     return Vector(Vector), generate
 
@@ -350,36 +412,24 @@ def multiply_by_power(typing_context, a, x):
 
 
 @njit
-def split_by_table(x):
-    """Three parts of x, of which 2^x is made: the power of its fraction, its multiple of 1/32, the square of the rest.
-
-    Adding 1.5 * 2^18 leaves the nearest multiple of 1/32 in the low bits of the sum.
-    """
-    n = add(x, splat(float32(393216.0)))
-    nearest = subtract(n, splat(float32(393216.0)))
-    shifted = add(subtract(x, nearest), splat(SHIFT))
-    return scaled_power_of_fraction(n), nearest, multiply_add(shifted, shifted, splat(REST))
-
-
-@njit
 def exp2_by_table(x):
-    """2^x for finite x, within 3 ulp from -123 on; below, where numbers are subnormal, within 2^-147."""
-    power, nearest, square = split_by_table(x)
-    return multiply(multiply_by_power(power, nearest), square)
+    """2^x for finite x, within 2 ulp.
+
+    Adding 1.5 * 2^19 leaves the nearest multiple of 1/16 in the low bits of the sum. The rest f is at most 1/32: there
+    Taylor's polynomial of degree 3 is as good as exact, and 1 - 2^x of small x, the loss of a slow state, is too.
+    """
+    n = add(x, splat(float32(786432.0)))
+    nearest = subtract(n, splat(float32(786432.0)))
+    f = subtract(x, nearest)
+    power = power_of_fraction(n)
+    p = multiply_add(splat(float32(5.550410866e-02)), f, splat(float32(2.402265070e-01)))
+    p = multiply_add(p, f, splat(float32(6.931471806e-01)))
+    return multiply_by_power(multiply_add(multiply(power, f), p, power), nearest)
 
 
-@njit
-def exp2_multiply_add_by_table(x, a, b):
-    """2^x a + b, with a multiplication less than in two steps."""
-    power, nearest, square = split_by_table(x)
-    return multiply_add(multiply_by_power(multiply(power, a), nearest), square, b)
-
-
-# The table takes less of the units that multiply than the polynomial (benchmarks/NOTES.md), but two instructions that
-# only AVX-512 has.
+# The table is cheaper than the polynomial (benchmarks/NOTES.md), but takes instructions that only AVX-512 has.
 HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 exp2 = exp2_by_table if HAS_AVX512 else exp2_by_polynomial
-exp2_multiply_add = exp2_multiply_add_by_table if HAS_AVX512 else exp2_multiply_add_by_polynomial
 
 
 @njit
@@ -431,3 +481,10 @@ def sigmoid(x):
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
     of_absolute = divide(splat(float32(1.0)), add(small, splat(float32(1.0))))
     return by_sign(x, of_absolute, multiply(small, of_absolute))
+
+
+@njit
+def silu(x):
+    """x / (1 + exp(-x)), within 4 ulp of its size where x > -1, and of that of x exp(x / 2) below."""
+    exponent = smallest(splat(float32(126.0)), multiply(x, splat(float32(-1.4426950409))))
+    return divide(x, add(exp2(exponent), splat(float32(1.0))))

@@ -12,6 +12,7 @@ from it, called by each of a few threads:
 import ctypes
 import os
 from collections.abc import Callable
+from functools import cache
 from queue import SimpleQueue
 from threading import Thread
 
@@ -21,7 +22,9 @@ import torch
 
 try:
     from llvmlite import ir
+    from numba import cfunc
     from numba.core import types
+    from numba.core.ccallback import CFunc
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
@@ -87,7 +90,13 @@ def add_atomically(builder, pointer, field):
     return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
 
 
-def run_jobs(kernel: Callable, record_type: np.dtype, fields: dict[str, int]) -> None:
+@cache
+def compiled_kernel(do_jobs: Callable) -> CFunc:
+    """A function that claims jobs until none is left, for C callers: no Python between threads and jobs."""
+    return cfunc(types.void(types.voidptr), cache=True, boundscheck=False, error_model="numpy")(do_jobs)
+
+
+def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int]) -> None:
     """Calls `kernel` with a pointer to its work in `torch.get_num_threads()` threads, which share the jobs.
 
     The work is a record of `fields` that begins with `COUNTERS`. Any number of Python threads may call at once.
@@ -98,17 +107,17 @@ def run_jobs(kernel: Callable, record_type: np.dtype, fields: dict[str, int]) ->
     work = np.array([tuple(fields.get(name, 0) for name in record_type.names)], record_type)
     num_threads = min(torch.get_num_threads(), fields["num_jobs"])
     if num_threads == 1:
-        kernel(work.ctypes.data)
+        kernel.ctypes(work.ctypes.data)
     elif openmp is not None:
-        openmp.GOMP_parallel(kernel, work.ctypes.data, num_threads, 0)
+        openmp.GOMP_parallel(kernel.ctypes, work.ctypes.data, num_threads, 0)
     else:
         run_in_workers(kernel, work.ctypes.data, num_threads)
     if work["jobs_done"] != fields["num_jobs"]:
         raise MemoryError(f"the CPU kernel finished {work['jobs_done'][0]} of {fields['num_jobs']} jobs")
 
 
-def run_in_workers(kernel: Callable, pointer: int, num_threads: int) -> None:
-    """Calls `kernel(pointer)` in this thread and in threads of our own."""
+def run_in_workers(kernel: CFunc, pointer: int, num_threads: int) -> None:
+    """Calls `kernel` with the pointer in this thread and in threads of our own."""
     while len(workers) < num_threads - 1:
         worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-scan-{len(workers)}", daemon=True)
         workers.append(worker)
@@ -117,7 +126,7 @@ def run_in_workers(kernel: Callable, pointer: int, num_threads: int) -> None:
     done = SimpleQueue()
     for _ in range(num_threads - 1):
         calls.put((kernel, pointer, done))
-    kernel(pointer)
+    kernel.ctypes(pointer)
     for _ in range(num_threads - 1):
         done.get()
 
@@ -125,5 +134,5 @@ def run_in_workers(kernel: Callable, pointer: int, num_threads: int) -> None:
 def wait_for_work(queue: SimpleQueue) -> None:
     while True:
         kernel, pointer, done = queue.get()
-        kernel(pointer)
+        kernel.ctypes(pointer)
         done.put(None)

@@ -62,7 +62,7 @@ def apply(function, x: np.ndarray) -> np.ndarray:
 
 
 FUNCTIONS = {  # name: exact function, range, bound in units in the last place
-    "exp2": (np.exp2, -123.0, 126.0, 3),
+    "exp2": (np.exp2, -125.9, 126.0, 2),
     "exp2_by_polynomial": (np.exp2, -125.9, 126.0, 3),
     "exp": (np.exp, -87.3, 87.0, 4),
     "log1p": (np.log1p, 0.0, 1.0, 3),
@@ -87,21 +87,6 @@ def test_vector_functions_beyond_their_ranges():
     np.testing.assert_allclose(apply(simd.softplus, x)[1:], [0, 0, 1e30, np.log(2)], atol=1e-37)
     np.testing.assert_allclose(apply(simd.sigmoid, x)[1:], [0, 0, 1, 0.5], atol=1e-37)
     np.testing.assert_allclose(apply(simd.exp2, x)[2], 0, atol=1e-37)
-
-
-@pytest.mark.parametrize("form", [simd.exp2_multiply_add, simd.exp2_multiply_add_by_polynomial])
-def test_exp2_multiply_add(form):
-    @njit
-    def loop(x, a, b, out):
-        for i in range(0, len(x), 16):
-            simd.store(out, i, form(simd.load(x, i), simd.load(a, i), simd.load(b, i)))
-
-    x = np.linspace(-150, 20, 1 << 18).astype(np.float32)
-    a, b = np.random.default_rng(0).standard_normal((2, len(x))).astype(np.float32)
-    out = np.full_like(x, np.nan)
-    loop(x, a, b, out)
-    product = np.exp2(x.astype(np.float64)) * a
-    assert (np.abs(out - (product + b)) <= 4e-7 * np.abs(product) + 1.2e-7 * np.abs(b) + 1e-37).all()
 
 
 def test_lane_sums():
@@ -154,9 +139,13 @@ def test_several_python_threads_at_once(num_threads):
                 assert torch.equal(y, single)
 
 
+def leave_all_jobs(pointer):
+    pass
+
+
 def test_undone_jobs_are_an_error(num_threads):
     """A kernel cannot raise: one that gets no memory returns early."""
-    do_nothing = threads.Kernel(lambda pointer: None)
+    do_nothing = threads.compiled_kernel(leave_all_jobs)
     with pytest.raises(MemoryError, match="finished 0 of 8 jobs"):
         threads.run_jobs(do_nothing, kernels.SCAN_WORK, {"num_jobs": 8})
     assert kernels.forward(*arguments()).isfinite().all()
@@ -228,9 +217,9 @@ def test_compiled_code_is_cached_on_disk():
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_atrous_selective_scan_numba import arguments, kernels
+from test_atrous_selective_scan_numba import arguments, kernels, threads
 kernels.forward(*arguments())
-print(kernels.compiled_kernel(kernels.scan_jobs).cache_hits)
+print(threads.compiled_kernel(kernels.scan_jobs).cache_hits)
 """
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,140 @@
+"""A model made ready to classify and nothing else: fewer passes over its maps, weights as the processor wants them.
+
+Both steps are PyTorch's own. Batch norms that follow a convolution are folded into it. On x86 CPUs, convolutions and
+linear layers then take the layout of oneDNN's kernels, and the activations behind them are computed in passing, as
+`torch.compile` does it, but without a compiler. What either gains: benchmarks/NOTES.md.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .modeling_evmamba import (
+    EfficientVMambaES2D,
+    EfficientVMambaInvertedResidualLayer,
+    EfficientVMambaLocalBranch,
+    EfficientVMambaPointwiseConv,
+    EfficientVMambaPreTrainedModel,
+)
+
+
+# names of activations for oneDNN
+POST_OPS = {nn.SiLU: "swish", nn.GELU: "gelu", nn.ReLU: "relu"}
+
+# of the blocks, in this order: a convolution, the batch norm behind it, the activation behind that
+CHAINS = {
+    EfficientVMambaES2D: [("conv2d", None, "activation")],
+    EfficientVMambaLocalBranch: [("depthwise_conv", "batch_norm", "activation")],
+    EfficientVMambaInvertedResidualLayer: [
+        ("expand_conv", "expand_batch_norm", "activation"),
+        ("depthwise_conv", "depthwise_batch_norm", "activation"),
+        ("project_conv", "project_batch_norm", None),
+    ],
+}
+
+
+def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVMambaPreTrainedModel:
+    """A copy of a model for inference alone: the same outputs to rounding, sooner.
+
+    The copy is in evaluation mode, computes no gradients, and cannot be saved. `model` stays as it is.
+
+    Args:
+        model: any of the models of this package, on any device. Weights are packed for CPUs, in float32.
+
+    Raises:
+        TypeError: for other models.
+    """
+    if not isinstance(model, EfficientVMambaPreTrainedModel):
+        raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    packs = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    for module in list(model.modules()):
+        for names in CHAINS.get(type(module), []):
+            fold_batch_norm(module, *names[:2])
+        if packs:
+            pack_chains(module)
+    if packs:
+        pack_linear_layers(model)
+    model.register_state_dict_pre_hook(refuse_to_save)
+    return model
+
+
+def fold_batch_norm(module: nn.Module, convolution: str, batch_norm: str | None) -> None:
+    if batch_norm is not None:
+        folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm))
+        setattr(module, convolution, folded)
+        setattr(module, batch_norm, nn.Identity())
+
+
+def refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise RuntimeError(
+        "this model was optimized for inference and cannot be saved: save the one that it was made from, "
+        "and call optimize_for_inference after loading"
+    )
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with the activation behind it, in oneDNN."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"):
+        super().__init__()
+        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self.bias = bias
+        self.activation = activation
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(
+            hidden_states, self.packed_weight, self.bias, self.activation, [], "none"
+        )
+
+
+class PackedPointwiseConv(PackedLinear):
+    """A 1 x 1 convolution with the activation behind it, in oneDNN."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H, W)
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PackedConv2d(nn.Module):
+    """A convolution with the activation behind it, in oneDNN."""
+
+    def __init__(self, convolution: nn.Conv2d, activation: str):
+        super().__init__()
+        self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+        self.packed_weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight, *self.geometry, None)
+        self.bias = convolution.bias
+        self.activation = activation
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H', W')
+        return torch.ops.mkldnn._convolution_pointwise(
+            hidden_states, self.packed_weight, self.bias, *self.geometry, self.activation, [], "none"
+        )
+
+
+def pack_chains(module: nn.Module) -> None:
+    activations = set()
+    for convolution_name, _, activation_name in CHAINS.get(type(module), []):
+        convolution = getattr(module, convolution_name)
+        post_op = "none" if activation_name is None else POST_OPS[type(getattr(module, activation_name))]
+        if isinstance(convolution, EfficientVMambaPointwiseConv):
+            packed = PackedPointwiseConv(convolution.weight.flatten(1), convolution.bias, post_op)
+        else:
+            packed = PackedConv2d(convolution, post_op)
+        setattr(module, convolution_name, packed)
+        activations.add(activation_name)
+    for name in activations - {None}:
+        setattr(module, name, nn.Identity())
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+            elif isinstance(child, EfficientVMambaPointwiseConv):
+                setattr(module, name, PackedPointwiseConv(child.weight.flatten(1), child.bias))
+
+
+__all__ = ["optimize_for_inference"]

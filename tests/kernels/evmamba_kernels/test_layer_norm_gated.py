@@ -1,0 +1,109 @@
+"""The gated LayerNorm: CPU kernel and PyTorch form against float64, and which of them runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evmamba_kernels import layer_norm_gated, use_backend
+from evmamba_kernels.layer_norm_gated import gated_operator
+from golden_values import relative_error
+
+
+def arguments(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    channels = shape[-1]
+    tensors = [torch.randn(size, generator=generator) for size in (shape, shape, (channels,), (channels,))]
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def exact(hidden_states, gate, weight, bias, eps):
+    hidden_states, gate, weight, bias = (tensor.double() for tensor in (hidden_states, gate, weight, bias))
+    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps) * F.silu(gate)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(2, 200)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_shapes(shape, seed):
+    tensors = arguments(*shape, seed=seed)
+    assert relative_error(gated_operator(*tensors, 1e-5), exact(*tensors, 1e-5)) < 5e-7
+
+
+def test_large_means_keep_their_precision():
+    x, *others = arguments(70, 50)
+    x = x + 1000
+    assert relative_error(gated_operator(x, *others, 1e-5), exact(x, *others, 1e-5)) < 1e-4
+
+
+def test_gates_of_any_size():
+    x, gate, weight, bias = arguments(9, 16)
+    gate = torch.linspace(-200, 200, gate.numel()).view_as(gate)
+    torch.testing.assert_close(
+        gated_operator(x, gate, weight, bias, 1e-5), exact(x, gate, weight, bias, 1e-5).float(), rtol=1e-5, atol=1e-9
+    )
+
+
+VIEWS = {
+    "half of the channels of another map": lambda x: torch.cat([x, x], dim=-1).chunk(2, dim=-1)[1],
+    "channels first in memory": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "a window": lambda x: torch.cat([x, x], dim=2)[:, 1:, 1:5],
+    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("make_view", VIEWS.values(), ids=VIEWS)
+def test_strided_maps(make_view):
+    x, gate, *others = arguments(2, 5, 6, 24)
+    x, gate = make_view(x), make_view(gate)
+    expected = layer_norm_gated(x.contiguous(), gate.contiguous(), *others, 1e-5)
+    assert torch.equal(layer_norm_gated(x, gate, *others, 1e-5), expected)
+
+
+def test_every_element_is_written(monkeypatch):
+    tensors = arguments(3, 7, 5, 21)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: new_empty(tensor, *size).fill_(torch.nan))
+    assert gated_operator(*tensors, 1e-5).isfinite().all()
+
+
+def test_nan_stays_visible():
+    x, *others = arguments(4, 20)
+    x[1, 3] = torch.nan
+    assert layer_norm_gated(x, *others, 1e-5).isnan().any(dim=1).tolist() == [False, True, False, False]
+
+
+def is_run_by_kernel(tensors) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer_norm_gated(*tensors, 1e-5)
+    return "evmamba::layer_norm_gated" in {event.key for event in profile.key_averages()}
+
+
+def test_what_runs():
+    tensors = arguments(4, 20)
+    assert is_run_by_kernel(tensors)
+    assert not is_run_by_kernel([tensor.bfloat16() for tensor in tensors])
+    with use_backend("torch"):
+        assert not is_run_by_kernel(tensors)
+    parameters = [tensor.requires_grad_() for tensor in tensors]
+    assert not is_run_by_kernel(parameters)
+    with torch.no_grad():
+        assert is_run_by_kernel(parameters)
+
+
+def test_gradients():
+    tensors = [tensor.requires_grad_() for tensor in arguments(3, 20, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *tensors: layer_norm_gated(*tensors, 1e-5), tensors)
+
+
+def test_gate_of_another_shape_is_refused():
+    x, gate, *others = arguments(4, 20)
+    with pytest.raises(ValueError, match=r"gate must have the shape of hidden_states, \(4, 20\), got \(2, 20\)"):
+        layer_norm_gated(x, gate[:2], *others, 1e-5)
+
+
+def test_operator_registration():
+    torch.library.opcheck(gated_operator, (*arguments(4, 20), 1e-5))

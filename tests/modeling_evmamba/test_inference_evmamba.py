@@ -1,0 +1,93 @@
+"""Models optimized for inference: the same outputs, and nothing else."""
+
+import pytest
+import torch
+from torch import nn
+
+from golden_values import relative_error
+from modeling_evmamba import (
+    EfficientVMambaBackbone,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    optimize_for_inference,
+)
+from modeling_evmamba.inference_evmamba import PackedConv2d, PackedLinear
+
+
+def small_config(**changes) -> EfficientVMambaConfig:
+    return EfficientVMambaConfig(
+        **{"hidden_sizes": [16, 32, 64, 128], "depths": [2, 1, 2, 1], "num_labels": 10} | changes
+    )
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Batch norms that do something: a fresh one is the identity."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def modules_of(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules()}
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 224, 224), (3, 3, 65, 47), (5, 3, 32, 32)], ids=str)
+def test_logits_stay_the_same(shape):
+    model = with_statistics(EfficientVMambaForImageClassification(small_config()))
+    optimized = optimize_for_inference(model)
+    assert nn.BatchNorm2d not in modules_of(optimized)
+    assert {PackedLinear, PackedConv2d} <= modules_of(optimized)
+    images = torch.randn(shape)
+    with torch.no_grad():
+        assert relative_error(optimized(images).logits, model(images).logits) < 3e-6
+
+
+def test_block_types_in_other_stages():
+    config = small_config(block_types=["inverted_residual", "evss", "inverted_residual", "evss"], use_bias=True)
+    model = with_statistics(EfficientVMambaForImageClassification(config))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(optimize_for_inference(model)(images).logits, model(images).logits) < 3e-6
+
+
+def test_backbones_too():
+    model = with_statistics(EfficientVMambaBackbone(small_config(out_features=["stage1", "stage4"])))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        pairs = zip(optimize_for_inference(model)(images).feature_maps, model(images).feature_maps, strict=True)
+        assert all(relative_error(optimized, plain) < 3e-6 for optimized, plain in pairs)
+
+
+def test_lower_dtypes_are_folded_but_not_packed():
+    model = with_statistics(EfficientVMambaForImageClassification(small_config())).bfloat16()
+    optimized = optimize_for_inference(model)
+    assert nn.BatchNorm2d not in modules_of(optimized) and PackedLinear not in modules_of(optimized)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert relative_error(optimized(images).logits.float(), model(images).logits.float()) < 3e-2
+
+
+def test_the_model_stays_as_it_is():
+    model = EfficientVMambaForImageClassification(small_config()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimized = optimize_for_inference(model)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert not optimized.training and not any(parameter.requires_grad for parameter in optimized.parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_optimized_models_refuse_to_be_saved(tmp_path):
+    optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()))
+    with pytest.raises(RuntimeError, match="save the one that it was made from"):
+        optimized.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="takes an EfficientVMamba model, got a Linear"):
+        optimize_for_inference(nn.Linear(2, 2))
