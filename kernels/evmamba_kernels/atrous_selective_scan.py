@@ -40,9 +40,19 @@ def load_numba() -> tuple[Callable, Callable]:
     return forward, backward
 
 
+def load_triton() -> tuple[Callable, Callable]:
+    from .atrous_selective_scan_triton import backward, forward
+
+    return forward, backward
+
+
+# Triton's own switch to its interpreter, in which kernels run on tensors of the CPU, slowly: for tests
+TRITON_DEVICE_TYPES = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
+
 # In the order of preference. What none of them computes, "torch" does.
 BACKENDS = {
     "numba": Backend(("cpu",), LOWER_DTYPES, load_numba),
+    "triton": Backend(TRITON_DEVICE_TYPES, LOWER_DTYPES, load_triton),
 }
 
 ENVIRONMENT_VARIABLE = "EVMAMBA_SCAN_BACKEND"
@@ -163,7 +173,7 @@ def atrous_selective_scan(
         dt_proj_bias: (K, D).
         A_log: (K, D, N).
         D: the skip weight, (K, D).
-        backend: "numba" (CPU), "torch" (any device), or None to choose by device; see `choose_backend`.
+        backend: "numba" (CPU), "triton" (GPU), "torch" (any device), or None to choose; see `choose_backend`.
 
     Returns:
         The map y, (B, H, W, D), in the dtype of `hidden_states`. The recurrence runs in float32, in float64 for

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from devices import BACKENDS, DEVICE, sized
 from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
 from evmamba_kernels.atrous_selective_scan import scan_operator
 from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference, group_pixels
@@ -16,7 +17,6 @@ from golden_values import load_cases, relative_error
 
 
 CASES = load_cases("atrous_scan_fp64.safetensors")
-BACKENDS = ["torch", "numba"]
 ORIGINAL_NAMES = ["x", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"]
 
 
@@ -33,7 +33,7 @@ def random_arguments(batch_size, height, width, channels, state_size=4, rank=2, 
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
     return [
         normal(batch_size, height, width, channels),
@@ -77,7 +77,7 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lower_dtypes_run_the_recurrence_in_float32(backend, dtype):
-    u, *parameters = random_arguments(1, 40, 40, 8)
+    u, *parameters = random_arguments(1, *sized((40, 40), (10, 12)), 8)
     u = u.to(dtype)
     y = atrous_selective_scan(u, *(parameter.float() for parameter in parameters), backend=backend)
     assert y.dtype == dtype
@@ -87,10 +87,10 @@ def test_lower_dtypes_run_the_recurrence_in_float32(backend, dtype):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_have_the_dtypes_of_their_arguments(backend, dtype):
-    u, *parameters = random_arguments(2, 9, 8, 20, state_size=16, rank=3)
+    u, *parameters = random_arguments(*sized((2, 9, 8), (1, 3, 5)), 20, state_size=sized(16, 5), rank=3)
     arguments = [u.to(dtype), *(parameter.float() for parameter in parameters)]
     arguments = [argument.requires_grad_() for argument in arguments]
-    grad = torch.randn(u.shape, dtype=torch.float64)
+    grad = torch.randn_like(u)
     gradients = torch.autograd.grad(atrous_selective_scan(*arguments, backend=backend), arguments, grad.to(dtype))
     exact = [argument.detach().double().requires_grad_() for argument in arguments]
     expected = torch.autograd.grad(atrous_selective_scan_reference(*exact), exact, grad.to(dtype).double())
@@ -99,19 +99,23 @@ def test_gradients_have_the_dtypes_of_their_arguments(backend, dtype):
         assert relative_error(gradient.double(), exact_gradient) < 2 * BOUNDS[dtype]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+sides = st.integers(1, sized(13, 5))
+
+
+@settings(max_examples=sized(40, 5), deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 13), st.integers(1, 13), st.integers(1, 40)),
-    state_size=st.integers(1, 64),
-    rank=st.integers(1, 24),
+    shape=st.tuples(st.integers(1, sized(3, 2)), sides, sides, st.integers(1, sized(40, 20))),
+    state_size=st.integers(1, sized(64, 5)),
+    rank=st.integers(1, sized(24, 5)),
     seed=st.integers(0, 2**32 - 1),
 )
+@example(shape=(1, 1, 2, 9), state_size=64, rank=5, seed=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_random_shapes_against_the_reference(backend, shape, state_size, rank, seed):
     arguments = random_arguments(*shape, state_size, rank, dtype=torch.float32, seed=seed)
     arguments = [argument.requires_grad_() for argument in arguments]
     exact = [argument.detach().double().requires_grad_() for argument in arguments]
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     y, expected_y = atrous_selective_scan(*arguments, backend=backend), atrous_selective_scan_reference(*exact)
     assert relative_error(y.double(), expected_y) < 3e-6
     gradients = torch.autograd.grad(y, arguments, grad)
@@ -121,13 +125,13 @@ def test_random_shapes_against_the_reference(backend, shape, state_size, rank, s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_the_recurrence_in_float32(backend):
-    arguments = random_arguments(1, 12, 12, 8, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    arguments = random_arguments(1, *sized((12, 12), (5, 4)), 8, dtype=torch.float32)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = atrous_selective_scan(*arguments, backend=backend)
     assert torch.equal(y, atrous_selective_scan(*arguments, backend=backend))
 
 
-@pytest.mark.parametrize("side", [32, 256])
+@pytest.mark.parametrize("side", sized([32, 256], [12]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_values_stay_finite_and_right(backend, side):
     arguments = random_arguments(1, side, side, 4, dtype=torch.float32)
@@ -159,7 +163,7 @@ STRIDED_MAPS = {
 @pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_maps(backend, make_view):
-    u, *parameters = random_arguments(2, 7, 6, 5, dtype=torch.float32)
+    u, *parameters = random_arguments(2, *sized((7, 6), (3, 5)), 5, dtype=torch.float32)
     view = make_view(u)
     assert not view.is_contiguous()
     dense = view.clone(memory_format=torch.contiguous_format)
@@ -190,8 +194,8 @@ def test_export_with_dynamic_sizes(backend):
     batch, height, width = (torch.export.Dim(name, min=2, max=512) for name in ("batch", "height", "width"))
     sizes = ({0: batch, 1: height, 2: width}, [None] * 5)
     program = torch.export.export(Scan(), (arguments[0], arguments[1:]), dynamic_shapes=sizes)
-    for shape in [(2, 24, 20, 4), (3, 101, 67, 4), (2, 2, 3, 4)]:
-        u = torch.randn(shape)
+    for shape in sized([(2, 24, 20, 4), (3, 101, 67, 4), (2, 2, 3, 4)], [(2, 4, 3, 4), (3, 5, 6, 4)]):
+        u = torch.randn(shape, device=DEVICE)
         assert relative_error(program.module()(u, arguments[1:]), atrous_selective_scan(u, *arguments[1:])) < 1e-6
 
 
@@ -220,7 +224,7 @@ def test_broken_contracts_are_refused(changed, error, message):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'numba', 'torch'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'numba', 'triton', 'torch'"):
         atrous_selective_scan(*random_arguments(1, 2, 2, 2), backend="cuda")
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
         pass
@@ -233,8 +237,19 @@ def test_a_backend_that_does_not_fit_is_refused():
 
 def test_choice_by_device_and_its_reasons():
     assert choose_backend("cpu", torch.float32).backend == "numba"
-    assert choose_backend("cpu", torch.float64) == ("torch", "numba does not compute in torch.float64")
-    assert choose_backend("mps", torch.float32) == ("torch", "numba computes on cpu")
+    assert choose_backend("cpu", torch.float64) == (
+        "torch",
+        "numba does not compute in torch.float64; triton computes on cuda and xpu",
+    )
+    assert choose_backend("mps", torch.float32) == (
+        "torch",
+        "numba computes on cpu; triton computes on cuda and xpu",
+    )
+    assert choose_backend("cuda", torch.float64) == (
+        "torch",
+        "numba computes on cpu; triton does not compute in torch.float64",
+    )
+    assert choose_backend("cuda", torch.bfloat16) == ("triton", "it is the fastest on cuda")
     with use_backend("torch"):
         assert choose_backend("cpu", torch.float32) == ("torch", "it was asked for")
         assert choose_backend("cpu", torch.float32, "numba").backend == "numba"
@@ -251,25 +266,29 @@ def test_the_environment_chooses_a_backend():
         assert run.stdout.strip() == name, run.stderr
 
 
-def test_without_numba_pytorch_computes():
+def test_pytorch_computes_where_packages_are_missing():
     script = """
 import sys
-sys.modules["numba"] = None  # importing it raises ImportError
+sys.modules["numba"] = sys.modules["triton"] = None  # importing them raises ImportError
 import torch, evmamba_kernels as k
 print(k.choose_backend("cpu", torch.float32))
+print(k.choose_backend("cuda", torch.float32))
 arguments = [torch.ones(shape) for shape in [(1, 3, 3, 2), (4, 3, 2), (4, 2, 1), (4, 2), (4, 2, 1), (4, 2)]]
 print(k.atrous_selective_scan(*arguments).shape)
 k.atrous_selective_scan(*arguments, backend="numba")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert "backend='torch'" in run.stdout and "pip install numba" in run.stdout
-    assert "torch.Size([1, 3, 3, 2])" in run.stdout
+    on_cpu, on_gpu, shape = run.stdout.splitlines()
+    assert "backend='torch'" in on_cpu and "pip install numba" in on_cpu
+    assert "backend='torch'" in on_gpu and "pip install triton" in on_gpu
+    assert shape == "torch.Size([1, 3, 3, 2])"
     assert run.stderr.splitlines()[-1].startswith(
         "ImportError: the CPU kernels of the atrous selective scan need numba"
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4, 16), (2, 5, 3, 7)], ids=str)
-def test_operator_registration(shape):
-    arguments = [argument.requires_grad_() for argument in random_arguments(*shape, dtype=torch.float32)]
-    torch.library.opcheck(scan_operator, (*arguments, "numba"))
+@pytest.mark.parametrize("shape", [(1, 4, 4, 16), sized((2, 5, 3, 7), (2, 3, 1, 7))], ids=str)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+def test_operator_registration(backend, shape):
+    arguments = [argument.requires_grad_() for argument in random_arguments(*shape, 2, dtype=torch.float32)]
+    torch.library.opcheck(scan_operator, (*arguments, backend))

@@ -1,0 +1,24 @@
+"""Where the tests of the operator run: on the CPU, unless the environment asks for something else.
+
+`make test-triton` runs the Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1`), on tensors of the CPU.
+`make test-gpu` runs everything on a GPU (`EVMAMBA_TEST_DEVICE=cuda`).
+"""
+
+import os
+from typing import TypeVar
+
+import torch
+
+from evmamba_kernels.atrous_selective_scan import BACKENDS as ALL_BACKENDS
+
+
+Size = TypeVar("Size")
+
+DEVICE = torch.device(os.environ.get("EVMAMBA_TEST_DEVICE", "cpu"))
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["torch", *(name for name, backend in ALL_BACKENDS.items() if DEVICE.type in backend.device_types)]
+
+
+def sized(usual: Size, interpreted: Size) -> Size:
+    """A size for all runs but those in Triton's interpreter, which takes about a millisecond for a step of a state."""
+    return interpreted if IS_INTERPRETED else usual
