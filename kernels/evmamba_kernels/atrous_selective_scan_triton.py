@@ -65,19 +65,20 @@ class Config(NamedTuple):
     programs_per_multiprocessor: int  # that find room, by the registers of scan_kernel
 
 
-# By the backend of Triton and the lanes of a warp.
+# By backend of Triton, lanes of a warp and oldest compute capability (0 but for CUDA): the first that fits.
 #
 # What put the rows there is the compiler's report, not a clock: the longest tiles and most channels with which every
 # kernel keeps everything in registers, on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints that
 # report, tests check it, `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU were not looked at: their
 # tiles are small. What measures on a device: `make bench-gpu`.
 CONFIGS = {
-    ("cuda", 32): Config(16, 8, 32, 8, 64, "tf32x3", 12),
-    ("hip", 64): Config(16, 8, 64, 8, 64, "ieee", 8),
-    ("hip", 32): Config(16, 4, 32, 4, 32, "ieee", 8),
-    ("xpu", 32): Config(16, 4, 32, 4, 32, "ieee", 8),
+    ("cuda", 32, 90): Config(16, 8, 32, 8, 64, "tf32x3", 11),
+    ("cuda", 32, 0): Config(16, 8, 32, 8, 32, "tf32x3", 11),  # spills with 64 channels
+    ("hip", 64, 0): Config(16, 4, 64, 8, 64, "ieee", 4),
+    ("hip", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8),
+    ("xpu", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8),
     # small, as most maps in tests are
-    ("interpreter", 1): Config(16, 4, 8, 4, 16, "ieee", 1),
+    ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, "ieee", 1),
 }
 
 MATRIX_STEPS = 64  # of the matrix products of the projection: steps, channels and outputs of a block
@@ -87,7 +88,7 @@ MATRIX_OUTPUTS = 64
 
 # Options of Triton. Fused multiply-adds are its default in some versions only.
 ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
-MATRIX_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
+MATRIX_WARPS = {"num_warps": 8, "enable_fp_fusion": True}
 
 # A chunk more costs carry_kernel about as long as this part of a tile costs scan_kernel (an eighth of the latency of a
 # load from memory against 128 exponentials of a warp). An estimate, see benchmarks/NOTES.md.
@@ -99,6 +100,7 @@ class Device(NamedTuple):
 
     backend: str  # of Triton
     warp_size: int
+    capability: int  # 90 for 9.0, 0 but for CUDA
     multiprocessors: int
 
 
@@ -106,11 +108,12 @@ class Device(NamedTuple):
 def describe_device(device: torch.device) -> Device:
     """The device, which has to be the current one."""
     if INTERPRETED:
-        return Device("interpreter", 1, 1)
+        return Device("interpreter", 1, 0, 1)
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(driver.get_current_device())
-    return Device(target.backend, target.warp_size, properties["multiprocessor_count"])
+    capability = target.arch if target.backend == "cuda" else 0
+    return Device(target.backend, target.warp_size, capability, properties["multiprocessor_count"])
 
 
 def find_config(device: Device) -> Config:
@@ -119,12 +122,13 @@ def find_config(device: Device) -> Config:
     Raises:
         ValueError: for a device that has none.
     """
-    if (device.backend, device.warp_size) not in CONFIGS:
-        raise ValueError(
-            f"the Triton kernels have no configuration for {device.backend} with {device.warp_size} lanes: choose the "
-            "backend 'torch'"
-        )
-    return CONFIGS[device.backend, device.warp_size]
+    for (backend, warp_size, oldest), config in CONFIGS.items():
+        if (backend, warp_size) == (device.backend, device.warp_size) and device.capability >= oldest:
+            return config
+    raise ValueError(
+        f"the Triton kernels have no configuration for {device.backend} with {device.warp_size} lanes: choose the "
+        "backend 'torch'"
+    )
 
 
 # -- what the kernels share ------------------------------------------------------------------------------------------
@@ -185,16 +189,16 @@ def find_steps(
     line_length = tl.where(by_row, width + 1, height + 1) // 2
     lines_inside = tl.where(by_row, height - parity_h + 1, width - parity_w + 1) // 2
     places_inside = tl.where(by_row, width - parity_w + 1, height - parity_h + 1) // 2
-    to_next_line = 2 * tl.where(by_row, stride_h, stride_w).to(tl.int64)
-    to_next_place = 2 * tl.where(by_row, stride_w, stride_h).to(tl.int64)
+    stride_h, stride_w = tl.cast(stride_h, tl.int64), tl.cast(stride_w, tl.int64)
+    to_next_line = 2 * tl.where(by_row, stride_h, stride_w)
+    to_next_place = 2 * tl.where(by_row, stride_w, stride_h)
 
     i_line, i_place = i_step // line_length, i_step % line_length
     o_t = tl.arange(0, T)
     place = i_place + o_t
     lines_on = (place >= line_length).to(tl.int32) if LONG_LINES else place // line_length
     inside = (i_line + lines_on < lines_inside) & (place - lines_on * line_length < places_inside)
-    start = parity_h * stride_h.to(tl.int64) + parity_w * stride_w.to(tl.int64)
-    start += i_line * to_next_line + i_place * to_next_place
+    start = parity_h * stride_h + parity_w * stride_w + i_line * to_next_line + i_place * to_next_place
     to_line_start = (to_next_line - line_length * to_next_place).to(INDEX)
     return start, o_t * to_next_place.to(INDEX) + lines_on * to_line_start, inside
 
@@ -234,7 +238,7 @@ def run_states(b_decay, b_added, b_state):
 # -- forward kernels -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["height", "width", "num_tiles", "stride_b", "stride_h", "stride_w"])
+@triton.jit(do_not_specialize=["height", "width", "num_tiles"])
 def project_kernel(
     u,  # (B, H, W, D)
     weight,  # (K, R + 2N, D)
@@ -247,7 +251,6 @@ def project_kernel(
     stride_b,
     stride_h,
     stride_w,
-    stride_d,
     T: tl.constexpr,
     STEPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -275,7 +278,7 @@ def project_kernel(
     for i_d in range(0, channels, DEPTH):
         o_d = i_d + tl.arange(0, DEPTH)
         m_d = o_d < channels
-        b_u = tl.load(p_u + o_d[None, :] * stride_d, mask=m_step[:, None] & m_d[None, :], other=0.0)
+        b_u = tl.load(p_u + o_d[None, :], mask=m_step[:, None] & m_d[None, :], other=0.0)
         b_weight = tl.load(p_weight + o_d[:, None], mask=m_d[:, None] & (o_output < outputs)[None, :], other=0.0)
         b_sum = tl.dot(b_u.to(tl.float32), b_weight.to(tl.float32), b_sum, input_precision=PRECISION)
 
@@ -287,7 +290,7 @@ def project_kernel(
 @triton.jit(
     do_not_specialize=[
         *("height", "width", "channels", "num_tiles", "chunk_tiles", "interval"),
-        *("stride_b", "stride_h", "stride_w", "stride_d"),
+        *("stride_b", "stride_h", "stride_w"),
     ]
 )
 def states_kernel(
@@ -308,7 +311,6 @@ def states_kernel(
     stride_b,
     stride_h,
     stride_w,
-    stride_d,
     N: tl.constexpr,
     FIRST_STATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -334,7 +336,7 @@ def states_kernel(
     first_tile = i_chunk * chunk_tiles
     for i in range(first_tile, tl.minimum(first_tile + chunk_tiles, num_tiles)):
         start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
-        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :] * stride_d)
+        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
         b_u = tl.load(p_u, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         p_tile = projected + i_tile * ((R + 2 * N) * T) + tl.arange(0, T)
@@ -410,7 +412,7 @@ def carry_kernel(
 @triton.jit(
     do_not_specialize=[
         *("height", "width", "channels", "num_tiles", "chunk_tiles", "num_chunks"),
-        *("stride_b", "stride_h", "stride_w", "stride_d", "y_stride_b", "y_stride_h", "y_stride_w"),
+        *("stride_b", "stride_h", "stride_w", "y_stride_b", "y_stride_h", "y_stride_w"),
     ]
 )
 def scan_kernel(
@@ -431,7 +433,6 @@ def scan_kernel(
     stride_b,
     stride_h,
     stride_w,
-    stride_d,
     y_stride_b,
     y_stride_h,
     y_stride_w,
@@ -467,7 +468,7 @@ def scan_kernel(
     for i in range(first_tile, tl.minimum(first_tile + chunk_tiles, num_tiles)):
         start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
         mask = m_steps[:, None] & m_d[None, :]
-        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :] * stride_d)
+        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
         b_u = tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         p_tile = projected + i_tile * ((R + 2 * N) * T) + tl.arange(0, T)
@@ -535,7 +536,7 @@ def run_adjoints(b_decay, b_reached, b_adjoint):
 @triton.jit(
     do_not_specialize=[
         *("height", "width", "channels", "num_tiles", "chunk_tiles", "num_chunks"),
-        *("stride_b", "stride_h", "stride_w", "stride_d"),
+        *("stride_b", "stride_h", "stride_w"),
     ]
 )
 def chunk_adjoints_kernel(
@@ -554,7 +555,6 @@ def chunk_adjoints_kernel(
     stride_b,
     stride_h,
     stride_w,
-    stride_d,
     N: tl.constexpr,
     FIRST_STATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -581,7 +581,7 @@ def chunk_adjoints_kernel(
     for count in range(last_tile + 1 - first_tile):
         i = last_tile - count
         start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
-        p_grad = grad + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :] * stride_d)
+        p_grad = grad + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
         b_grad = tl.load(p_grad, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         p_tile = projected + i_tile * ((R + 2 * N) * T) + tl.arange(0, T)
@@ -600,9 +600,9 @@ def chunk_adjoints_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("height", "width", "channels", "num_tiles", "chunk_tiles", "num_chunks", "state_size", "rank", "unit"),
-        *("stride_b", "stride_h", "stride_w", "stride_d"),
-        *("grad_stride_b", "grad_stride_h", "grad_stride_w", "grad_stride_d"),
+        *("height", "width", "channels", "num_tiles", "chunk_tiles", "num_chunks", "state_size", "rank"),
+        *("stride_b", "stride_h", "stride_w"),
+        *("grad_stride_b", "grad_stride_h", "grad_stride_w"),
         *("out_stride_b", "out_stride_h", "out_stride_w"),
     ]
 )
@@ -632,15 +632,12 @@ def adjoint_kernel(
     num_chunks,
     state_size,
     rank,
-    unit,  # 1
     stride_b,
     stride_h,
     stride_w,
-    stride_d,
     grad_stride_b,
     grad_stride_h,
     grad_stride_w,
-    grad_stride_d,
     out_stride_b,
     out_stride_h,
     out_stride_w,
@@ -651,9 +648,8 @@ def adjoint_kernel(
 ):
     """The adjoint of `scan_kernel` along a chunk, from its last tile: see "Adjoint" in `kernels/README.md`.
 
-    One state after another, so that only one state's steps are in registers at a time. What a state carries from tile
-    to tile, its adjoint and its part of `grad_A_log`, the thread that wrote it reads again: `unit` is the distance of
-    channels in memory, hidden from the compiler, which would otherwise have a thread store channels of others.
+    One state after another, so that only one state's steps are in registers at a time. What is carried from tile to
+    tile, adjoints and sums, this program writes and reads again.
     """
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // 4).to(tl.int64), i_bk % 4
@@ -661,17 +657,14 @@ def adjoint_kernel(
     m_d = o_d < channels
     i_kd = i_k * channels + o_d
     outputs = rank + 2 * state_size
-    b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
-    b_skip = tl.load(D + i_kd, mask=m_d, other=0.0).to(tl.float32)
-    b_grad_bias = tl.zeros([CHANNELS], tl.float32)
-    b_grad_D = tl.zeros([CHANNELS], tl.float32)
 
     m_carried = mask_if(i_chunk > 0, o_d, channels)
     m_reached = mask_if(i_chunk < num_chunks - 1, o_d, channels)
-    o_d = o_d * unit
     i_part = (i_b * num_chunks + i_chunk) * 4 + i_k  # in (B, chunks, K)
     p_grad_A_log = grad_A_log + i_part * state_size * channels + o_d
     p_grad_weight = grad_weight + i_part * rank * channels + o_d
+    p_grad_bias = grad_bias + i_part * channels + o_d
+    p_grad_D = grad_D + i_part * channels + o_d
     p_carried = carried + (i_bk.to(tl.int64) * num_chunks + i_chunk) * state_size * channels + o_d
     p_adjoint = adjoints + (i_bk.to(tl.int64) * num_chunks + i_chunk) * state_size * channels + o_d
     first_tile = i_chunk * chunk_tiles
@@ -681,9 +674,9 @@ def adjoint_kernel(
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
         mask = m_steps[:, None] & m_d[None, :]
-        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :] * stride_d)
+        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
         start, o_steps, _ = find_steps(i * T, i_k, height, width, grad_stride_h, grad_stride_w, T, LONG_LINES, WIDE)
-        p_grad = grad + i_b * grad_stride_b + start + (o_steps[:, None] + o_d[None, :] * grad_stride_d)
+        p_grad = grad + i_b * grad_stride_b + start + (o_steps[:, None] + o_d[None, :])
         b_grad = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)
 
         p_tile = projected + i_tile * outputs * T + tl.arange(0, T)
@@ -691,6 +684,7 @@ def adjoint_kernel(
             (i_d * tl.num_programs(2).to(tl.int64) * num_tiles + i_tile) * outputs * T + tl.arange(0, T)
         )
         p_dt_weight = dt_proj_weight + i_kd * rank
+        b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
         b_delta = softplus(load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T))
         b_delta_u = b_delta * tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
         m_later = mask_if(count > 0, o_d, channels)  # tiles of the chunk are done
@@ -709,6 +703,8 @@ def adjoint_kernel(
 
             b_added = b_delta_u * b_B
             b_kept = run_kept(b_decay, b_added, b_start)
+            tl.store(p_grad_tile + (rank + state_size + n) * T, tl.sum(b_grad * (b_kept + b_added), 1))
+
             b_after = tl.load(p_adjoint + n * channels, mask=m_later | m_reached, other=0.0)
             b_here, b_before = run_adjoints(b_decay, b_grad * b_C, b_after)
             tl.store(p_adjoint + n * channels, b_before, mask=m_d)
@@ -721,7 +717,6 @@ def adjoint_kernel(
             b_grad_delta_u = tl.fma(b_here, b_B, b_grad_delta_u)
             b_grad_delta = tl.fma(b_through_decay, b_A[None, :], b_grad_delta)
             tl.store(p_grad_tile + (rank + n) * T, tl.sum(b_here * b_delta_u, 1))
-            tl.store(p_grad_tile + (rank + state_size + n) * T, tl.sum(b_grad * (b_kept + b_added), 1))
 
         # read and made again: while the states went by, their registers were needed
         b_u = tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
@@ -735,16 +730,18 @@ def adjoint_kernel(
             b_sum += tl.sum(b_grad_raw * b_dt[:, None], 0)
             tl.store(p_grad_weight + r * channels, b_sum, mask=m_d)
             tl.store(p_grad_tile + r * T, tl.sum(b_grad_raw * b_weight[None, :], 1))
-        b_grad_bias += tl.sum(b_grad_raw, 0)
-        b_grad_D += tl.sum(b_grad * b_u, 0)
+        b_sum = tl.load(p_grad_bias, mask=m_later, other=0.0)
+        tl.store(p_grad_bias, b_sum + tl.sum(b_grad_raw, 0), mask=m_d)
+        b_sum = tl.load(p_grad_D, mask=m_later, other=0.0)
+        tl.store(p_grad_D, b_sum + tl.sum(b_grad * b_u, 0), mask=m_d)
+        b_skip = tl.load(D + i_kd, mask=m_d, other=0.0).to(tl.float32)
         b_grad_u = tl.fma(b_delta, b_grad_delta_u, b_skip[None, :] * b_grad)
         start, o_steps, _ = find_steps(i * T, i_k, height, width, out_stride_h, out_stride_w, T, LONG_LINES, WIDE)
         tl.store(grad_u + i_b * out_stride_b + start + (o_steps[:, None] + o_d[None, :]), b_grad_u, mask=mask)
-    tl.store(grad_bias + i_part * channels + o_d, b_grad_bias, mask=m_d)
-    tl.store(grad_D + i_part * channels + o_d, b_grad_D, mask=m_d)
+        tl.debug_barrier()  # before the next tile reads what this one has carried
 
 
-@triton.jit(do_not_specialize=["height", "width", "num_tiles", "stride_b", "stride_h", "stride_w"])
+@triton.jit(do_not_specialize=["height", "width", "num_tiles"])
 def unproject_kernel(
     grad_projected,  # (B, K, tiles, R + 2N, T)
     weight,  # (K, R + 2N, D)
@@ -808,9 +805,8 @@ def weight_kernel(
     stride_b,
     stride_h,
     stride_w,
-    stride_d,
     T: tl.constexpr,
-    STEPS: tl.constexpr,
+    DEPTH: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     LONG_LINES: tl.constexpr,
@@ -824,15 +820,15 @@ def weight_kernel(
     o_output = i_output * OUTPUTS + tl.arange(0, OUTPUTS)
     m_d = o_d < channels
     m_output = o_output < outputs
-    blocks_of_image = (num_tiles * T + STEPS - 1) // STEPS
+    blocks_of_image = (num_tiles * T + DEPTH - 1) // DEPTH
     b_sum = tl.zeros([OUTPUTS, CHANNELS], tl.float32)
     for i in range(i_part * part_blocks, tl.minimum((i_part + 1) * part_blocks, num_blocks)):
-        i_b, i_step = (i // blocks_of_image).to(tl.int64), i % blocks_of_image * STEPS
-        o_step = i_step + tl.arange(0, STEPS)
-        start, o_in_map, m_step = find_steps(i_step, i_k, height, width, stride_h, stride_w, STEPS, LONG_LINES, WIDE)
+        i_b, i_step = (i // blocks_of_image).to(tl.int64), i % blocks_of_image * DEPTH
+        o_step = i_step + tl.arange(0, DEPTH)
+        start, o_in_map, m_step = find_steps(i_step, i_k, height, width, stride_h, stride_w, DEPTH, LONG_LINES, WIDE)
         i_tile = (i_b * 4 + i_k) * num_tiles + o_step // T
         p_grad = grad_projected + (i_tile * outputs * T + o_step % T)[None, :] + o_output[:, None] * T
-        p_u = u + i_b * stride_b + start + (o_in_map[:, None] + o_d[None, :] * stride_d)
+        p_u = u + i_b * stride_b + start + (o_in_map[:, None] + o_d[None, :])
         b_grad = tl.load(p_grad, mask=m_output[:, None] & m_step[None, :], other=0.0)
         b_u = tl.load(p_u, mask=m_step[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         b_sum = tl.dot(b_grad, b_u, b_sum, input_precision=PRECISION)
@@ -898,6 +894,11 @@ def current_device(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
+def with_dense_channels(map: torch.Tensor) -> torch.Tensor:
+    """Channels next to each other; any other strides are kept."""
+    return map if map.stride(-1) == 1 else map.contiguous()
+
+
 def new_buffer(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
@@ -912,7 +913,7 @@ def project(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Tensor
     project_kernel[grid](
         *(hidden_states, x_proj_weight, projected),
         *(height, width, channels, outputs, plan.num_tiles),
-        *hidden_states.stride(),
+        *hidden_states.stride()[:3],
         T=plan.tile,
         STEPS=MATRIX_STEPS,
         DEPTH=MATRIX_DEPTH,
@@ -963,7 +964,9 @@ def run_chunks(
     time = new_buffer(projected, batch_size, NUM_GROUPS, num_slots, channels)
     num_chunks = triton.cdiv(num_slots * interval, plan.chunk_tiles)
     tensors = (hidden_states, projected, *parameters, states, time)
-    launch_blocks_of_states(states_kernel, plan, num_chunks, tensors, (interval, num_slots), hidden_states.stride())
+    launch_blocks_of_states(
+        states_kernel, plan, num_chunks, tensors, (interval, num_slots), hidden_states.stride()[:3]
+    )
     return states, time
 
 
@@ -1003,11 +1006,9 @@ def forward(
     )
     batch_size, *_, channels = hidden_states.shape
     state_size = A_log.shape[-1]
-    plan = make_plan(hidden_states)
-    # several blocks of states add to y
-    y_dtype = hidden_states.dtype if state_size <= plan.config.states else torch.float32
-    y = hidden_states.new_empty(hidden_states.shape, dtype=y_dtype)
     with current_device(hidden_states):
+        hidden_states = with_dense_channels(hidden_states)
+        plan = make_plan(hidden_states)
         projected = project(plan, hidden_states, x_proj_weight)
         carried = new_buffer(projected, batch_size, NUM_GROUPS, plan.num_chunks, state_size, channels)
         if plan.num_chunks > 1:
@@ -1016,8 +1017,11 @@ def forward(
                 plan, hidden_states, projected, parameters, interval=plan.chunk_tiles, num_slots=plan.num_chunks - 1
             )
             carry(plan, ends, 1, time, 1, A_log, carried, first=0, direction=1)
+        # several blocks of states add to y
+        y_dtype = hidden_states.dtype if state_size <= plan.config.states else torch.float32
+        y = hidden_states.new_empty(hidden_states.shape, dtype=y_dtype)
         tensors = (hidden_states, projected, *parameters, D, carried, y)
-        strides = (*hidden_states.stride(), *y.stride()[:3])
+        strides = (*hidden_states.stride()[:3], *y.stride()[:3])
         launch_blocks_of_states(scan_kernel, plan, plan.num_chunks, tensors, (plan.num_chunks,), strides)
         return y.to(hidden_states.dtype)
 
@@ -1034,8 +1038,9 @@ def backward(
     """The gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     x_proj_weight, *parameters, D = (parameter.contiguous() for parameter in arguments[1:])
-    plan = make_plan(hidden_states, grad)
     with current_device(hidden_states):
+        grad, hidden_states = with_dense_channels(grad), with_dense_channels(hidden_states)
+        plan = make_plan(hidden_states, grad)
         projected = project(plan, hidden_states, x_proj_weight)
         states, time = run_chunks(plan, hidden_states, projected, parameters, interval=1, num_slots=plan.num_tiles)
         carried, adjoints = carry_both_ways(plan, grad, projected, parameters, states, time)
@@ -1067,7 +1072,7 @@ def carry_both_ways(
         # of the first chunk nobody asks
         tensors = (grad, projected, *parameters, chunk_adjoints)
         launch_blocks_of_states(
-            chunk_adjoints_kernel, plan, plan.num_chunks - 1, tensors, (plan.num_chunks,), grad.stride()
+            chunk_adjoints_kernel, plan, plan.num_chunks - 1, tensors, (plan.num_chunks,), grad.stride()[:3]
         )
         last = plan.num_chunks - 1
         carry(plan, chunk_adjoints, 1, time, times_per_chunk, A_log, adjoints, first=last, direction=-1)
@@ -1099,9 +1104,9 @@ def run_adjoint(
     adjoint_kernel[(num_blocks, plan.num_chunks, batch_size * NUM_GROUPS)](
         *(grad, hidden_states, projected, *parameters, states, time, carried, adjoints),
         *(partial_u, grad_projected, grad_dt_proj_weight, grad_dt_proj_bias, grad_A_log, grad_D),
-        *(height, width, channels, plan.num_tiles, plan.chunk_tiles, plan.num_chunks, state_size, rank, 1),
-        *hidden_states.stride(),
-        *grad.stride(),
+        *(height, width, channels, plan.num_tiles, plan.chunk_tiles, plan.num_chunks, state_size, rank),
+        *hidden_states.stride()[:3],
+        *grad.stride()[:3],
         *partial_u.stride()[:3],
         T=plan.tile,
         CHANNELS=plan.config.backward_channels,
@@ -1128,35 +1133,35 @@ def unproject(
     """The gradients of u and of `x_proj_weight`."""
     batch_size, height, width, channels = hidden_states.shape
     outputs = x_proj_weight.shape[1]
-    image_blocks = triton.cdiv(plan.num_tiles * plan.tile, MATRIX_STEPS)
+    steps = plan.num_tiles * plan.tile
     channel_blocks, output_blocks = triton.cdiv(channels, MATRIX_CHANNELS), triton.cdiv(outputs, MATRIX_OUTPUTS)
-    options = {
-        "T": plan.tile,
-        "STEPS": MATRIX_STEPS,
-        "CHANNELS": MATRIX_CHANNELS,
-        "PRECISION": plan.config.precision,
-        **plan.index_options(MATRIX_STEPS),
-        **MATRIX_WARPS,
-    }
+    sizes = (height, width, channels, outputs, plan.num_tiles)
+    options = {"T": plan.tile, "CHANNELS": MATRIX_CHANNELS, "PRECISION": plan.config.precision, **MATRIX_WARPS}
     # float32 in place
     grad_u = partial_u if hidden_states.dtype == torch.float32 else hidden_states.new_empty(hidden_states.shape)
-    unproject_kernel[(image_blocks, channel_blocks, batch_size * NUM_GROUPS)](
+    unproject_kernel[(triton.cdiv(steps, MATRIX_STEPS), channel_blocks, batch_size * NUM_GROUPS)](
         *(grad_projected, x_proj_weight, partial_u, grad_u),
-        *(height, width, channels, outputs, plan.num_tiles),
+        *sizes,
         *partial_u.stride()[:3],
+        STEPS=MATRIX_STEPS,
         DEPTH=MATRIX_DEPTH,
+        **plan.index_options(MATRIX_STEPS),
         **options,
     )
-    num_blocks = batch_size * image_blocks
+    # each program sums a part of the blocks of `MATRIX_DEPTH` steps, as many programs as multiprocessors
+    num_blocks = batch_size * triton.cdiv(steps, MATRIX_DEPTH)
     num_parts = triton.cdiv(plan.multiprocessors, NUM_GROUPS * channel_blocks * output_blocks)
     part_blocks = triton.cdiv(num_blocks, num_parts)
     num_parts = triton.cdiv(num_blocks, part_blocks)
     grad_weight = new_buffer(grad_projected, num_parts, *x_proj_weight.shape)
     weight_kernel[(channel_blocks, output_blocks, num_parts * NUM_GROUPS)](
         *(grad_projected, hidden_states, grad_weight),
-        *(height, width, channels, outputs, plan.num_tiles, num_blocks, part_blocks),
-        *hidden_states.stride(),
+        *sizes,
+        *(num_blocks, part_blocks),
+        *hidden_states.stride()[:3],
+        DEPTH=MATRIX_DEPTH,
         OUTPUTS=MATRIX_OUTPUTS,
+        **plan.index_options(MATRIX_DEPTH),
         **options,
     )
     return grad_u, grad_weight.sum(dim=0)

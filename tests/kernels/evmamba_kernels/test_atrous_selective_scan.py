@@ -102,14 +102,14 @@ def test_gradients_have_the_dtypes_of_their_arguments(backend, dtype):
 sides = st.integers(1, sized(13, 5))
 
 
-@settings(max_examples=sized(40, 5), deadline=None, derandomize=True)
+@settings(max_examples=sized(40, 2), deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, sized(3, 2)), sides, sides, st.integers(1, sized(40, 20))),
     state_size=st.integers(1, sized(64, 5)),
     rank=st.integers(1, sized(24, 5)),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(shape=(1, 1, 2, 9), state_size=64, rank=5, seed=0)
+@example(shape=(1, 1, 2, 3), state_size=64, rank=1, seed=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_random_shapes_against_the_reference(backend, shape, state_size, rank, seed):
     arguments = random_arguments(*shape, state_size, rank, dtype=torch.float32, seed=seed)
@@ -125,13 +125,13 @@ def test_random_shapes_against_the_reference(backend, shape, state_size, rank, s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_the_recurrence_in_float32(backend):
-    arguments = random_arguments(1, *sized((12, 12), (5, 4)), 8, dtype=torch.float32)
+    arguments = random_arguments(1, *sized((12, 12), (5, 4)), sized(8, 3), dtype=torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = atrous_selective_scan(*arguments, backend=backend)
     assert torch.equal(y, atrous_selective_scan(*arguments, backend=backend))
 
 
-@pytest.mark.parametrize("side", sized([32, 256], [12]))
+@pytest.mark.parametrize("side", sized([32, 256], [8]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_values_stay_finite_and_right(backend, side):
     arguments = random_arguments(1, side, side, 4, dtype=torch.float32)
@@ -163,7 +163,7 @@ STRIDED_MAPS = {
 @pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_maps(backend, make_view):
-    u, *parameters = random_arguments(2, *sized((7, 6), (3, 5)), 5, dtype=torch.float32)
+    u, *parameters = random_arguments(2, *sized((7, 6), (3, 5)), 5, sized(4, 1), sized(2, 1), dtype=torch.float32)
     view = make_view(u)
     assert not view.is_contiguous()
     dense = view.clone(memory_format=torch.contiguous_format)
@@ -287,7 +287,7 @@ k.atrous_selective_scan(*arguments, backend="numba")
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4, 16), sized((2, 5, 3, 7), (2, 3, 1, 7))], ids=str)
+@pytest.mark.parametrize("shape", sized([(1, 4, 4, 16), (2, 5, 3, 7)], [(1, 2, 3, 3)]), ids=str)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 def test_operator_registration(backend, shape):
     arguments = [argument.requires_grad_() for argument in random_arguments(*shape, 2, dtype=torch.float32)]

@@ -1,0 +1,200 @@
+"""What the Triton kernels of the scan compile to for GPUs that are not here: registers, shared memory, spills, and the
+instructions of the innermost loop per state. Needs no GPU: Triton brings the assemblers.
+
+Example:
+    python benchmarks/triton_report.py --targets sm_90 gfx942 --kernels scan adjoint
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from evmamba_kernels import atrous_selective_scan_triton as kernels
+
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+KERNELS = {
+    name: getattr(kernels, f"{name}_kernel")
+    for name in ("project", "states", "carry", "scan", "chunk_adjoints", "adjoint", "unproject", "weight")
+}
+MATRIX_KERNELS = ("project", "unproject", "weight")
+BACKWARD_KERNELS = ("chunk_adjoints", "adjoint", "unproject", "weight")
+
+INTEGERS = {
+    *("height", "width", "channels", "outputs", "state_size", "rank", "unit"),
+    *("num_tiles", "chunk_tiles", "num_chunks", "interval", "num_slots", "num_blocks", "part_blocks"),
+    *("ends_per_chunk", "num_ends", "times_per_chunk", "num_times", "first", "direction"),
+}
+
+# what counts as which in the table; the first that matches
+CLASSES = {
+    "exp": r"MUFU\.EX2|v_exp_f32",
+    "shuffle": r"SHFL|ds_bpermute|ds_swizzle|v_permlane|.*_dpp",
+    "fp32": r"F(FMA|MUL|ADD)|v_(pk_)?(fma|fmac|mul|add|sub)_f32",
+    "load": r"LDG|global_load|buffer_load",
+    "store": r"STG|global_store|buffer_store",
+    "local": r"LDL|STL|scratch_",
+}
+
+
+class Report(NamedTuple):
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    loop: Counter  # instructions of the innermost loop, by class
+    states: int  # that the loop computes per lane, 0 where it computes none
+
+    def per_state(self, name: str) -> float:
+        count = sum(self.loop.values()) if name == "all" else self.loop[name]
+        return count / self.states
+
+
+def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int = 16, rank: int = 3) -> Report:
+    """Compiles a kernel as the host code would launch it.
+
+    Args:
+        name: of `KERNELS`.
+        target: of `TARGETS`.
+        dtype: of the map, as Triton spells it: "fp32", "bf16" or "fp16".
+    """
+    kernel, gpu = KERNELS[name], TARGETS[target]
+    capability = gpu.arch if gpu.backend == "cuda" else 0
+    config = kernels.find_config(kernels.Device(gpu.backend, gpu.warp_size, capability, multiprocessors=1))
+    is_matrix, is_adjoint = name in MATRIX_KERNELS, name == "adjoint"
+    tile = config.backward_tile if name in BACKWARD_KERNELS else config.forward_tile
+    channels = config.backward_channels if is_adjoint else config.forward_channels
+    values = {
+        "N": state_size,
+        "FIRST_STATE": 0,
+        "STATES": min(state_size, config.states),
+        "R": rank,
+        "T": tile,
+        "CHUNKS": tile,
+        "CHANNELS": kernels.MATRIX_CHANNELS if is_matrix else channels,
+        "STEPS": kernels.MATRIX_STEPS,
+        "DEPTH": kernels.MATRIX_DEPTH,
+        "OUTPUTS": kernels.MATRIX_OUTPUTS,
+        "PRECISION": config.precision,
+        "LONG_LINES": not is_matrix,
+        "WIDE": False,
+    }
+    maps = {"u", "y", "grad"} | ({"grad_u"} if name == "unproject" else set())
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[i,] = "constexpr", values[parameter.name]
+        elif parameter.name in INTEGERS or "stride" in parameter.name:
+            signature[parameter.name] = "i32"
+        else:
+            signature[parameter.name] = f"*{dtype}" if parameter.name in maps else "*fp32"
+            attributes[i,] = [["tt.divisibility", 16]]  # as memory of PyTorch is
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = kernels.MATRIX_WARPS if is_matrix else kernels.ONE_WARP
+    compiled = triton.compile(source, target=gpu, options=options)
+
+    if gpu.backend == "cuda":
+        registers, spilled, code = read_cubin(compiled.asm["cubin"])
+    else:
+        registers, spilled, code = read_amdgcn(compiled.asm["amdgcn"])
+    states = 0 if is_matrix or name == "carry" else tile * channels // gpu.warp_size
+    if states and not is_adjoint:
+        states *= values["STATES"]
+    return Report(registers, compiled.metadata.shared, spilled, count_innermost_loop(code), states)
+
+
+def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
+    """Registers, bytes of stack (spills), and code as (address, instruction, address it goes to)."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", sass)
+    code = []
+    for address, instruction, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest) if instruction.startswith("BRA") else None
+        code.append((int(address, 16), instruction, int(target[1], 16) if target else None))
+    return registers, stack, code
+
+
+def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]:
+    """As `read_cubin`; addresses are numbers of lines. Scalar registers spill into vector registers, which count."""
+    registers = int(re.search(r"\.vgpr_count: +(\d+)", text)[1])
+    spilled = 4 * int(re.search(r"\.vgpr_spill_count: +(\d+)", text)[1])
+    lines = text.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    code = []
+    for i, line in enumerate(lines):
+        if match := re.match(r"\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|scratch_\w+)(.*)", line):
+            target = re.search(r"(\.LBB\w+)", match[2]) if "branch" in match[1] else None
+            instruction = match[1] + ("_dpp" if "row_" in match[2] else "")
+            code.append((i, instruction, labels[target[1]] if target else None))
+    return registers, spilled, code
+
+
+def count_innermost_loop(code: list[tuple[int, str, int | None]]) -> Counter:
+    """Instructions by class of the loop with most exponentials that has no such loop in it; empty without loops."""
+    loops = [(target, address) for address, _, target in code if target is not None and target < address]
+    counts = []
+    for first, last in loops:
+        count = Counter()
+        for address, instruction, _ in code:
+            if first <= address <= last:
+                count[next((name for name, form in CLASSES.items() if re.match(form, instruction)), "other")] += 1
+        counts.append((first, last, count))
+    with_exponentials = [loop for loop in counts if loop[2]["exp"] > 0]
+    innermost = [
+        count
+        for first, last, count in with_exponentials
+        if not any(
+            (other_first, other_last) != (first, last) and first <= other_first and other_last <= last
+            for other_first, other_last, _ in with_exponentials
+        )
+    ]
+    return max(innermost, key=lambda count: count["exp"], default=Counter())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the map; default: fp32")
+    parser.add_argument("--state-size", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--rank", type=int, default=3, metavar="R", help="default: 3")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("nothing is compiled in Triton's interpreter: unset TRITON_INTERPRET")
+
+    columns = [*CLASSES, "other", "all"]
+    table = Table("kernel", "target", "registers", "shared", "spilled", *(f"{name} / state" for name in columns))
+    for name in arguments.kernels:
+        for target in arguments.targets:
+            report = compile_kernel(name, target, arguments.dtype, arguments.state_size, arguments.rank)
+            per_state = [f"{report.per_state(column):.2f}" if report.states else "" for column in columns]
+            table.add_row(
+                name, target, *map(str, (report.registers, report.shared_bytes, report.spilled_bytes)), *per_state
+            )
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The Triton kernels beyond the operator's contract: memory, chunks, blocks of states, offsets, functions.
+
+In Triton's interpreter (`make test-triton`) or on a GPU (`make test-gpu`).
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from devices import BACKENDS, DEVICE, IS_INTERPRETED
+from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference
+from golden_values import load_cases, relative_error
+
+
+if "triton" not in BACKENDS:
+    pytest.skip("runs on a GPU or in Triton's interpreter: make test-gpu, make test-triton", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from evmamba_kernels import atrous_selective_scan_triton as kernels
+
+
+CASES = load_cases("atrous_scan_fp64.safetensors")
+NAMES = ["hidden_states", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"]
+
+
+def make_arguments(batch_size, height, width, channels, state_size=2, rank=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch_size, height, width, channels),
+        (4, rank + 2 * state_size, channels),
+        (4, channels, rank),
+        (4, channels),
+        (4, channels, state_size),
+        (4, channels),
+    ]
+    return [(torch.randn(shape, generator=generator) * 0.4).to(DEVICE) for shape in shapes]
+
+
+def run(arguments, grad):
+    return [kernels.forward(*arguments), *kernels.backward(grad, *arguments)]
+
+
+def run_reference(arguments, grad):
+    """In float64."""
+    exact = [argument.double().requires_grad_() for argument in arguments]
+    y = atrous_selective_scan_reference(*exact)
+    return [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
+
+
+def assert_close(results, expected, bound=2e-6):
+    for name, result, exact in zip(["y", *NAMES], results, expected, strict=True):
+        assert relative_error(result.double(), exact, floor=1e-6) < bound, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_values_and_gradients(name):
+    case = CASES[name]
+    num_groups, channels, _ = case["dt_projs_weight"].shape
+    if IS_INTERPRETED and case["x"].numel() > 600:
+        pytest.skip("too large for the interpreter")
+
+    def in_our_layout(prefix):
+        names = ("x", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
+        x, *parameters, A_log, D = (case[prefix + name].to(DEVICE) for name in names)
+        return [x.permute(0, 2, 3, 1), *parameters, A_log.view(num_groups, channels, -1), D.view(num_groups, channels)]
+
+    y, grad_y = (case[key].to(DEVICE).permute(0, 2, 3, 1) for key in ("y", "grad_y"))
+    results = run([argument.float() for argument in in_our_layout("")], grad_y.float())
+    assert_close(results, [y, *in_our_layout("grad.")])
+
+
+@pytest.fixture(params=[1, 3, 100], ids=["one chunk", "three chunks", "chunks of a tile"])
+def prepare(request, monkeypatch):
+    """Makes arguments whose sequences will be computed in so many chunks, or in as many as they have tiles."""
+
+    def make(*sizes, **more_sizes):
+        arguments = make_arguments(*sizes, **more_sizes)
+        device = kernels.describe_device(DEVICE)
+        config = kernels.find_config(device)
+        num_programs = sizes[0] * 4 * triton.cdiv(sizes[3], config.forward_channels)
+        multiprocessors = triton.cdiv(request.param * num_programs, config.programs_per_multiprocessor)
+        device = device._replace(multiprocessors=multiprocessors)
+        monkeypatch.setattr(kernels, "describe_device", lambda _: device)
+        monkeypatch.setattr(kernels, "CHUNK_COST", 1e-6)
+        plan = kernels.make_plan(arguments[0], grad=arguments[0])
+        assert plan.num_chunks == min(request.param, plan.num_tiles)
+        return arguments
+
+    return make
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 8, 3), (2, 3, 11, 9)], ids=str)
+def test_chunks_change_nothing(prepare, shape):
+    arguments = prepare(*shape)
+    grad = torch.randn_like(arguments[0])
+    assert_close(run(arguments, grad), run_reference(arguments, grad))
+
+
+def test_states_that_decay_through_many_chunks(prepare):
+    """Decays that multiply to less than float32 has, and states that last."""
+    arguments = prepare(1, 9, 8, 3)
+    arguments[3] += torch.tensor([-12.0, 0.0, 12.0], device=DEVICE)  # dt_proj_bias
+    arguments[4] *= 5  # A_log
+    grad = torch.randn_like(arguments[0])
+    assert_close(run(arguments, grad), run_reference(arguments, grad), bound=5e-6)
+
+
+def test_every_element_is_written(prepare, monkeypatch):
+    """Memory that is handed out holds NaN; one that is left, or read before it is written, would show."""
+    arguments = prepare(1, 5, 7, 9)
+    grad = torch.randn_like(arguments[0])
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda tensor, *size, **options: new_empty(tensor, *size, **options).fill_(torch.nan),
+    )
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: empty_like(tensor).fill_(torch.nan))
+    for result in run(arguments, grad):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("state_size", [1, 3])
+def test_states_that_do_not_fit_at_once(prepare, monkeypatch, state_size):
+    device = kernels.describe_device(DEVICE)
+    key = next(key for key, config in kernels.CONFIGS.items() if config is kernels.find_config(device))
+    monkeypatch.setitem(kernels.CONFIGS, key, kernels.CONFIGS[key]._replace(states=2))
+    arguments = prepare(1, 5, 5, 2, state_size=state_size)
+    arguments[0] = arguments[0].bfloat16()
+    grad = torch.randn_like(arguments[0])
+    results, expected = run(arguments, grad), run_reference(arguments, grad)
+    # one rounding to bfloat16, not one per block of states
+    assert relative_error(results[0].double(), expected[0]) < 4e-3
+    for name, result, exact in zip(NAMES[1:], results[2:], expected[2:], strict=True):
+        assert relative_error(result.double(), exact, floor=1e-6) < 2e-6, name
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    """The code for maps beyond 2^31 elements, on a small one. `make test-gpu` has a large one."""
+    arguments = make_arguments(1, 5, 6, 3)
+    grad = torch.randn_like(arguments[0])
+    narrow = run(arguments, grad)
+    make_plan = kernels.make_plan
+    monkeypatch.setattr(kernels, "make_plan", lambda *maps: make_plan(*maps)._replace(is_wide=True))
+    for wide, result in zip(run(arguments, grad), narrow, strict=True):
+        assert torch.equal(wide, result)
+
+
+def test_large_strides_ask_for_offsets_of_64_bits():
+    u = torch.empty_strided((1, 2, 2, 8), (2**33, 2**32, 8, 1), device="meta")
+    device = kernels.describe_device(DEVICE)
+    assert kernels.find_config(device)
+    assert kernels.make_plan(torch.empty(1, 4, 4, 8, device=DEVICE)).is_wide is False
+    assert kernels.make_plan(u).is_wide
+    assert kernels.make_plan(torch.empty(1, 2, 2, 8, device="meta"), grad=u).is_wide
+
+
+def test_too_many_images_are_refused():
+    with pytest.raises(ValueError, match="up to 16383 images at once, got 16384: split them"):
+        kernels.make_plan(torch.empty(2**14, 1, 1, 1, device="meta"))
+
+
+def test_devices_without_a_configuration_are_refused():
+    with pytest.raises(ValueError, match="no configuration for abacus with 7 lanes: choose the backend 'torch'"):
+        kernels.find_config(kernels.Device("abacus", 7, 0, 1))
+
+
+@pytest.mark.parametrize("argument", range(6), ids=NAMES)
+def test_nan_stays_visible(argument):
+    arguments = make_arguments(1, 4, 4, 3)
+    arguments[argument].view(-1)[0] = torch.nan
+    grad = torch.ones_like(arguments[0])
+    y, *gradients = run(arguments, grad)
+    assert y.isnan().any()
+    if NAMES[argument] != "D":  # of which nothing but y depends
+        assert any(gradient.isnan().any() for gradient in gradients)
+
+
+@triton.jit
+def apply_kernel(x, softplus, sigmoid, BLOCK: tl.constexpr):
+    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(x + o_x)
+    tl.store(softplus + o_x, kernels.softplus(b_x))
+    tl.store(sigmoid + o_x, kernels.sigmoid(b_x))
+
+
+def test_softplus_and_sigmoid_are_accurate():
+    positive = torch.logspace(-30, 2, 2**14)
+    x = torch.cat([-positive.clamp(max=80), torch.linspace(-80, 100, 2**15), positive]).to(DEVICE)
+    softplus, sigmoid = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    apply_kernel[(len(x) // 1024,)](x, softplus, sigmoid, BLOCK=1024)
+    exact = x.double()
+    for result, expected in [(softplus, torch.logaddexp(exact, exact * 0)), (sigmoid, torch.sigmoid(exact))]:
+        # ex2 is within 2 units in the last place on GPUs, and its argument is rounded: |x| half units more
+        bound = 2e-6 + 1e-7 * exact.abs()
+        assert ((result.double() - expected).abs() / expected < bound).all()
+
+
+def test_softplus_beyond_its_range():
+    x = torch.tensor([-torch.inf, -1000.0, 1000.0, torch.nan] * 256, device=DEVICE)
+    softplus, sigmoid = torch.empty_like(x), torch.empty_like(x)
+    apply_kernel[(1,)](x, softplus, sigmoid, BLOCK=1024)
+    assert softplus[:3].tolist() == [0, 0, 1000] and softplus[3].isnan()
+    assert sigmoid[:3].tolist() == [0, 0, 1] and sigmoid[3].isnan()
+
+
+def test_old_versions_of_triton_are_refused():
+    script = """
+import sys, torch, triton
+triton.__version__ = "3.2.0"
+import evmamba_kernels
+evmamba_kernels.choose_backend(sys.argv[1], torch.float32, "triton")
+"""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, DEVICE.type]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert "need triton 3.4 or newer, found 3.2.0: install a newer PyTorch" in run.stderr
