@@ -31,6 +31,19 @@ test-gpu: $(INSTALLED)  ## Run the tests of the GPU kernels on a GPU.
 test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and use it there.
 	$(BIN)/python -m pytest -m wheel
 
+# stages 1 and 2 of T, S and B for images of 224 x 224
+MAPS := 56,56,96 28,28,192 56,56,128 28,28,256 56,56,192 28,28,384
+
+bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmarks]"
+	$(BIN)/python benchmarks/triton_report.py
+	$(BIN)/python benchmarks/bench_triton_configs.py
+	for dtype in float32 bfloat16; do \
+		$(BIN)/python benchmarks/bench_operator.py --device cuda --dtype $$dtype --rivals mamba_ssm \
+			--shapes $(MAPS:%=1,%) $(MAPS:%=128,%) && \
+		$(BIN)/python benchmarks/profile_model.py --device cuda --dtype $$dtype || exit 1; \
+	done
+
 digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
 	$(BIN)/python -m hub_scripts.train_digits
 

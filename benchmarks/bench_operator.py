@@ -1,4 +1,5 @@
-"""Times the atrous selective scan, each backend against the plain recurrence in PyTorch and mambapy's parallel scan.
+"""Times the atrous selective scan, each backend against the plain recurrence in PyTorch, mambapy's parallel scan and,
+on GPUs, the kernel of mamba_ssm.
 
 All methods take turns in every round. Before that, their outputs and gradients are compared.
 
@@ -26,7 +27,7 @@ from measure import (
     print_table,
     write_csv,
 )
-from rivals import mambapy_pscan, plain_recurrence
+from rivals import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 
 from evmamba_kernels import atrous_selective_scan, choose_backend
 from evmamba_kernels.atrous_selective_scan import BACKENDS
@@ -34,9 +35,11 @@ from evmamba_kernels.atrous_selective_scan import BACKENDS
 
 PLAIN = "plain recurrence"
 MAMBAPY = "mambapy pscan"
+MAMBA_SSM = "mamba_ssm"
+RIVALS = {PLAIN: plain_recurrence, MAMBAPY: mambapy_pscan, MAMBA_SSM: mamba_ssm_scan}
 MODES = ("forward", "forward + backward")
-# Of the largest value. Float32 sums over all pixels in different orders, seen: below 1e-5.
-LARGEST_DIFFERENCE = 1e-4
+# Of the largest value. Float32 sums over all pixels in different orders, seen: below 1e-5. The others round the map.
+LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 Shape = tuple[int, int, int, int]
 
@@ -53,6 +56,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="states per channel; default: 16")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the map; default: float32"
+    )
+    parser.add_argument(
+        "--rivals",
+        nargs="+",
+        choices=RIVALS,
+        default=list(RIVALS),
+        help="what else to time where it is installed, the first being what results and times are compared with",
+    )
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument(
         "--scaling", action="store_true", help="also measure time per pixel and peak memory of growing maps, D = 96"
@@ -93,22 +106,33 @@ def find_backends(device: torch.device) -> list[str]:
     return backends
 
 
+def find_rivals(names: list[str], device: torch.device) -> list[str]:
+    rivals = []
+    for name in names:
+        package = {MAMBAPY: "mambapy", MAMBA_SSM: "mamba_ssm"}.get(name)
+        if package and not find_spec(package):
+            console.print(f"without {name}: {package} is not installed")
+        elif name == MAMBA_SSM and device.type != "cuda":
+            console.print(f"without {name}: it computes on cuda alone")
+        else:
+            rivals.append(name)
+    return rivals
+
+
 def get_method(name: str) -> Callable:
-    if name == PLAIN:
-        return plain_recurrence
-    if name == MAMBAPY:
-        return mambapy_pscan
-    return partial(atrous_selective_scan, backend=name)
+    return RIVALS.get(name) or partial(atrous_selective_scan, backend=name)
 
 
-def make_inputs(shape: Shape, state_size: int, device: torch.device) -> list[torch.Tensor]:
-    """Arguments as in a network of random weights."""
+def make_inputs(
+    shape: Shape, state_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Arguments as in a network of random weights, the map in the `dtype`."""
     torch.manual_seed(0)
     channels = shape[-1]
     rank = math.ceil(channels / 32)  # a sixteenth of the stage's channels, of which D is twice as many
     A_log = torch.arange(1, state_size + 1).log().expand(4, channels, state_size).contiguous()
     inputs = [
-        torch.randn(shape),
+        torch.randn(shape, dtype=dtype),
         torch.randn(4, rank + 2 * state_size, channels) * channels**-0.5,
         torch.randn(4, channels, rank) * rank**-0.5,
         torch.rand(4, channels) * 4 - 6,
@@ -130,15 +154,17 @@ def run_forward_backward(method: Callable, inputs: list[torch.Tensor], grad: tor
 
 def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     """Raises an `AssertionError` unless the outputs and all gradients agree."""
+    bound = LARGEST_DIFFERENCE[expected[0].dtype]
     for result, reference in zip(results, expected, strict=True):
         difference = ((result - reference).abs().max() / reference.abs().max()).item()
-        assert difference < LARGEST_DIFFERENCE, f"{name} differs from the {PLAIN} by {difference:.1e}"
+        assert difference < bound, f"{name} differs from the first rival by {difference:.1e}"
 
 
 def measure_shape(shape: Shape, names: list[str], arguments: argparse.Namespace) -> list[dict[str, object]]:
-    inputs = make_inputs(shape, arguments.state_size, arguments.device)
+    inputs = make_inputs(shape, arguments.state_size, arguments.device, getattr(torch, arguments.dtype))
     grad = torch.randn_like(inputs[0])
-    expected = run_forward_backward(plain_recurrence, inputs, grad)
+    reference = next((name for name in names if name in RIVALS), "torch")
+    expected = run_forward_backward(get_method(reference), inputs, grad)
     methods = {}
     for name in names:
         method = get_method(name)
@@ -147,17 +173,21 @@ def measure_shape(shape: Shape, names: list[str], arguments: argparse.Namespace)
         methods[name, "forward + backward"] = partial(run_forward_backward, method, inputs, grad)
     shape_name = "x".join(map(str, shape))
     seconds = median_times(methods, arguments.repeats, arguments.device, shape_name)
-    return [
+    rows = [
         {
             "shape": shape_name,
             "pass": mode,
             "method": name,
             "median ms": 1e3 * seconds[name, mode],
-            "plain / this": seconds[PLAIN, mode] / seconds[name, mode],
+            f"{reference.split()[0]} / this": seconds[reference, mode] / seconds[name, mode],
         }
         for mode in MODES
         for name in names
     ]
+    if arguments.device.type == "cuda":  # on CPUs only a fresh process could tell
+        for row in rows:
+            row["peak MiB"] = peak_memory(methods[row["method"], row["pass"]], arguments.device) / 2**20
+    return rows
 
 
 def measure_memory(name: str, side: int, state_size: int, device: torch.device) -> float:
@@ -210,7 +240,7 @@ def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str,
     axes[0].set_ylabel("median time in ms")
     axes[0].legend(frameon=False, fontsize=8)
     device = environment.get("gpu", f"{environment['cpu']}, {environment['threads']} threads")
-    figure.suptitle(f"Atrous selective scan of maps B x H x W x D, float32, {device}", fontsize=11)
+    figure.suptitle(f"Atrous selective scan of maps B x H x W x D, {environment['dtype']}, {device}", fontsize=11)
     figure.savefig(path, dpi=150, facecolor="white")
     console.print(f"written: {path}", soft_wrap=True)
 
@@ -218,14 +248,14 @@ def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str,
 def main() -> None:
     arguments = parse_arguments()
     matplotlib.use("Agg")
-    environment = describe_environment(arguments.device) | {"repeats": str(arguments.repeats)}
-    file_name = "operator" if arguments.device.type == "cpu" else f"operator_{arguments.device.type}"
+    environment = describe_environment(arguments.device)
+    environment |= {"repeats": str(arguments.repeats), "dtype": arguments.dtype}
+    device, dtype = arguments.device.type, arguments.dtype
+    file_name = "_".join(
+        ["operator", *([device] if device != "cpu" else []), *([dtype] if dtype != "float32" else [])]
+    )
     backends = find_backends(arguments.device)
-    names = [*backends, PLAIN]
-    if find_spec("mambapy"):
-        names.append(MAMBAPY)
-    else:
-        console.print(f"without {MAMBAPY}: pip install mambapy")
+    names = [*backends, *find_rivals(arguments.rivals, arguments.device)]
 
     rows = [row for shape in arguments.shapes for row in measure_shape(shape, names, arguments)]
     print_table("Atrous selective scan", rows)

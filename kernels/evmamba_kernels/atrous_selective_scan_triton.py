@@ -1050,8 +1050,7 @@ def backward(
         grad_u, grad_x_proj_weight = unproject(plan, grad_projected, hidden_states, x_proj_weight, partial_u)
         gradients = (grad_u, grad_x_proj_weight, *grad_parameters)
         return tuple(
-            gradient.to(argument.dtype, memory_format=torch.contiguous_format)
-            for gradient, argument in zip(gradients, arguments, strict=True)
+            gradient.to(argument.dtype).contiguous() for gradient, argument in zip(gradients, arguments, strict=True)
         )
 
 
