@@ -74,7 +74,7 @@ class Config(NamedTuple):
 CONFIGS = {
     ("cuda", 32, 90): Config(16, 8, 32, 8, 64, "tf32x3", 11),
     ("cuda", 32, 0): Config(16, 8, 32, 8, 32, "tf32x3", 11),  # spills with 64 channels
-    ("hip", 64, 0): Config(16, 4, 64, 8, 64, "ieee", 4),
+    ("hip", 64, 0): Config(16, 4, 64, 8, 64, "ieee", 4),  # a tile of 8 in scan_kernel takes 394 registers
     ("hip", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8),
     ("xpu", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8),
     # small, as most maps in tests are
@@ -204,7 +204,7 @@ def find_steps(
 
 
 @triton.jit
-def load_time_steps(p_projected, p_weight, b_bias, m_d, R: tl.constexpr, T: tl.constexpr):
+def load_time_steps(p_projected, p_weight, b_bias, m_d, R, T: tl.constexpr):
     """softplus^-1(delta) of a tile, (T, channels). `p_projected` (T) points to the tile's first row, which is dt."""
     b_raw = tl.zeros([T, b_bias.shape[0]], tl.float32) + b_bias[None, :]
     for r in range(R):
@@ -289,7 +289,7 @@ def project_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("height", "width", "channels", "num_tiles", "chunk_tiles", "interval"),
+        *("height", "width", "channels", "num_tiles", "chunk_tiles", "interval", "num_slots"),
         *("stride_b", "stride_h", "stride_w"),
     ]
 )
@@ -360,13 +360,8 @@ def states_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "channels",
-        "state_size",
-        "num_chunks",
-        "ends_per_chunk",
-        "times_per_chunk",
-        "first",
-        "direction",
+        *("channels", "state_size", "num_chunks", "first", "direction"),
+        *("ends_per_chunk", "num_ends", "times_per_chunk", "num_times"),
     ]
 )
 def carry_kernel(
@@ -857,6 +852,12 @@ class Plan(NamedTuple):
         return {"LONG_LINES": self.shortest_line >= num_steps, "WIDE": self.is_wide}
 
 
+def span(hidden_states: torch.Tensor) -> int:
+    """From the first element of an image to its last, in elements."""
+    sizes, strides = hidden_states.shape[1:], hidden_states.stride()[1:]
+    return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
 def make_plan(hidden_states: torch.Tensor, grad: torch.Tensor | None = None) -> Plan:
     """Tiles of the sequences, and chunks where there are not programs enough for the device.
 
@@ -881,9 +882,7 @@ def make_plan(hidden_states: torch.Tensor, grad: torch.Tensor | None = None) -> 
     chunk_tiles = triton.cdiv(num_tiles, num_chunks) if num_chunks > 2 else num_tiles
     num_chunks = triton.cdiv(num_tiles, chunk_tiles)
 
-    maps = [hidden_states] if grad is None else [hidden_states, grad]
-    spans = [sum((size - 1) * stride for size, stride in zip(map.shape[1:], map.stride()[1:])) for map in maps]  # noqa: B905
-    is_wide = max(height * width * channels, *spans) >= 2**31
+    is_wide = max(height * width * channels, *(span(u) for u in (hidden_states, grad) if u is not None)) >= 2**31
     return Plan(config, device.multiprocessors, tile, num_tiles, chunk_tiles, num_chunks, min(rows, columns), is_wide)
 
 
@@ -894,9 +893,9 @@ def current_device(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
-def with_dense_channels(map: torch.Tensor) -> torch.Tensor:
+def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
     """Channels next to each other; any other strides are kept."""
-    return map if map.stride(-1) == 1 else map.contiguous()
+    return hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
 
 
 def new_buffer(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -930,8 +929,8 @@ def launch_blocks_of_states(kernel, plan: Plan, num_chunks: int, tensors: tuple,
 
     `tensors` begins with a map, `projected` and the parameters of the recurrence; `sizes` come last of the sizes.
     """
-    map, _, dt_proj_weight, _, A_log, *_ = tensors
-    batch_size, height, width, channels = map.shape
+    hidden_states, _, dt_proj_weight, _, A_log, *_ = tensors
+    batch_size, height, width, channels = hidden_states.shape
     state_size = A_log.shape[-1]
     grid = (triton.cdiv(channels, plan.config.forward_channels), num_chunks, batch_size * NUM_GROUPS)
     for first_state in range(0, state_size, plan.config.states):
