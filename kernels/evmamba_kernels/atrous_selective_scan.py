@@ -102,7 +102,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = N
         elif missing := missing_requirement(name):
             reasons.append(missing)
         else:
-            return Choice(name, f"it is the fastest on {device_type}")
+            return Choice(name, f"it is the first choice on {device_type}")
     return Choice("torch", "; ".join(reasons))
 
 
