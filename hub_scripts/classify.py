@@ -14,6 +14,7 @@ from transformers import ImageClassificationPipeline, pipeline
 
 import modeling_evmamba  # noqa: F401, tells the pipeline of the model
 from hub_scripts.errors import UserError
+from hub_scripts.hub import fetch_model
 from hub_scripts.images import find_images, read_image
 
 
@@ -48,13 +49,14 @@ class Classification:
         return table
 
 
-def load_classifier(model: str, device: str, dtype: str) -> ImageClassificationPipeline:
+def load_classifier(model: str, device: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
     """An image-classification pipeline from a local folder or a Hub id.
 
     Args:
         model: folder or Hub id.
         device: as PyTorch writes it ("cpu", "cuda:1", "mps"), or "auto" for the first accelerator there is.
         dtype: "float32", "bfloat16" or "float16".
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         UserError: for a model that cannot be found or is no image classifier, and for a device that is not there.
@@ -66,8 +68,9 @@ def load_classifier(model: str, device: str, dtype: str) -> ImageClassificationP
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         message = str(error).strip().splitlines()[0]
         raise UserError(f"the device {device!r} cannot be used: {message}") from error
+    folder = str(fetch_model(model, revision))
     try:
-        return pipeline("image-classification", model=model, device=device, dtype=getattr(torch, dtype))
+        return pipeline("image-classification", model=folder, device=device, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the model {model!r} cannot be loaded as an image classifier: {error}") from error
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
@@ -26,7 +27,18 @@ app = typer.Typer(
 )
 
 
+UPLOAD_MESSAGE = "Upload EfficientVMamba with evmamba push"
+
 Dtype = Literal["float32", "float16", "bfloat16"]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+MessageOption = Annotated[str, typer.Option(help="Message of the commit.")]
+CreatePrOption = Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show all that would be uploaded, and the card, and upload nothing.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.", show_default="main")
+]
 
 
 @app.command()
@@ -36,6 +48,7 @@ def classify(
         str | None,
         typer.Option(help="Folder or Hub id of the model.", show_default="the bundled model of handwritten digits"),
     ] = None,
+    revision: RevisionOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to show per image.")] = 5,
     device: Annotated[
         str, typer.Option(help="Where to compute: `cpu`, `cuda`, `cuda:1`, `mps`, ..., or the first accelerator.")
@@ -58,7 +71,7 @@ def classify(
     from hub_scripts import classify as job
 
     paths = job.find_images(images)
-    classifier = job.load_classifier(model or str(job.find_bundled_model()), device, dtype)
+    classifier = job.load_classifier(model or str(job.find_bundled_model()), device, dtype, revision)
     results = job.classify(classifier, paths, top_k)
     progress = track(results, "Classifying", len(paths), console=error_console, transient=True, disable=len(paths) < 2)
     if as_json:
@@ -109,7 +122,10 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="A `.pth`, `.pth.tar` or `.safetensors` file, or a repository on the Hub.")
     ],
-    output_dir: Annotated[Path, typer.Argument(help="Directory to write. It must not exist or be empty.")],
+    output_dir: Annotated[
+        Path | None,
+        typer.Argument(help="Directory to write. It must not exist or be empty. Not needed with `--push-to`."),
+    ] = None,
     weights: Annotated[
         Literal["raw", "ema"] | None,
         typer.Option(
@@ -120,8 +136,12 @@ def convert(
     file: Annotated[
         str | None, typer.Option(help="The file in a repository that holds several checkpoints.", show_default=False)
     ] = None,
+    push_to: Annotated[
+        str | None, typer.Option(help="Repository on the Hub to upload the result to.", show_default=False)
+    ] = None,
+    private: PrivateOption = False,
 ) -> None:
-    """Converts a checkpoint of the authors for `from_pretrained`.
+    """Converts a checkpoint of the authors for `from_pretrained`, and uploads it where `--push-to` says so.
 
     Sizes, variant and number of classes are read off the tensors. Files that want to run code are refused.
 
@@ -130,21 +150,193 @@ def convert(
         evmamba convert TerryPei/EfficientVMamba-Tiny efficientvmamba-tiny
 
         evmamba convert checkpoint.pth.tar efficientvmamba-tiny-fp16 --weights raw --dtype float16
+
+        evmamba convert TerryPei/EfficientVMamba-Tiny --push-to someone/efficientvmamba-tiny
     """
     from transformers.utils import logging
 
     from hub_scripts.convert import convert
+    from hub_scripts.hub import check_repo_id
 
+    if output_dir is None and push_to is None:
+        raise UserError("give a directory to write, or --push-to a repository, or both")
+    if push_to is not None:
+        check_repo_id(push_to)
     logging.disable_progress_bar()
-    conversion = convert(source, output_dir, weights=weights, dtype=dtype, file_name=file)
-    console.print(f"[bold green]Converted[/] {escape(source)}")
-    console.print(f"  variant     {conversion.variant or 'of no published size'}")
-    console.print(f"  parameters  {conversion.num_parameters:,}")
-    console.print(f"  weights     {conversion.weights}, {dtype}")
-    console.print(f"  classes     {'none, a backbone' if conversion.num_labels is None else conversion.num_labels}")
-    console.print(f"  written to  {escape(str(output_dir))}")
-    if conversion.num_labels is not None:
-        console.print(f"Try it: [bold]evmamba classify IMAGE --model {escape(str(output_dir))}[/]")
+    with TemporaryDirectory() as temporary_dir:
+        model_dir = output_dir or Path(temporary_dir) / "model"
+        conversion = convert(source, model_dir, weights=weights, dtype=dtype, file_name=file)
+        console.print(f"[bold green]Converted[/] {escape(source)}")
+        console.print(f"  variant     {conversion.variant or 'of no published size'}")
+        console.print(f"  parameters  {conversion.num_parameters:,}")
+        console.print(f"  weights     {conversion.weights}, {dtype}")
+        console.print(
+            f"  classes     {'none, a backbone' if conversion.num_labels is None else conversion.num_labels}"
+        )
+        if output_dir is not None:
+            console.print(f"  written to  {escape(str(output_dir))}")
+            if conversion.num_labels is not None:
+                console.print(f"Try it: [bold]evmamba classify IMAGE --model {escape(str(output_dir))}[/]")
+        if push_to is not None:
+            try:
+                push_conversion(source, conversion, model_dir, push_to, private)
+            except UserError as error:
+                if output_dir is None:
+                    raise
+                raise UserError(
+                    f"{error}. `evmamba push {output_dir} {push_to}` uploads what was converted"
+                ) from error
+
+
+def push_conversion(
+    source: str, conversion, model_dir: Path, repo_id: str, private: bool, dry_run: bool = False
+) -> None:
+    """Uploads a converted checkpoint, with the manifest's card where it is one of the manifest's."""
+    from hub_scripts.push import collect_files, push
+    from hub_scripts.republish import find_checkpoint, write_card
+
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        write_card(checkpoint, conversion, model_dir, repo_id)
+    files = collect_files(model_dir, repo_id)
+    if dry_run:
+        show_files(repo_id, files)
+    else:
+        report_upload(push(repo_id, files, message=UPLOAD_MESSAGE, private=private))
+
+
+def show_files(repo_id: str, files: dict) -> None:
+    """What a dry run would upload: paths, sizes in bytes, and the card."""
+    table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
+    sizes = {
+        path: len(source) if isinstance(source, bytes) else source.stat().st_size
+        for path, source in sorted(files.items())
+    }
+    for path, size in sizes.items():
+        table.add_row(escape(path), f"{size:,}")
+    table.add_section()
+    table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
+    console.print(table)
+    card = files["README.md"]
+    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
+
+
+def report_upload(result) -> None:
+    if result.changed:
+        console.print(f"[bold green]Uploaded[/] {escape(result.url)}")
+    else:
+        console.print("Nothing has changed since the last upload: no commit was made")
+
+
+@app.command()
+def push(
+    model_dir: Annotated[Path, typer.Argument(help="Folder that `save_pretrained` or `evmamba convert` wrote.")],
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the Hub, as `user/name`. Created if it does not exist.")
+    ],
+    private: PrivateOption = False,
+    message: MessageOption = UPLOAD_MESSAGE,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to. Created if it does not exist.", show_default="main")
+    ] = None,
+    create_pr: CreatePrOption = False,
+    dry_run: DryRunOption = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="For the card: the model that was fine-tuned.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="For the card: a dataset of the training, by its id.", show_default=False)
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card: the licence, as the Hub calls it.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="For the card: a file that `evmamba evaluate` wrote.", show_default=False)
+    ] = None,
+) -> None:
+    """Uploads a model to the Hub: weights, configuration, image processor, card and the network's code, in one commit.
+
+    A README.md in the folder is the card; without one, a card is rendered. When an upload breaks off, the repository
+    is as it was, and the same command completes it. Log in with `hf auth login` or set `HF_TOKEN`.
+
+    Examples:
+
+        evmamba push efficientvmamba-tiny someone/efficientvmamba-tiny --dry-run
+
+        evmamba push flowers someone/flowers --base-model someone/efficientvmamba-tiny --license apache-2.0
+    """
+    from hub_scripts import push as job
+    from hub_scripts.card import CardDetails, read_results
+
+    details = None
+    if any([base_model, dataset, license, results]):
+        details = CardDetails(
+            license=license,
+            base_model=base_model,
+            datasets=dataset or [],
+            results=[] if results is None else read_results(results),
+        )
+    files = job.collect_files(model_dir, repo_id, details)
+    if dry_run:
+        show_files(repo_id, files)
+    else:
+        report_upload(
+            job.push(repo_id, files, message=message, private=private, revision=revision, create_pr=create_pr)
+        )
+
+
+@app.command()
+def republish(
+    namespace: Annotated[str, typer.Argument(help="User or organization on the Hub to own the repositories.")],
+    private: PrivateOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Converts all of the authors' checkpoints and uploads them, each with its card.
+
+    The manifest `hub_scripts/data/checkpoints.yaml` names them.
+
+    Examples:
+
+        evmamba republish someone --dry-run
+    """
+    from hub_scripts.convert import convert
+    from hub_scripts.hub import check_repo_id
+    from hub_scripts.republish import load_manifest
+
+    for checkpoint in load_manifest():
+        repo_id = f"{namespace}/{checkpoint.name}"
+        check_repo_id(repo_id)
+        with TemporaryDirectory() as temporary_dir:
+            model_dir = Path(temporary_dir) / "model"
+            conversion = convert(checkpoint.source, model_dir)
+            console.print(f"[bold green]Converted[/] {escape(checkpoint.source)}")
+            push_conversion(checkpoint.source, conversion, model_dir, repo_id, private, dry_run)
+
+
+@app.command()
+def push_space(
+    repo_id: Annotated[str, typer.Argument(help="Space on the Hub, as `user/name`. Created if it does not exist.")],
+    model: Annotated[str, typer.Option(help="The model that the Space shows, by its id on the Hub.")],
+    folder: Annotated[Path, typer.Option(help="Folder of the demonstration.")] = Path("demo"),
+    private: PrivateOption = False,
+    message: MessageOption = "Upload the demonstration with evmamba push-space",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Uploads the demonstration as a Gradio Space.
+
+    The Space learns of its model by the variable `EVMAMBA_MODEL`, and its card names it.
+
+    Examples:
+
+        evmamba push-space someone/efficientvmamba --model someone/efficientvmamba-tiny
+    """
+    from hub_scripts import push_space as job
+
+    files = job.collect_files(folder, repo_id, model)
+    if dry_run:
+        show_files(repo_id, files)
+    else:
+        report_upload(job.push_space(repo_id, files, model, message=message, private=private))
 
 
 def main() -> None:

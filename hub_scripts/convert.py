@@ -7,24 +7,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import BitImageProcessorPil
 
 from hub_scripts.errors import UserError
+from hub_scripts.hub import check_download, explained
 from hub_scripts.original_checkpoint import load_original_checkpoint, original_name
 
 
 IMAGENET_LABELS = Path(__file__).parent / "data" / "imagenet1k_labels.txt"
-CHECKPOINT_SUFFIXES = (".pth", ".pth.tar", ".pt", ".bin", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin", ".safetensors")
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -54,29 +47,13 @@ def choose_checkpoint(repo_id: str, file_names: list[str], wanted: str | None) -
 
 def download(repo_id: str, file_name: str | None) -> Path:
     """The checkpoint of a repository on the Hub; `file_name` says which one where it holds several."""
-    # every error in our own words: nothing of the request, which carries the access token, may reach the terminal
-    try:
+    with explained(repo_id):
         hub = HfApi()
         files = hub.model_info(repo_id).siblings  # unlike `list_repo_files`, fails at once without a connection
         file_name = choose_checkpoint(repo_id, [file.rfilename for file in files], file_name)
-        return Path(hub.hf_hub_download(repo_id, file_name))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{repo_id} is gated: accept its conditions on {constants.ENDPOINT}/{repo_id} and log in with "
-            "`hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{repo_id} is neither a file here nor a repository on the Hub. If it is private, log in with "
-            "`hf auth login`"
-        ) from error
-    except HfHubHTTPError as error:
-        raise UserError(f"{constants.ENDPOINT} answered {error.response.status_code} for {repo_id}") from error
-    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"{repo_id} is no file here, and {constants.ENDPOINT} cannot be reached to look for it there: check the "
-            "connection, or give the path of a downloaded file"
-        ) from error
+        path = Path(hub.hf_hub_download(repo_id, file_name))
+    check_download(path)
+    return path
 
 
 def find_checkpoint(source: str, file_name: str | None) -> Path:

@@ -1,6 +1,7 @@
 """Image files as the networks want them: upright, RGB, 8 bits a channel."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -28,14 +29,17 @@ def find_images(paths: list[Path]) -> list[Path]:
     return found
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(file: Path | BinaryIO) -> Image.Image:
     """An image as a person sees it: turned as its EXIF data say, on white where it is transparent, the first frame.
+
+    Args:
+        file: a path, or an open file.
 
     Raises:
         UserError: for files that are no image, are damaged, or too large to be decoded safely.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a channel; Pillow's own conversion would clip at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")

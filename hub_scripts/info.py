@@ -10,7 +10,12 @@ from transformers import AutoConfig
 
 from evmamba_kernels import choose_backend
 from hub_scripts.errors import UserError
-from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
+from modeling_evmamba import (
+    VARIANTS,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    EfficientVMambaPreTrainedModel,
+)
 from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D
 
 
@@ -31,12 +36,18 @@ class Size:
     macs: int
 
 
-def measure_size(config: EfficientVMambaConfig, height: int, width: int) -> Size:
-    """Counts by running the classifier on the meta device: nothing is computed and no memory is taken.
+def measure_size(
+    config: EfficientVMambaConfig,
+    height: int,
+    width: int,
+    model_class: type[EfficientVMambaPreTrainedModel] = EfficientVMambaForImageClassification,
+) -> Size:
+    """Counts by running the network on the meta device: nothing is computed and no memory is taken.
 
     Args:
         config: the network.
         height, width: sides of the image in pixels.
+        model_class: with which head, or none.
     """
     macs = 0
 
@@ -58,13 +69,21 @@ def measure_size(config: EfficientVMambaConfig, height: int, width: int) -> Size
 
     counters = {nn.Conv2d: count_convolution, nn.Linear: count_linear, EfficientVMambaES2D: count_scan}
     with torch.device("meta"), torch.no_grad():
-        model = EfficientVMambaForImageClassification(config).eval()
+        model = model_class(config).eval()
         for module in model.modules():
             for counted_class, counter in counters.items():
                 if isinstance(module, counted_class):
                     module.register_forward_hook(counter)
         model(torch.empty(1, config.num_channels, height, width))
     return Size(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def find_variant(config: EfficientVMambaConfig) -> str | None:
+    """The published network that has these sizes, or None."""
+    for name, fields in VARIANTS.items():
+        if all(getattr(config, field) == value for field, value in fields.items()):
+            return name
+    return None
 
 
 def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:

@@ -18,12 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from hub_scripts.errors import UserError
-from modeling_evmamba import (
-    VARIANTS,
-    EfficientVMambaBackbone,
-    EfficientVMambaConfig,
-    EfficientVMambaForImageClassification,
-)
+from hub_scripts.info import find_variant
+from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 WEIGHT_ENTRIES = {"ema": ("ema_model", "model_ema", "state_dict_ema"), "raw": ("model", "state_dict")}
@@ -105,10 +101,7 @@ class OriginalCheckpoint:
     @property
     def variant(self) -> str | None:
         """The published network that this is, or None."""
-        for name, variant in VARIANTS.items():
-            if all(getattr(self.config, field) == value for field, value in variant.items()):
-                return name
-        return None
+        return find_variant(self.config)
 
 
 def read_file(path: Path):

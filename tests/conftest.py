@@ -1,5 +1,45 @@
-import torch
+"""Settings that have to be made before the libraries are imported, and the Hub of the tests."""
+
+import os
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from hub_server import HubServer
+
+
+# huggingface_hub reads these when it is imported. Nothing of the user's own cache and login is seen or changed.
+hub_server = HubServer()
+hub_home = TemporaryDirectory(prefix="evmamba-hub-home-")
+os.environ |= {
+    "HF_ENDPOINT": hub_server.endpoint,
+    "HF_HOME": hub_home.name,
+    "HF_HUB_DISABLE_XET": "1",  # Xet's protocol has a server of its own; without it, the client speaks plain LFS
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+    os.environ.pop(name, None)
+
+import torch  # noqa: E402
 
 
 # Tests run side by side (pytest -n), on maps too small to share: threads of one would wait for those of the others.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub(monkeypatch) -> HubServer:
+    """The Hub of the tests, empty; whoever asks it is logged in as its user "someone"."""
+    from hub_server import WRITE_TOKEN
+
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    hub_server.reset()
+    return hub_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def running_hub():
+    hub_server.start()
+    yield
+    hub_server.stop()
+    hub_home.cleanup()

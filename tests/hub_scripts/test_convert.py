@@ -8,16 +8,13 @@ import re
 import resource
 import subprocess
 import sys
-import threading
 import types
 from collections import OrderedDict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -26,6 +23,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from golden_values import image, load_cases, original_state_dict, relative_error
 from hub_scripts.convert import choose_checkpoint
 from hub_scripts.errors import UserError
+from hub_server import WRITE_TOKEN, Fault
 from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaForImageClassification
 
 
@@ -510,52 +508,6 @@ def test_no_choice_of_the_file(files, wanted, message):
         choose_checkpoint("someone/tiny", files, wanted)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A server that speaks the part of the Hub's protocol that a download needs, with the repositories in `files`."""
-    files: dict[str, dict[str, bytes]] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": len(body), **headers}.items():
-                self.send_header(name.replace("_", "-"), str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            repo_id, _, file_name = self.path.removeprefix("/api/models").strip("/").partition("/resolve/main/")
-            if repo_id == "someone/gated":
-                self.answer(403, X_Error_Code="GatedRepo")
-            elif repo_id == "someone/broken":
-                self.answer(418)
-            elif repo_id not in files:
-                self.answer(401, X_Error_Code="RepoNotFound")
-            elif file_name:
-                self.answer(200, files[repo_id][file_name], ETag='"1"', X_Repo_Commit="0" * 40)
-            else:
-                siblings = [{"rfilename": name} for name in files[repo_id]]
-                self.answer(200, json.dumps({"id": repo_id, "siblings": siblings}).encode())
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "source_cache"))
-    yield files
-    server.shutdown()
-    server.server_close()
-
-
 def checkpoint_bytes(tmp_path, state_dict) -> bytes:
     torch.save({"model_ema": state_dict}, tmp_path / "source.pth")
     return (tmp_path / "source.pth").read_bytes()
@@ -565,8 +517,8 @@ def checkpoint_bytes(tmp_path, state_dict) -> bytes:
     "names, options", [(["micro.pth.tar"], []), (["raw.pth", "weights/micro.pth"], ["--file", "weights/micro.pth"])]
 )
 def test_repository_on_the_hub(evmamba, hub, tmp_path, names, options):
-    hub["someone/micro"] = dict.fromkeys(["README.md", *names], b"else")
-    hub["someone/micro"][names[-1]] = checkpoint_bytes(tmp_path, micro())
+    files = dict.fromkeys(["README.md", *names], b"else")
+    hub.create("someone/micro", {**files, names[-1]: checkpoint_bytes(tmp_path, micro())})
     code, out, _ = evmamba("convert", "someone/micro", tmp_path / "converted", *options)
     assert code == 0 and "Converted someone/micro\n" in out and re.search("weights +ema", out)
     assert_golden(tmp_path / "converted")
@@ -575,20 +527,27 @@ def test_repository_on_the_hub(evmamba, hub, tmp_path, names, options):
 @pytest.mark.parametrize(
     "repo_id, fragments",
     [
-        ("someone/else", ["someone/else is neither a file here nor a repository on the Hub", "`hf auth login`"]),
-        ("someone/gated", ["someone/gated is gated: accept its conditions", "`hf auth login`"]),
-        ("someone/broken", ["answered 418 for someone/broken"]),
+        ("someone/else", ["someone/else is neither a path here nor a repository on the Hub", "`hf auth login`"]),
+        ("else/gated", ["else/gated is gated: accept its conditions", "`hf auth login`"]),
         ("someone/several", ["choose one with --file: a.pth, b.pth"]),
         ("someone/truncated", ["tiny.pth cannot be read"]),
     ],
 )
-def test_trouble_with_the_hub(evmamba, hub, tmp_path, monkeypatch, repo_id, fragments):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub["someone/several"] = {"a.pth": b"", "b.pth": b""}
-    hub["someone/truncated"] = {"tiny.pth": checkpoint_bytes(tmp_path, micro())[:-100]}
+def test_trouble_with_the_hub(evmamba, hub, tmp_path, repo_id, fragments):
+    hub.create("else/gated", gated=True)
+    hub.create("someone/several", {"a.pth": b"", "b.pth": b""})
+    hub.create("someone/truncated", {"tiny.pth": checkpoint_bytes(tmp_path, micro())[:-100]})
     result = evmamba("convert", repo_id, tmp_path / "converted")
-    assert "hf_secret" not in "".join(result[1:])
+    assert WRITE_TOKEN not in "".join(result[1:])
     assert_refused(result, tmp_path, *fragments)
+
+
+def test_a_damaged_download(evmamba, hub, tmp_path):
+    hub.create("someone/damaged", {"tiny.pth": checkpoint_bytes(tmp_path, micro())})
+    hub.faults = [Fault("download", "corrupt")]
+    result = evmamba("convert", "someone/damaged", tmp_path / "converted")
+    assert_refused(result, tmp_path, "tiny.pth was damaged on its way", "run the command again")
+    assert evmamba("convert", "someone/damaged", tmp_path / "converted")[0] == 0
 
 
 def test_no_connection(tmp_path):
@@ -605,5 +564,5 @@ def test_no_connection(tmp_path):
     assert "hf_secret" not in process.stderr
     result = process.returncode, process.stdout, process.stderr
     assert_refused(
-        result, tmp_path, "http://127.0.0.1:9 cannot be reached", "TerryPei/EfficientVMamba-Tiny is no file"
+        result, tmp_path, "http://127.0.0.1:9 cannot be reached for TerryPei/EfficientVMamba-Tiny", "check it"
     )

@@ -1,0 +1,503 @@
+"""A small Hugging Face Hub: speaks the Hub's protocol over HTTP and keeps in memory what it is given.
+
+It decides what is a large file (LFS), checks hashes, sizes, tokens and rights, keeps branches, pull requests and every
+commit, and serves large files from another origin, as the Hub does. Faults can be put into any phase of the protocol:
+the phases are the names of the handlers in `ROUTES`.
+
+Three tokens are known: `WRITE_TOKEN` and `READ_TOKEN` of the user "someone", and `OTHER_TOKEN` of the user "else".
+"""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+
+WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = "hf_SecretThatMayWrite", "hf_SecretThatMayRead", "hf_SecretOfSomeoneElse"
+USERS = {WRITE_TOKEN: ("someone", "write"), READ_TOKEN: ("someone", "read"), OTHER_TOKEN: ("else", "write")}
+
+LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".parquet", ".arrow", ".png", ".jpg")
+
+ROUTES = [
+    ("GET", r"/api/whoami-v2", "whoami"),
+    ("POST", r"/api/repos/create", "create"),
+    ("POST", r"/api/validate-yaml", "validate"),
+    ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
+    ("POST", r"/(?:(?P<kind>dataset|space)s/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+    ("PUT", r"/upload/(?P<oid>\w+)(?:/(?P<part>\d+))?", "upload"),
+    ("POST", r"/(?P<repo>[^/]+/[^/]+)/complete/(?P<oid>\w+)", "complete"),
+    ("POST", r"/(?P<repo>[^/]+/[^/]+)/verify", "verify"),
+    ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
+    ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)", "branch"),
+    ("POST", r"/api/spaces/(?P<repo>[^/]+/[^/]+)/variables", "variables"),
+    ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
+    ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
+    ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths"),
+    ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?", "info"),
+    (
+        "GET",
+        r"/(?:(?P<kind>dataset|space)s/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        "resolve",
+    ),
+    ("GET", r"/storage/(?P<oid>\w+)", "download"),
+]
+
+
+class HubError(Exception):
+    """An answer that is an error, with the headers by which the client knows its kind."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+class Blob(NamedTuple):
+    content: bytes
+    is_lfs: bool
+
+    @property
+    def oid(self) -> str:  # of git
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.is_lfs else self.oid
+
+
+class Commit(NamedTuple):
+    files: dict[str, Blob]
+    parent: str | None
+    title: str
+
+
+@dataclass
+class Repo:
+    owner: str
+    private: bool = False
+    sdk: str | None = None
+    gated: bool = False
+    commits: dict[str, Commit] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)  # branches by name, pull requests as refs/pr/N
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, ref: str, files: dict[str, Blob], title: str, parent: str | None) -> str:
+        listing = [(path, blob.oid) for path, blob in sorted(files.items())]
+        sha = hashlib.sha1(repr((parent, title, listing)).encode()).hexdigest()
+        self.commits[sha] = Commit(files, parent, title)
+        self.refs[ref] = sha
+        return sha
+
+    @property
+    def history(self) -> list[str]:
+        """Titles of the commits of the main branch, the newest first."""
+        titles, sha = [], self.refs["main"]
+        while sha is not None:
+            titles.append(self.commits[sha].title)
+            sha = self.commits[sha].parent
+        return titles
+
+    def files(self, ref: str = "main") -> dict[str, bytes]:
+        return {path: blob.content for path, blob in self.commits[self.refs[ref]].files.items()}
+
+
+@dataclass
+class Fault:
+    """What goes wrong in a phase: each of the next `times` requests of it.
+
+    `action` is "hang up" (in the middle of the request), "hang up after" (the work is done, its answer is lost),
+    "truncate" or "corrupt" (of the answer's body), a status code, or a function to be called before the work.
+    """
+
+    phase: str
+    action: str | int | Callable[[], None]
+    headers: dict[str, str] = field(default_factory=dict)
+    times: int = 1
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients are killed on purpose
+            super().handle_error(request, client_address)
+
+
+class HubServer:
+    """The server's state, and the threads that serve it on free ports of the loopback device."""
+
+    def __init__(self):
+        self.multipart_size: int | None = None  # files above it are uploaded in parts
+        self.reset()
+        self.servers = [QuietServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        for server in self.servers:
+            server.hub = self
+        self.endpoint, self.storage_endpoint = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+
+    def reset(self) -> None:
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.objects: dict[str, bytes] = {}  # large files by their sha256
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []  # phase, path
+
+    def start(self) -> None:
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def create(self, repo_id: str, files: dict[str, bytes] | None = None, kind: str = "model", **fields) -> Repo:
+        """Puts a repository on the server, as its owner's earlier work."""
+        repo = self.repos[kind, repo_id] = Repo(repo_id.split("/")[0], **fields)
+        blobs = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}
+        for path, content in (files or {}).items():
+            blobs[path] = Blob(content, path.endswith(LFS_SUFFIXES))
+        repo.commit("main", blobs, "initial commit", None)
+        return repo
+
+    def phases(self) -> list[str]:
+        return [phase for phase, _ in self.requests]
+
+    def take_fault(self, phase: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.phase == phase and fault.times > 0:
+                fault.times -= 1
+                return fault
+        return None
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True  # an answer goes out at once, instead of waiting for the client's ACK
+
+    @property
+    def hub(self) -> HubServer:
+        return self.server.hub
+
+    def handle_request(self) -> None:
+        url = urlsplit(self.path)
+        self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        method = "GET" if self.command == "HEAD" else self.command
+        matches = [(phase, re.fullmatch(path, url.path)) for verb, path, phase in ROUTES if verb == method]
+        phase, match = next((found for found in matches if found[1]), ("unknown", None))
+        self.hub.requests.append((phase, self.path))
+        self.fault = self.hub.take_fault(phase)
+        if self.fault is not None and callable(self.fault.action):
+            self.fault.action()
+        length = int(self.headers.get("Content-Length", 0))
+        if self.fault is not None and self.fault.action == "hang up":
+            self.rfile.read(length // 2)
+            return self.hang_up()
+        self.body = self.rfile.read(length)
+        if len(self.body) < length:
+            return self.hang_up()  # the client is gone
+        try:
+            if match is None:
+                raise HubError(404, f"nothing is served at {self.path}")
+            if self.fault is not None and isinstance(self.fault.action, int):
+                return self.answer(self.fault.action, {"error": "a fault of the test"}, **self.fault.headers)
+            values = {name: value and unquote(value) for name, value in match.groupdict().items()}
+            if "kind" in values:
+                values["kind"] = values["kind"] or "model"
+            self.user, self.role = self.authenticate()
+            getattr(self, f"on_{phase}")(**values)
+        except HubError as error:
+            headers = {"X_Error_Message": error.message}
+            if error.code is not None:
+                headers["X_Error_Code"] = error.code
+            self.answer(error.status, {"error": error.message}, **headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def answer(self, status: int, content: dict | list | bytes = b"", **headers: str) -> None:
+        if self.fault is not None and self.fault.action == "hang up after":
+            return self.hang_up()
+        if not isinstance(content, bytes):
+            content, headers = json.dumps(content).encode(), {"Content_Type": "application/json", **headers}
+        if self.fault is not None and self.fault.action == "corrupt":
+            content = bytes(byte ^ 1 for byte in content)
+        self.send_response(status)
+        for name, value in {"Content_Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.fault is not None and self.fault.action == "truncate":
+            self.wfile.write(content[: len(content) // 2])
+            return self.hang_up()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    # Rights
+
+    def authenticate(self) -> tuple[str | None, str]:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        if not token:
+            return None, "none"
+        if scheme != "Bearer" or token not in USERS:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return USERS[token]
+
+    def find(self, kind: str, repo: str) -> Repo:
+        found = self.hub.repos.get((kind, repo))
+        if found is None or (found.private and found.owner != self.user):
+            raise HubError(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        if found.gated and found.owner != self.user:
+            raise HubError(403, f"Access to {repo} is restricted", "GatedRepo")
+        return found
+
+    def find_to_write(self, kind: str, repo: str, owner: str | None = None) -> Repo:
+        found = self.find(kind, repo)
+        self.demand_write(found.owner)
+        return found
+
+    def demand_write(self, owner: str) -> None:
+        if self.user is None:
+            raise HubError(401, "Invalid username or password.")
+        if self.user != owner or self.role != "write":
+            raise HubError(403, "You don't have the rights to write here")
+
+    def resolve_revision(self, repo: Repo, revision: str) -> str:
+        sha = repo.refs.get(revision, revision)
+        if sha not in repo.commits:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return sha
+
+    # Accounts and repositories
+
+    def on_whoami(self) -> None:
+        if self.user is None:
+            raise HubError(401, "Invalid username or password.")
+        token = {"accessToken": {"displayName": "test", "role": self.role}}
+        self.answer(200, {"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token", **token}})
+
+    def on_create(self) -> None:
+        payload = json.loads(self.body)
+        owner = payload.get("organization") or self.user
+        repo_id, kind = f"{owner}/{payload['name']}", payload.get("type", "model")
+        self.demand_write(owner)
+        url = f"{self.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
+        if (kind, repo_id) in self.hub.repos:
+            return self.answer(409, {"error": "You already created this repo", "url": url})
+        private = payload.get("visibility") == "private" or payload.get("private") is True
+        self.hub.create(repo_id, kind=kind, private=private, sdk=payload.get("sdk"))
+        self.answer(200, {"url": url, "name": repo_id})
+
+    def on_validate(self) -> None:
+        card = json.loads(self.body)["content"]
+        match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+        try:
+            metadata = yaml.safe_load(match[1]) if match else {}
+        except yaml.YAMLError as error:
+            return self.answer(400, {"errors": [{"message": str(error)}], "warnings": []})
+        errors = [] if isinstance(metadata, dict) else [{"message": "metadata must be a mapping"}]
+        self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
+
+    def on_info(self, kind: str, repo: str, revision: str | None) -> None:
+        found = self.find(kind, repo)
+        sha = self.resolve_revision(found, revision or "main")
+        siblings = [{"rfilename": path} for path in sorted(found.commits[sha].files)]
+        fields = {"private": found.private, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        self.answer(200, {"_id": "0", "id": repo, "sha": sha, "siblings": siblings, **fields})
+
+    def on_refs(self, kind: str, repo: str) -> None:
+        refs = [
+            {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": sha}
+            for ref, sha in self.find(kind, repo).refs.items()
+        ]
+        self.answer(200, {"branches": refs, "tags": [], "converts": []})
+
+    def on_branch(self, kind: str, repo: str, revision: str) -> None:
+        found = self.find_to_write(kind, repo)
+        if revision.startswith("refs/"):
+            raise HubError(400, f"Invalid reference for a branch: {revision}")
+        if revision in found.refs:
+            raise HubError(409, "Reference already exists")
+        found.refs[revision] = found.refs["main"]
+        self.answer(200, {})
+
+    def on_variables(self, repo: str) -> None:
+        found, variable = self.find_to_write("space", repo), json.loads(self.body)
+        found.variables[variable["key"]] = variable["value"]
+        self.answer(200, {key: {"value": value} for key, value in found.variables.items()})
+
+    # Upload
+
+    def on_preupload(self, kind: str, repo: str, revision: str) -> None:
+        found = self.find(kind, repo)
+        if "create_pr" not in self.query:
+            self.demand_write(found.owner)
+        files = found.commits[self.resolve_revision(found, revision)].files
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+            oid = files[path].etag if path in files else None
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.answer(200, {"files": answers})
+
+    def on_batch(self, kind: str, repo: str) -> None:
+        self.find(kind, repo)
+        answers = []
+        for file in json.loads(self.body)["objects"]:
+            oid, size = file["oid"], file["size"]
+            answer = {"oid": oid, "size": size}
+            if oid not in self.hub.objects:
+                upload = {"href": f"{self.hub.storage_endpoint}/upload/{oid}"}
+                if self.hub.multipart_size is not None and size > self.hub.multipart_size:
+                    num_parts = -(-size // self.hub.multipart_size)
+                    header = {str(part): f"{upload['href']}/{part}" for part in range(1, num_parts + 1)}
+                    header["chunk_size"] = str(self.hub.multipart_size)
+                    upload = {"href": f"{self.hub.endpoint}/{repo}/complete/{oid}", "header": header}
+                answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.endpoint}/{repo}/verify"}}
+            answers.append(answer)
+        self.answer(200, {"transfer": "basic", "objects": answers})
+
+    def store(self, oid: str, content: bytes) -> None:
+        if hashlib.sha256(content).hexdigest() != oid:
+            raise HubError(400, "the content does not have the announced hash")
+        self.hub.objects[oid] = content
+
+    def on_upload(self, oid: str, part: str | None) -> None:
+        if part is None:
+            self.store(oid, self.body)
+        else:
+            self.hub.parts[oid, int(part)] = self.body
+        self.answer(200, ETag=f'"{hashlib.md5(self.body).hexdigest()}"')
+
+    def on_complete(self, repo: str, oid: str) -> None:
+        numbers = sorted(part["partNumber"] for part in json.loads(self.body)["parts"])
+        self.store(oid, b"".join(self.hub.parts.pop((oid, number)) for number in numbers))
+        self.answer(200, {})
+
+    def on_verify(self, repo: str) -> None:
+        file = json.loads(self.body)
+        if len(self.hub.objects.get(file["oid"], b"")) != file["size"]:
+            raise HubError(404, "the object is not there or has another size")
+        self.answer(200, {})
+
+    def on_commit(self, kind: str, repo: str, revision: str) -> None:
+        found = self.find(kind, repo)
+        is_pull_request = "create_pr" in self.query
+        if self.user is None or not is_pull_request:
+            self.demand_write(found.owner)
+        parent = self.resolve_revision(found, revision)
+        files, title = dict(found.commits[parent].files), None
+        for line in self.body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "header":
+                title = value["summary"]
+                if value.get("parentCommit", parent) != parent:
+                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            elif operation["key"] == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
+            elif operation["key"] == "lfsFile":
+                if value["oid"] not in self.hub.objects:
+                    raise HubError(400, f"the large file {value['path']} has not been uploaded")
+                files[value["path"]] = Blob(self.hub.objects[value["oid"]], True)
+            elif operation["key"] == "deletedFile":
+                if files.pop(value["path"], None) is None:
+                    raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+            else:
+                raise HubError(400, f"unknown operation {operation['key']}")
+        ref = revision
+        if is_pull_request:
+            number = 1 + sum(name.startswith("refs/pr/") for name in found.refs)
+            ref = f"refs/pr/{number}"
+        sha = found.commit(ref, files, title, parent)
+        url = f"{self.hub.endpoint}/{repo}"
+        answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", "hookOutput": ""}
+        if is_pull_request:
+            answer["pullRequestUrl"] = f"{url}/discussions/{number}"
+        self.answer(200, answer)
+
+    # Download
+
+    def entry(self, path: str, blob: Blob) -> dict:
+        entry = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.content)}
+        if blob.is_lfs:
+            entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+        return entry
+
+    def on_tree(self, kind: str, repo: str, revision: str, path: str | None) -> None:
+        found = self.find(kind, repo)
+        files = found.commits[self.resolve_revision(found, revision)].files
+        prefix = f"{path}/" if path else ""
+        entries = {}
+        for name, blob in sorted(files.items()):
+            if name.startswith(prefix):
+                first, _, inner = name.removeprefix(prefix).partition("/")
+                if inner:
+                    folder = prefix + first
+                    entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+                if not inner or self.query.get("recursive", "false").lower() in ("1", "true"):
+                    entries[name] = self.entry(name, blob)
+        if not entries:
+            raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
+        self.answer(200, list(entries.values()))
+
+    def on_paths(self, kind: str, repo: str, revision: str) -> None:
+        found = self.find(kind, repo)
+        files = found.commits[self.resolve_revision(found, revision)].files
+        if self.headers.get("Content-Type", "").startswith("application/json"):
+            paths = json.loads(self.body)["paths"]
+        else:
+            paths = parse_qs(self.body.decode())["paths"]
+        entries = [self.entry(path, files[path]) for path in paths if path in files]
+        for path in paths:
+            if path not in files and any(name.startswith(f"{path}/") for name in files):
+                entries.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
+        self.answer(200, entries)
+
+    def on_resolve(self, kind: str, repo: str, revision: str, path: str) -> None:
+        found = self.find(kind, repo)
+        sha = self.resolve_revision(found, revision)
+        blob = found.commits[sha].files.get(path)
+        if blob is None:
+            headers = {"X_Repo_Commit": sha, "X_Error_Code": "EntryNotFound", "X_Error_Message": "Entry not found"}
+            return self.answer(404, {"error": "Entry not found"}, **headers)
+        if not blob.is_lfs:
+            return self.serve(blob.content, X_Repo_Commit=sha, ETag=f'"{blob.etag}"')
+        self.hub.objects[blob.sha256] = blob.content
+        self.answer(
+            302,
+            Location=f"{self.hub.storage_endpoint}/storage/{blob.sha256}",
+            X_Repo_Commit=sha,
+            X_Linked_ETag=f'"{blob.etag}"',
+            X_Linked_Size=str(len(blob.content)),
+        )
+
+    def on_download(self, oid: str) -> None:
+        self.serve(self.hub.objects[oid])
+
+    def serve(self, content: bytes, **headers: str) -> None:
+        """A file, or the bytes of it that the client asks for."""
+        if not (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            return self.answer(200, content, Accept_Ranges="bytes", **headers)
+        start = int(match[1])
+        end = min(int(match[2]) + 1 if match[2] else len(content), len(content))
+        self.answer(206, content[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(content)}", **headers)
