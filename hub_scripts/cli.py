@@ -7,9 +7,10 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import MofNCompleteColumn, Progress, track
 from rich.table import Column, Table
 
 from hub_scripts.errors import UserError
@@ -337,6 +338,132 @@ def push_space(
         show_files(repo_id, files)
     else:
         report_upload(job.push_space(repo_id, files, model, message=message, private=private))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Folder with a folder of images per class, folder of a dataset, or the Hub id of a dataset."
+        ),
+    ],
+    revision: RevisionOption = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration of the dataset.", show_default="its only one")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the dataset.", show_default="validation, test, or its only one")
+    ] = None,
+    dataset_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the dataset on the Hub.", show_default="main")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column with the images.", show_default="the only one of this type")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column with the labels.", show_default="the only one of this type")
+    ] = None,
+    label_map: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with the model's label for labels of the dataset that are spelled otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read and scale images.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = "float32",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file for the results. An interrupted evaluation with the same file goes on where it was.",
+            show_default=False,
+        ),
+    ] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the results into the metadata of the model's card.")
+    ] = False,
+) -> None:
+    """Measures how often a classifier is right on a dataset.
+
+    Labels are matched by name. Needs the extra `evaluate` of this package. Started by `accelerate launch`, several
+    processes share the images.
+
+    Examples:
+
+        evmamba evaluate efficientvmamba-tiny --dataset imagenet/val --output results.json
+
+        evmamba evaluate someone/efficientvmamba-tiny --dataset ILSVRC/imagenet-1k --split validation --update-card
+
+        accelerate launch -m hub_scripts.cli evaluate efficientvmamba-tiny --dataset imagenet/val
+    """
+    from transformers.utils import logging
+
+    from hub_scripts import card as cards
+    from hub_scripts import evaluation as job
+    from hub_scripts.hub import fetch_model
+    from hub_scripts.labeled_images import open_dataset
+
+    logging.disable_progress_bar()
+    names = {} if label_map is None else job.read_label_map(label_map)
+    processes = job.join_processes()
+    with processes.main_process_first():
+        folder = fetch_model(model, revision)
+        card = cards.load_card(model) if update_card and processes.is_main_process else None
+        images = open_dataset(
+            dataset,
+            config=config,
+            split=split,
+            revision=dataset_revision,
+            image_column=image_column,
+            label_column=label_column,
+        )
+    evaluation = job.Evaluation(
+        processes,
+        folder,
+        images,
+        batch_size=batch_size,
+        dtype=dtype,
+        workers=workers,
+        label_map=names,
+        progress_file=output,
+    )
+    with Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=error_console,
+        disable=not processes.is_main_process,
+    ) as progress:
+        task = progress.add_task("Evaluating", total=evaluation.num_images, completed=evaluation.num_resumed)
+        if evaluation.num_resumed:
+            progress.console.print(f"Going on after {evaluation.num_resumed:,} images")
+        for num_images in evaluation.run():
+            progress.advance(task, num_images)
+    results = {"model": model, "model_revision": revision, **evaluation.finish()}
+    if not processes.is_main_process:
+        return
+    if output is not None:
+        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if card is not None:
+        cards.update_card(model, card, cards.to_eval_results(results))
+    show_results(results)
+
+
+def show_results(results: dict) -> None:
+    table = Table(show_header=False, title=escape(f"{results['model']} on {results['dataset']}"), title_justify="left")
+    table.add_row("images", f"{results['images']:,}")
+    table.add_row("top-1", f"{results['top1']:.2%}")
+    table.add_row("top-5", f"{results['top5']:.2%}")
+    table.add_row("loss", f"{results['loss']:.4f}")
+    table.add_row("images per second", f"{results['images_per_second']:.1f}")
+    console.print(table)
+    if results["most_confused"]:
+        confusions = Table("label", "taken for", Column("images", justify="right"), box=box.SIMPLE_HEAD)
+        for confusion in results["most_confused"]:
+            confusions.add_row(escape(confusion["label"]), escape(confusion["predicted"]), f"{confusion['images']:,}")
+        console.print(confusions)
 
 
 def main() -> None:

@@ -1,0 +1,345 @@
+"""`evmamba evaluate`: how often a classifier is right, over a whole dataset, on as many processes as there are.
+
+Every process evaluates its own share of the images, each image once, and the processes add their counts up: nothing is
+padded, so nothing has to be dropped. A process keeps its counts in a file while it works, from which an interrupted
+evaluation goes on.
+"""
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification
+
+# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+import modeling_evmamba  # noqa: F401, tells the Auto classes of the model
+from hub_scripts.convert import IMAGENET_LABELS
+from hub_scripts.errors import UserError
+from hub_scripts.labeled_images import LabeledImage, LabeledImages
+
+
+IMAGENET_SYNSETS = IMAGENET_LABELS.with_name("imagenet1k_synsets.txt")
+
+SAVE_INTERVAL = 10  # seconds between savings of the counts
+NUM_SHOWN = 10  # confusions and classes in the summary
+MAX_NAMES_IN_MESSAGE = 5
+
+
+def match_labels(names: list[str], id2label: dict[int, str], label_map: dict[str, str]) -> list[int]:
+    """The model's index of every label of a dataset, by name.
+
+    A label of the model may be several synonyms with commas between them, one of which is enough where no other label
+    has it. Where the model knows ImageNet's classes, their WordNet ids are names too.
+
+    Args:
+        names: of the dataset's labels.
+        id2label: of the model.
+        label_map: the model's label for names that are spelled otherwise.
+
+    Raises:
+        UserError: for names that the model does not know.
+    """
+    labels = [id2label[idx] for idx in sorted(id2label)]
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):  # the model has no names
+        if len(names) != len(labels):
+            raise UserError(
+                f"the model has {len(labels)} classes without names, which cannot be matched with {len(names)} labels"
+            )
+        return list(range(len(names)))
+
+    indices: dict[str, int] = {}
+    if labels == IMAGENET_LABELS.read_text(encoding="utf-8").splitlines():
+        indices = {name: idx for idx, name in enumerate(IMAGENET_SYNSETS.read_text(encoding="utf-8").split())}
+    num_labels = Counter(synonym for label in labels for synonym in set(label.split(", ")))
+    for idx, label in enumerate(labels):
+        indices |= {synonym: idx for synonym in label.split(", ") if num_labels[synonym] == 1}
+    indices |= {label: idx for idx, label in reversed(list(enumerate(labels)))}
+
+    unknown = [name for name in names if label_map.get(name, name) not in indices]
+    if unknown:
+        shown = ", ".join(repr(name) for name in unknown[:MAX_NAMES_IN_MESSAGE])
+        raise UserError(
+            f"{len(unknown)} of the {len(names)} labels of the dataset are none of the model's: {shown}"
+            f"{', ...' if len(unknown) > MAX_NAMES_IN_MESSAGE else ''}. The model knows {len(labels)} labels, "
+            f"among them {labels[0]!r} and {labels[-1]!r}. A --label-map can tell which ones only differ in spelling"
+        )
+    return [indices[label_map.get(name, name)] for name in names]
+
+
+def read_label_map(path: Path) -> dict[str, str]:
+    """A JSON file with the model's label by the dataset's name.
+
+    Raises:
+        UserError: for a file that holds anything else.
+    """
+    try:
+        label_map = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(label_map, dict) or not all(isinstance(label, str) for label in label_map.values()):
+        raise UserError(f'{path} must hold an object of strings, like {{"name in the dataset": "label of the model"}}')
+    return label_map
+
+
+class Preprocessor:
+    """The model's own image processor, but for the centre crop: where a margin is odd, torchvision, with which the
+    networks were trained and evaluated, crops one pixel beside transformers.
+    """
+
+    def __init__(self, folder: Path):
+        # the same on every machine, whether it has torchvision or not
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    def __call__(self, image: LabeledImage) -> torch.Tensor:  # (C, H, W)
+        processor, pixels = self.image_processor, image.read()
+        if processor.do_center_crop:
+            uncropped = processor(pixels, do_center_crop=False, return_tensors="pt").pixel_values[0]
+            height, width = processor.crop_size["height"], processor.crop_size["width"]
+            margins = uncropped.shape[1] - height, uncropped.shape[2] - width
+            if min(margins) >= 0:
+                top, left = (round(margin / 2) for margin in margins)
+                return uncropped[:, top : top + height, left : left + width]
+        return processor(pixels, return_tensors="pt").pixel_values[0]
+
+
+@dataclass
+class Counts:
+    """What is known of the images so far."""
+
+    confusion: torch.Tensor  # (classes, classes) int64: rows are the dataset's labels, columns the predictions
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, right among five
+
+    @property
+    def num_images(self) -> int:
+        return int(self.confusion.sum())
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Counts a batch: logits (B, classes), labels (B,)."""
+        logits, num_classes = logits.float().cpu(), len(self.confusion)
+        top5 = logits.topk(min(5, num_classes), dim=-1).indices
+        cells = labels * num_classes + top5[:, 0]
+        self.confusion += torch.bincount(cells, minlength=num_classes**2).view_as(self.confusion)
+        self.sums[0] += F.cross_entropy(logits.double(), labels, reduction="sum")
+        self.sums[1] += (top5 == labels[:, None]).sum()
+
+
+def join_processes():
+    """This process among those that accelerate started, or as the only one: accelerate's `PartialState`.
+
+    Raises:
+        UserError: where accelerate is not installed.
+    """
+    try:
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+    except ImportError as error:
+        raise UserError('the evaluation needs accelerate: pip install "efficientvmamba[evaluate]"') from error
+    # processes on CPUs only find each other when they are told that they compute there
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+class Evaluation:
+    """The evaluation of a model on a dataset, in one process or its share of it in one of several."""
+
+    def __init__(
+        self,
+        processes,
+        folder: Path,
+        dataset: LabeledImages,
+        *,
+        batch_size: int,
+        dtype: str,
+        workers: int,
+        label_map: dict[str, str],
+        progress_file: Path | None,
+    ):
+        """Loads the model and what an interrupted evaluation left.
+
+        Args:
+            processes: from `join_processes`.
+            folder: of the model and its image processor.
+            dataset: to evaluate on.
+            batch_size: images that are computed together in a process.
+            dtype: "float32", "bfloat16" or "float16".
+            workers: threads that read and scale images, in each process.
+            label_map: see `match_labels`.
+            progress_file: where to keep the counts while at work; the number of the process is appended.
+
+        Raises:
+            UserError: for a model that is no classifier, and where the labels do not fit it.
+        """
+        self.processes = processes
+        try:
+            self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
+            self.preprocess = Preprocessor(folder)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
+        self.model = self.model.to(self.processes.device).eval()
+        self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
+        self.label_map, self.id2label = label_map, self.model.config.id2label
+        self.class_indices: list[int] | None = None
+        self.indices_of_names: dict[str, int] = {}
+        if dataset.class_names is not None:
+            self.class_indices = match_labels(dataset.class_names, self.id2label, label_map)
+
+        index, number = self.processes.process_index, self.processes.num_processes
+        self.progress_file = progress_file and progress_file.with_name(
+            f"{progress_file.name}.progress-{index}-of-{number}"
+        )
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
+        weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        parts = [str(folder.resolve()), weights, dataset.name, dataset.revision, dataset.config, dataset.split, dtype]
+        self.settings = json.dumps([*parts, label_map])  # an evaluation only goes on where these are the same
+        self.counts = self.load_progress() or Counts(
+            torch.zeros((self.model.config.num_labels,) * 2, dtype=torch.int64)
+        )
+        self.num_resumed, self.seconds = self.counts.num_images, 0.0
+
+    @property
+    def num_images(self) -> int | None:
+        """Images of this process, None where the dataset does not tell."""
+        index, number = self.processes.process_index, self.processes.num_processes
+        return None if self.dataset.num_images is None else len(range(index, self.dataset.num_images, number))
+
+    def load_progress(self) -> Counts | None:
+        if self.progress_file is None or not self.progress_file.is_file():
+            return None
+        try:
+            with safe_open(self.progress_file, framework="pt") as file:
+                if file.metadata()["settings"] != self.settings:
+                    return None
+                return Counts(file.get_tensor("confusion"), file.get_tensor("sums"))
+        except SafetensorError:
+            return None
+
+    def save_progress(self) -> None:
+        if self.progress_file is not None:
+            self.progress_file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.progress_file.with_name(f"{self.progress_file.name}.new")
+            save_file(vars(self.counts), partial, metadata={"settings": self.settings})
+            os.replace(partial, self.progress_file)
+
+    def find_index(self, image: LabeledImage) -> int:
+        """The model's index of an image's label."""
+        if isinstance(image.label, str):
+            if image.label not in self.indices_of_names:
+                (index,) = match_labels([image.label], self.id2label, self.label_map)
+                self.indices_of_names[image.label] = index
+            return self.indices_of_names[image.label]
+        num_known = len(self.class_indices or self.id2label)
+        if image.label is None or not 0 <= image.label < num_known:
+            raise UserError(f"{image.name} has the label {image.label}: there are the labels 0 to {num_known - 1}")
+        return image.label if self.class_indices is None else self.class_indices[image.label]
+
+    def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pixel values (B, C, H, W) and labels (B,) of what is left to do; threads prepare the batch that is next."""
+        images = self.dataset.share(self.processes.process_index, self.processes.num_processes, self.num_resumed)
+        with ThreadPoolExecutor(self.workers) as pool:
+
+            def start() -> list[tuple[Future, int]]:
+                batch = list(islice(images, self.batch_size))
+                return [(pool.submit(self.preprocess, image), self.find_index(image)) for image in batch]
+
+            batch = start()
+            while batch:
+                following = start()
+                pixel_values = torch.stack([future.result() for future, _ in batch])
+                yield pixel_values, torch.tensor([index for _, index in batch])
+                batch = following
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[int]:
+        """Evaluates, yielding the number of images of each batch. What was counted is kept when it breaks off."""
+        begin, saved = None, time.monotonic()
+        try:
+            for pixel_values, labels in self.load_batches():
+                pixel_values = pixel_values.to(self.processes.device, self.model.dtype)
+                if begin is None:
+                    self.model(pixel_values)  # kernels are compiled at the first call, which is not to be measured
+                    begin = time.monotonic()
+                self.counts.add(self.model(pixel_values).logits, labels)
+                if time.monotonic() - saved > SAVE_INTERVAL:
+                    self.save_progress()
+                    saved = time.monotonic()
+                yield len(labels)
+        finally:
+            self.seconds = 0.0 if begin is None else time.monotonic() - begin
+            self.save_progress()
+
+    def finish(self) -> dict:
+        """Adds up the counts of all processes; each gets the results. The files with the counts are removed.
+
+        Raises:
+            UserError: for a dataset without images.
+        """
+        from accelerate.utils import gather, reduce
+
+        num_new = self.counts.num_images - self.num_resumed
+        work = torch.tensor([[num_new, self.seconds]], dtype=torch.float64)
+        if self.processes.num_processes > 1:
+            device = self.processes.device
+            self.counts = Counts(*(reduce(tensor.to(device), "sum").cpu() for tensor in vars(self.counts).values()))
+            work = gather(work.to(device)).cpu()
+        if self.progress_file is not None:
+            self.progress_file.unlink(missing_ok=True)
+        num_images = self.counts.num_images
+        if num_images == 0:
+            raise UserError(f"the dataset {self.dataset.name} holds no images")
+        loss, num_right_in_five = self.counts.sums.tolist()
+        seconds = work[:, 1].max().item()
+        return {
+            "dataset": self.dataset.name,
+            "dataset_id": self.dataset.hub_id,
+            "dataset_config": self.dataset.config,
+            "dataset_split": self.dataset.split,
+            "dataset_revision": self.dataset.revision,
+            "images": num_images,
+            "top1": int(self.counts.confusion.diag().sum()) / num_images,
+            "top5": num_right_in_five / num_images,
+            "loss": loss / num_images,
+            "images_per_second": work[:, 0].sum().item() / seconds if seconds > 0 else None,
+            "processes": self.processes.num_processes,
+            "batch_size": self.batch_size,
+            "device": str(self.processes.device),
+            "dtype": self.dtype,
+            "torch": torch.__version__,
+            **self.summarize_confusion(),
+        }
+
+    def summarize_confusion(self) -> dict:
+        """The most frequent confusions and the classes that are recognized worst."""
+        confusion = self.counts.confusion
+        wrong = confusion - confusion.diag().diag()
+        counts, cells = wrong.flatten().topk(min(NUM_SHOWN, wrong.numel()))
+        totals = confusion.sum(dim=1)
+        accuracies = torch.where(totals > 0, confusion.diag() / totals, torch.inf)
+        accuracies, classes = accuracies.topk(min(NUM_SHOWN, len(totals)), largest=False)
+        return {
+            "most_confused": [
+                {
+                    "label": self.id2label[cell // len(totals)],
+                    "predicted": self.id2label[cell % len(totals)],
+                    "images": count,
+                }
+                for count, cell in zip(counts.tolist(), cells.tolist(), strict=True)
+                if count > 0
+            ],
+            "worst_classes": [
+                {"label": self.id2label[index], "accuracy": accuracy, "images": int(totals[index])}
+                for accuracy, index in zip(accuracies.tolist(), classes.tolist(), strict=True)
+                if totals[index] > 0
+            ],
+        }
