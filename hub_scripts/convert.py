@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import BitImageProcessorPil
 
 from hub_scripts.errors import UserError
-from hub_scripts.hub import check_download, explained
+from hub_scripts.hub import check_downloads, explained
 from hub_scripts.original_checkpoint import load_original_checkpoint, original_name
 
 
@@ -52,7 +52,7 @@ def download(repo_id: str, file_name: str | None) -> Path:
         files = hub.model_info(repo_id).siblings  # unlike `list_repo_files`, fails at once without a connection
         file_name = choose_checkpoint(repo_id, [file.rfilename for file in files], file_name)
         path = Path(hub.hf_hub_download(repo_id, file_name))
-    check_download(path)
+    check_downloads([path])
     return path
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,30 +208,36 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
         folder = snapshot_download(
             model, revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]
         )
-    for path in Path(folder).iterdir():
-        check_download(path)
+    check_downloads(Path(folder).iterdir())
     return Path(folder)
 
 
-def check_download(path: Path) -> None:
-    """Compares a file in the Hub's cache with the hash that it is kept under. The client compares sizes alone.
+def check_downloads(paths: Iterable[Path]) -> None:
+    """Compares files in the Hub's cache with the hashes that they are kept under. The client compares sizes alone.
 
     Raises:
-        UserError: for a damaged file. It is removed from the cache.
+        UserError: for damaged files. They are removed from the cache.
     """
+    damaged = [path for path in paths if is_damaged(path)]
+    for path in damaged:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink()
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise UserError(f"{names} was damaged on its way from {constants.ENDPOINT}, run the command again")
+
+
+def is_damaged(path: Path) -> bool:
     if not path.is_symlink():
-        return  # on a file system without links, the name of the blob is lost
+        return False  # on a file system without links, the name of the blob is lost
     blob = path.resolve()
     if len(blob.name) == SHA256_LENGTH:
         digest = hashlib.sha256()
     elif len(blob.name) == GIT_HASH_LENGTH:
         digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
     else:
-        return
+        return False
     with blob.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != blob.name:
-        blob.unlink()
-        path.unlink()
-        raise UserError(f"{path.name} was damaged on its way from {constants.ENDPOINT}, run the command again")
+    return digest.hexdigest() != blob.name

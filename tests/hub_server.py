@@ -175,9 +175,10 @@ class HubServer:
     def phases(self) -> list[str]:
         return [phase for phase, _ in self.requests]
 
-    def take_fault(self, phase: str) -> Fault | None:
+    def take_fault(self, phase: str, has_body: bool) -> Fault | None:
         for fault in self.faults:
-            if fault.phase == phase and fault.times > 0:
+            is_possible = has_body or fault.action not in ("truncate", "corrupt")
+            if fault.phase == phase and fault.times > 0 and is_possible:
                 fault.times -= 1
                 return fault
         return None
@@ -198,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         matches = [(phase, re.fullmatch(path, url.path)) for verb, path, phase in ROUTES if verb == method]
         phase, match = next((found for found in matches if found[1]), ("unknown", None))
         self.hub.requests.append((phase, self.path))
-        self.fault = self.hub.take_fault(phase)
+        self.fault = self.hub.take_fault(phase, has_body=self.command != "HEAD")
         if self.fault is not None and callable(self.fault.action):
             self.fault.action()
         length = int(self.headers.get("Content-Length", 0))
