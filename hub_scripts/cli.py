@@ -437,7 +437,7 @@ def evaluate(
         disable=not processes.is_main_process,
     ) as progress:
         task = progress.add_task("Evaluating", total=evaluation.num_images, completed=evaluation.num_resumed)
-        if evaluation.num_resumed:
+        if evaluation.num_resumed and processes.is_main_process:
             progress.console.print(f"Going on after {evaluation.num_resumed:,} images")
         for num_images in evaluation.run():
             progress.advance(task, num_images)

@@ -145,7 +145,11 @@ class HubServer:
         self.servers = [QuietServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         for server in self.servers:
             server.hub = self
-        self.endpoint, self.storage_endpoint = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        # two host names: clients tell the storage from the Hub by it, and send it no token
+        self.endpoint, self.storage_endpoint = (
+            f"http://{host}:{server.server_port}"
+            for host, server in zip(("127.0.0.1", "localhost"), self.servers, strict=True)
+        )
 
     def reset(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -258,6 +262,8 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         if not token:
             return None, "none"
+        if self.server is self.hub.servers[1]:
+            raise HubError(400, "the storage wants no token")
         if scheme != "Bearer" or token not in USERS:
             raise HubError(401, "Invalid credentials in Authorization header")
         return USERS[token]

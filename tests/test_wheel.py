@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -65,3 +66,17 @@ def test_command_line_with_the_bundled_model(environment):
     (classification,) = json.loads(run(environment, "evmamba", "classify", example, "--json"))
     assert classification["predictions"][0]["label"] == example.stem[-1]
     assert "0.787" in run(environment, "evmamba", "info")
+
+
+def test_what_would_be_uploaded(environment, tmp_path):
+    """Template, manifest and the network's code come with the wheel."""
+    shutil.copytree(ROOT / "demo" / "digits", tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
+    files = run(environment, "evmamba", "push", tmp_path / "model", "someone/digits", "--dry-run")
+    for text in (
+        "atrous_selective_scan_numba.py",
+        "modeling_evmamba.py",
+        "## Limits and biases",
+        "128,184 parameters",
+    ):
+        assert text in files
+    run(environment, "python", "-c", "from hub_scripts.republish import load_manifest; assert load_manifest()")

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 import venv
 from importlib.metadata import distribution
@@ -12,8 +13,11 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from hub_scripts.bundle import find_remote_code
 from hub_scripts.push import collect_files
 from modeling_evmamba import EfficientVMambaForImageClassification
 
@@ -64,6 +68,14 @@ print(json.dumps({
     "operators": [event.key for event in profile.key_averages() if event.key.startswith("evmamba::")],
 }))
 """
+
+
+@pytest.mark.parametrize("name, path", find_remote_code().items())
+def test_files_of_a_bundle_demand_no_package(name, path):
+    """What a file imports outside of `try` is demanded of every user, whether it is used or not."""
+    known = {*sys.stdlib_module_names, "huggingface_hub", "numpy", "torch", "transformers"}
+    assert set(get_imports(path)) <= known
+    assert {f"{module}.py" for module in get_relative_imports(path)} <= find_remote_code().keys()
 
 
 def find_requirements(name: str, found: set[str]) -> set[str]:
