@@ -118,7 +118,7 @@ def load_card(model: str) -> ModelCard:
     """
     if not Path(model).is_dir():
         with explained(model):
-            path = Path(HfApi().hf_hub_download(model, constants.REPOCARD_NAME, force_download=True))
+            path = Path(HfApi().hf_hub_download(model, constants.REPOCARD_NAME))
     elif not (path := Path(model) / constants.REPOCARD_NAME).is_file():
         raise UserError(f"{model} holds no {path.name}: `evmamba push --results FILE` renders one with results")
     try:

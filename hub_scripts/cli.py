@@ -189,46 +189,6 @@ def convert(
                 ) from error
 
 
-def push_conversion(
-    source: str, conversion, model_dir: Path, repo_id: str, private: bool, dry_run: bool = False
-) -> None:
-    """Uploads a converted checkpoint, with the manifest's card where it is one of the manifest's."""
-    from hub_scripts.push import collect_files, push
-    from hub_scripts.republish import find_checkpoint, write_card
-
-    checkpoint = find_checkpoint(source)
-    if checkpoint is not None:
-        write_card(checkpoint, conversion, model_dir, repo_id)
-    files = collect_files(model_dir, repo_id)
-    if dry_run:
-        show_files(repo_id, files)
-    else:
-        report_upload(push(repo_id, files, message=UPLOAD_MESSAGE, private=private))
-
-
-def show_files(repo_id: str, files: dict) -> None:
-    """What a dry run would upload: paths, sizes in bytes, and the card."""
-    table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
-    sizes = {
-        path: len(source) if isinstance(source, bytes) else source.stat().st_size
-        for path, source in sorted(files.items())
-    }
-    for path, size in sizes.items():
-        table.add_row(escape(path), f"{size:,}")
-    table.add_section()
-    table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
-    console.print(table)
-    card = files["README.md"]
-    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
-
-
-def report_upload(result) -> None:
-    if result.changed:
-        console.print(f"[bold green]Uploaded[/] {escape(result.url)}")
-    else:
-        console.print("Nothing has changed since the last upload: no commit was made")
-
-
 @app.command()
 def push(
     model_dir: Annotated[Path, typer.Argument(help="Folder that `save_pretrained` or `evmamba convert` wrote.")],
@@ -406,6 +366,8 @@ def evaluate(
     from hub_scripts.hub import fetch_model
     from hub_scripts.labeled_images import open_dataset
 
+    if output is not None and output.is_dir():
+        raise UserError(f"{output} is a folder, --output is a file for the results")
     logging.disable_progress_bar()
     names = {} if label_map is None else job.read_label_map(label_map)
     processes = job.join_processes()
@@ -441,14 +403,55 @@ def evaluate(
             progress.console.print(f"Going on after {evaluation.num_resumed:,} images")
         for num_images in evaluation.run():
             progress.advance(task, num_images)
-    results = {"model": model, "model_revision": revision, **evaluation.finish()}
-    if not processes.is_main_process:
-        return
-    if output is not None:
-        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if card is not None:
-        cards.update_card(model, card, cards.to_eval_results(results))
-    show_results(results)
+    commit = None if Path(model).is_dir() else folder.name  # downloads lie in folders that are called after it
+    results = {"model": model, "model_revision": commit, **evaluation.finish()}
+    if processes.is_main_process:
+        if output is not None:
+            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            cards.update_card(model, card, cards.to_eval_results(results))
+        show_results(results)
+    evaluation.discard_progress()
+
+
+def push_conversion(
+    source: str, conversion, model_dir: Path, repo_id: str, private: bool, dry_run: bool = False
+) -> None:
+    """Uploads a converted checkpoint, with the manifest's card where it is one of the manifest's."""
+    from hub_scripts.push import collect_files, push
+    from hub_scripts.republish import find_checkpoint, write_card
+
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        write_card(checkpoint, conversion, model_dir, repo_id)
+    files = collect_files(model_dir, repo_id)
+    if dry_run:
+        show_files(repo_id, files)
+    else:
+        report_upload(push(repo_id, files, message=UPLOAD_MESSAGE, private=private))
+
+
+def show_files(repo_id: str, files: dict) -> None:
+    """What a dry run would upload: paths, sizes in bytes, and the card."""
+    table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
+    sizes = {
+        path: len(source) if isinstance(source, bytes) else source.stat().st_size
+        for path, source in sorted(files.items())
+    }
+    for path, size in sizes.items():
+        table.add_row(escape(path), f"{size:,}")
+    table.add_section()
+    table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
+    console.print(table)
+    card = files["README.md"]
+    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
+
+
+def report_upload(result) -> None:
+    if result.changed:
+        console.print(f"[bold green]Uploaded[/] {escape(result.url)}")
+    else:
+        console.print("Nothing has changed since the last upload: no commit was made")
 
 
 def show_results(results: dict) -> None:
@@ -457,7 +460,8 @@ def show_results(results: dict) -> None:
     table.add_row("top-1", f"{results['top1']:.2%}")
     table.add_row("top-5", f"{results['top5']:.2%}")
     table.add_row("loss", f"{results['loss']:.4f}")
-    table.add_row("images per second", f"{results['images_per_second']:.1f}")
+    if results["images_per_second"] is not None:  # all images were counted before an interruption
+        table.add_row("images per second", f"{results['images_per_second']:.1f}")
     console.print(table)
     if results["most_confused"]:
         confusions = Table("label", "taken for", Column("images", justify="right"), box=box.SIMPLE_HEAD)

@@ -95,8 +95,8 @@ def read_label_map(path: Path) -> dict[str, str]:
 
 
 class Preprocessor:
-    """The model's own image processor, but for the centre crop: where a margin is odd, torchvision, with which the
-    networks were trained and evaluated, crops one pixel beside transformers.
+    """The model's own image processor, but for the centre crop: where the margin is odd, torchvision, with which the
+    networks were trained and evaluated, may crop one pixel beside transformers.
     """
 
     def __init__(self, folder: Path):
@@ -128,11 +128,10 @@ class Counts:
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Counts a batch: logits (B, classes), labels (B,)."""
-        logits, num_classes = logits.float().cpu(), len(self.confusion)
-        top5 = logits.topk(min(5, num_classes), dim=-1).indices
-        cells = labels * num_classes + top5[:, 0]
-        self.confusion += torch.bincount(cells, minlength=num_classes**2).view_as(self.confusion)
-        self.sums[0] += F.cross_entropy(logits.double(), labels, reduction="sum")
+        logits = logits.double().cpu()
+        top5 = logits.topk(min(5, len(self.confusion)), dim=-1).indices
+        self.confusion.index_put_((labels, top5[:, 0]), torch.ones_like(labels), accumulate=True)
+        self.sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         self.sums[1] += (top5 == labels[:, None]).sum()
 
 
@@ -201,8 +200,9 @@ class Evaluation:
         )
         files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
         weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        parts = [str(folder.resolve()), weights, dataset.name, dataset.revision, dataset.config, dataset.split, dtype]
-        self.settings = json.dumps([*parts, label_map])  # an evaluation only goes on where these are the same
+        parts = [dataset.name, dataset.num_images, dataset.revision, dataset.config, dataset.split]
+        # an evaluation only goes on where these are the same
+        self.settings = json.dumps([str(folder.resolve()), weights, *parts, dtype, label_map])
         self.counts = self.load_progress() or Counts(
             torch.zeros((self.model.config.num_labels,) * 2, dtype=torch.int64)
         )
@@ -256,8 +256,10 @@ class Evaluation:
             batch = start()
             while batch:
                 following = start()
-                pixel_values = torch.stack([future.result() for future, _ in batch])
-                yield pixel_values, torch.tensor([index for _, index in batch])
+                pixel_values = [future.result() for future, _ in batch]
+                if len({image.shape for image in pixel_values}) > 1:
+                    raise UserError("the model's image processor keeps images of different sizes: use --batch-size 1")
+                yield torch.stack(pixel_values), torch.tensor([index for _, index in batch])
                 batch = following
 
     @torch.inference_mode()
@@ -280,7 +282,7 @@ class Evaluation:
             self.save_progress()
 
     def finish(self) -> dict:
-        """Adds up the counts of all processes; each gets the results. The files with the counts are removed.
+        """Adds up the counts of all processes; each gets the results.
 
         Raises:
             UserError: for a dataset without images.
@@ -293,8 +295,6 @@ class Evaluation:
             device = self.processes.device
             self.counts = Counts(*(reduce(tensor.to(device), "sum").cpu() for tensor in vars(self.counts).values()))
             work = gather(work.to(device)).cpu()
-        if self.progress_file is not None:
-            self.progress_file.unlink(missing_ok=True)
         num_images = self.counts.num_images
         if num_images == 0:
             raise UserError(f"the dataset {self.dataset.name} holds no images")
@@ -318,6 +318,12 @@ class Evaluation:
             "torch": torch.__version__,
             **self.summarize_confusion(),
         }
+
+    def discard_progress(self) -> None:
+        """To be called when the results are safe, by all processes."""
+        self.processes.wait_for_everyone()
+        if self.progress_file is not None:
+            self.progress_file.unlink(missing_ok=True)
 
     def summarize_confusion(self) -> dict:
         """The most frequent confusions and the classes that are recognized worst."""

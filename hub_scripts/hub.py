@@ -50,7 +50,7 @@ SHA256_LENGTH, GIT_HASH_LENGTH = 64, 40
 def explained(repo_id: str) -> Iterator[None]:
     """Turns errors of the Hub's client into a `UserError` about the repository.
 
-    Each gets our own words: nothing of the request, which carries the access token, may reach the terminal.
+    Nothing of the request, which carries the access token, may reach the terminal: each error gets our own words.
     """
     try:
         yield
@@ -82,17 +82,25 @@ def explain(error: Exception, repo_id: str) -> str:
         answered = f"{constants.ENDPOINT} answered {status} for {repo_id}"
         if status == 401:
             return f"{answered}: the access token is not valid (any more), {LOGIN_HINT}"
+        if status == 402:
+            return f"{answered}: it asks for a subscription or a method of payment for this"
         if status == 403:
             return f"{answered}: the access token has no right to do this, use one that may write to {repo_id}"
         if status in (409, 412):
             return f"{answered}: something else changes it at the same time, run the command again"
         if status == 429 or status >= 500:
             return f"{answered}: it is overloaded or has trouble of its own, run the command again later"
-        return answered
+        return without_token(f"{answered}: {error.server_message}") if error.server_message else answered
     return (
         f"{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check it and run the "
         "command again"
     )
+
+
+def without_token(text: str) -> str:
+    """What the Hub itself says, should it ever repeat the token."""
+    token = get_token()
+    return text if token is None else text.replace(token, "(the access token)")
 
 
 def patiently(function: Callable, *args, **kwargs):
@@ -185,12 +193,10 @@ def upload(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except (
-            ValueError
-        ) as error:  # what the Hub says about the metadata; the client's other errors are no ValueError
-            if "README.md" not in str(error):
+        except ValueError as error:  # refused metadata or large files, and answers that are not of a Hub
+            if isinstance(error, HTTPError):
                 raise
-            raise UserError(f"the Hub refuses the card. {error}") from error
+            raise UserError(without_token(f"{constants.ENDPOINT} refuses the upload to {repo_id}: {error}")) from error
     return Upload(commit.pr_url or commit.commit_url, commit.oid != head.sha)
 
 

@@ -16,7 +16,7 @@ from hub_scripts.images import find_images, read_image
 
 
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` of `datasets` writes
-DATA_FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
+DATA_FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
 PREFERRED_SPLITS = ("validation", "val", "test")
 
 

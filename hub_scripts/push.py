@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 import modeling_evmamba
 from hub_scripts.bundle import AUTO_MAP, find_remote_code
-from hub_scripts.card import EVAL_RESULTS_FOLDER, CardDetails, load_card, render_card
+from hub_scripts.card import EVAL_RESULTS_FOLDER, CardDetails, load_card, render_card, result_entries
 from hub_scripts.errors import UserError
 from hub_scripts.hub import Files, Upload, check_repo_id, upload
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
@@ -111,6 +111,7 @@ def collect_files(model_dir: Path, repo_id: str, details: CardDetails | None = N
         image_processor.name: image_processor,
     }
     files |= {path.name: path for path in weights}
+    files |= result_entries(details.results if details else [])
     files |= {
         f"{EVAL_RESULTS_FOLDER}/{path.name}": path for path in sorted((model_dir / EVAL_RESULTS_FOLDER).glob("*.yaml"))
     }

@@ -258,6 +258,7 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, digit_images, few_digits
     arguments = ["--dataset", "someone/data", "--output", tmp_path / "results.json", "--update-card"]
     results = evaluate(evmamba, "someone/digits", *arguments)
     assert (results["images"], results["dataset_split"]) == (70, "test")
+    assert results["model_revision"] in hub.repos["model", "someone/digits"].commits
     assert results["dataset_revision"] == hub.repos["dataset", "someone/data"].refs["main"]
 
     repo = hub.repos["model", "someone/digits"]
@@ -273,6 +274,7 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, digit_images, few_digits
     assert code == 0, err
     card = hub.repos["model", "someone/own"].files()["README.md"].decode()
     assert f"| someone/data | Top-1 accuracy | {round(results['top1'], 4)} | measured by" in card
+    assert ".eval_results/data.yaml" in hub.repos["model", "someone/own"].files()
     assert not any(token in card for token in USERS)
 
 
@@ -285,6 +287,7 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, digit_images, few_digits
         ([DIGITS, "--dataset", "DATA", "--label-map", "missing.json"], "missing.json cannot be read as JSON"),
         ([DIGITS.parent, "--dataset", "DATA"], "cannot be loaded as an image classifier"),
         (["MODEL", "--dataset", "DATA", "--update-card"], "holds no README.md"),
+        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is a folder, --output is a file"),
         (["someone/missing", "--dataset", "DATA"], "neither a path here nor a repository on the Hub"),
     ],
 )
@@ -303,6 +306,30 @@ def test_the_hub_is_asked_before_the_work_begins(evmamba, hub, few_digits):
     del repo.commits[repo.refs["main"]].files["README.md"]
     code, _, err = evmamba("evaluate", "someone/digits", "--dataset", few_digits, "--update-card")
     assert code == 1 and "someone/digits" in err and "Evaluating" not in err
+
+
+def test_images_of_different_sizes(evmamba, few_digits, tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "model")
+    path = tmp_path / "model" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_center_crop": False}))
+    Image.open(next(few_digits.glob("3/*.png"))).crop((0, 0, 100, 160)).save(few_digits / "3" / "narrow.png")
+    arguments = [tmp_path / "model", "--dataset", few_digits, "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "different sizes: use --batch-size 1" in err
+    assert evaluate(evmamba, *arguments, "--batch-size", 1)["images"] == 71
+
+
+def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path):
+    assert evmamba("push", DIGITS, "someone/digits")[0] == 0
+    hub.faults = [Fault("commit", "hang up")]
+    arguments = ["someone/digits", "--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "the connection broke off" in err
+    code, out, err = evmamba("evaluate", *arguments)
+    assert code == 0 and "Going on after 70 images" in err and "100.00%" in out
+    assert json.loads((tmp_path / "results.json").read_text())["images_per_second"] is None
+    assert len(hub.repos["model", "someone/digits"].history) == 3
+    assert not list(tmp_path.glob("*.progress-*"))
 
 
 def test_missing_packages(evmamba, few_digits, monkeypatch):

@@ -269,6 +269,19 @@ def test_errors_of_the_hub(evmamba, hub, phase, status, message):
     assert hub.repos["model", REPO_ID].history == [UPLOAD_MESSAGE, "initial commit"]
 
 
+def test_words_of_the_hub_are_shown_without_the_token(evmamba, hub):
+    hub.faults = [Fault("commit", 400, {"X_Error_Message": f"no such thing for {os.environ['HF_TOKEN']}"})]
+    code, _, err = evmamba("push", DIGITS, REPO_ID)
+    assert code == 1 and "answered 400" in err and "no such thing for (the access token)" in err
+
+
+@pytest.mark.parametrize("phase", ["validate", "batch"])
+def test_answers_that_are_not_of_a_hub(evmamba, hub, phase):
+    hub.faults = [Fault(phase, "corrupt")]
+    code, _, err = evmamba("push", DIGITS, REPO_ID)
+    assert code == 1 and "refuses the upload to someone/digits" in err
+
+
 def damage(name: str, content: bytes | None):
     def apply(model_dir: Path) -> None:
         (model_dir / name).unlink() if content is None else (model_dir / name).write_bytes(content)
