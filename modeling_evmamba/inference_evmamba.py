@@ -57,6 +57,7 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
             pack_chains(module)
     if packs:
         pack_linear_layers(model)
+        keep_freed_memory()
     model.register_state_dict_pre_hook(refuse_to_save)
     return model
 
@@ -75,6 +76,15 @@ def refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     )
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep up to 60 MB between calls.
+
+    It gives freed memory back to the system once that is more than twice the largest block that was ever freed. A
+    network whose maps have a few MB would get its memory anew, page by page, in every call. So a large one is freed.
+    """
+    torch.empty(30 * 2**20, dtype=torch.uint8)
+
+
 class PackedLinear(nn.Module):
     """A linear layer with the activation behind it, in oneDNN."""
 
@@ -85,7 +95,7 @@ class PackedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(
+        return torch.ops.mkldnn._linear_pointwise.default(
             hidden_states, self.packed_weight, self.bias, self.activation, [], "none"
         )
 
@@ -108,7 +118,7 @@ class PackedConv2d(nn.Module):
         self.activation = activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H', W')
-        return torch.ops.mkldnn._convolution_pointwise(
+        return torch.ops.mkldnn._convolution_pointwise.default(
             hidden_states, self.packed_weight, self.bias, *self.geometry, self.activation, [], "none"
         )
 

@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .atrous_selective_scan import atrous_selective_scan
 from .configuration_evmamba import EfficientVMambaConfig
-from .layer_norm_gated import layer_norm_gated
+from .layer_norm import layer_norm_gated, layer_norm_mean
 
 
 NUM_SCAN_GROUPS = 4  # skip sampling with step 2: one group per parity of row and column
@@ -54,6 +54,20 @@ class EfficientVMambaLayerNorm(nn.LayerNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class EfficientVMambaGatedLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map, times SiLU of a gate."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # (B, H, W, D) each
+        return layer_norm_gated(hidden_states, gate, self.weight, self.bias, self.eps)
+
+
+class EfficientVMambaMeanLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map, and its mean over the pixels."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, C)
+        return layer_norm_mean(hidden_states, self.weight, self.bias, self.eps)
 
 
 class EfficientVMambaPointwiseConv(nn.Conv2d):
@@ -146,7 +160,7 @@ class EfficientVMambaES2D(nn.Module):
         self.A_log = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, state_size))
         self.D = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
         self.activation = nn.SiLU()
-        self.layernorm = nn.LayerNorm(intermediate_size, eps=config.layer_norm_eps)
+        self.layernorm = EfficientVMambaGatedLayerNorm(intermediate_size, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=config.use_bias)
 
     def init_scan_weights(self):
@@ -173,8 +187,7 @@ class EfficientVMambaES2D(nn.Module):
             self.A_log,
             self.D,
         )
-        y = layer_norm_gated(y, z, self.layernorm.weight, self.layernorm.bias, self.layernorm.eps)
-        return self.out_proj(y)
+        return self.out_proj(self.layernorm(y, z))
 
 
 class EfficientVMambaLocalBranch(nn.Module):
@@ -193,18 +206,19 @@ class EfficientVMambaLocalBranch(nn.Module):
 
 
 class EfficientVMambaChannelGate(nn.Module):
-    """A factor in (0, 1) for each channel that depends on the mean of the normalized map."""
+    """Factors in (0, 1) for the channels of each of several maps, which depend on the mean of the normalized map."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
         squeezed_size = max(1, int(hidden_size * config.squeeze_expansion_ratio))
-        self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = EfficientVMambaMeanLayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.squeeze = nn.Linear(hidden_size, squeezed_size)
         self.expand = nn.Linear(squeezed_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, 1, 1, C)
-        mean = self.layernorm(hidden_states).mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
-        return torch.sigmoid(self.expand(F.gelu(self.squeeze(mean))))
+    def forward(self, *maps: torch.Tensor) -> torch.Tensor:  # M times (B, H, W, C) -> (M, B, 1, 1, C)
+        means = torch.stack([self.layernorm(each) for each in maps])  # (M, B, C)
+        factors = torch.sigmoid(self.expand(F.gelu(self.squeeze(means))))
+        return factors[:, :, None, None]
 
 
 class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
@@ -221,7 +235,8 @@ class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         normalized = self.layernorm(hidden_states.permute(0, 2, 3, 1))  # (B, H, W, C)
         mixed, local = self.mixer(normalized), self.local_branch(normalized)
-        update = torch.addcmul(mixed * self.gate(mixed), local, self.gate(local))
+        for_mixed, for_local = self.gate(mixed, local)  # (B, 1, 1, C) each
+        update = torch.addcmul(mixed * for_mixed, local, for_local)
         return hidden_states + self.drop_path(update.permute(0, 3, 1, 2))
 
 

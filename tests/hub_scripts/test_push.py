@@ -75,7 +75,7 @@ def test_what_arrives(evmamba, hub):
     assert config.pop("auto_map") == AUTO_MAP
     assert config == json.loads((DIGITS / "config.json").read_text())
     del files[".gitattributes"]
-    for name in ("configuration_evmamba.py", "modeling_evmamba.py"):
+    for name in ("configuration_evmamba.py", "modeling_evmamba.py", "inference_evmamba.py"):
         assert files.pop(name) == (ROOT / "modeling_evmamba" / name).read_bytes()
     kernels = {path.name: path.read_bytes() for path in (ROOT / "kernels" / "evmamba_kernels").glob("*.py")}
     del kernels["__init__.py"]

@@ -1,4 +1,4 @@
-"""The gated LayerNorm: CPU kernel and PyTorch form against float64, and which of them runs."""
+"""LayerNorm with a gate and as a mean: CPU kernels and PyTorch forms against float64, and which of them runs."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evmamba_kernels import layer_norm_gated, use_backend
-from evmamba_kernels.layer_norm_gated import gated_operator
+from evmamba_kernels import layer_norm_gated, layer_norm_mean, use_backend
+from evmamba_kernels.layer_norm import gated_operator, mean_operator
 from golden_values import relative_error
 
 
@@ -107,3 +107,46 @@ def test_gate_of_another_shape_is_refused():
 
 def test_operator_registration():
     torch.library.opcheck(gated_operator, (*arguments(4, 20), 1e-5))
+
+
+def exact_mean(hidden_states, weight, bias, eps):
+    hidden_states, weight, bias = (tensor.double() for tensor in (hidden_states, weight, bias))
+    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(2, 100)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_means_of_random_shapes(shape, seed):
+    x, _, weight, bias = arguments(*shape, seed=seed)
+    error = mean_operator(x, weight, bias, 1e-5) - exact_mean(x, weight, bias, 1e-5)
+    assert error.norm() < 1e-6 * (weight.norm() + bias.norm())  # the sum of both may be small
+
+
+@pytest.mark.parametrize("make_view", VIEWS.values(), ids=VIEWS)
+def test_means_of_strided_maps(make_view):
+    x, _, weight, bias = arguments(2, 5, 6, 24)
+    x = make_view(x)
+    assert torch.equal(layer_norm_mean(x, weight, bias, 1e-5), layer_norm_mean(x.contiguous(), weight, bias, 1e-5))
+
+
+def test_what_has_no_kernel_is_the_same_in_pytorch():
+    x, _, weight, bias = arguments(2, 5, 6, 24)
+    expected = layer_norm_mean(x, weight, bias, 1e-5)
+    parameters = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    y = layer_norm_mean(*parameters, 1e-5)
+    torch.testing.assert_close(y, expected)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y.square().sum(), parameters))
+
+
+def test_the_mean_of_what_is_no_map_is_refused():
+    x, _, weight, bias = arguments(4, 20)
+    with pytest.raises(ValueError, match=r"hidden_states must have the shape \(B, H, W, D\), got \(4, 20\)"):
+        layer_norm_mean(x, weight, bias, 1e-5)
+
+
+def test_mean_registration():
+    x, _, weight, bias = arguments(2, 3, 4, 20)
+    torch.library.opcheck(mean_operator, (x, weight, bias, 1e-5))

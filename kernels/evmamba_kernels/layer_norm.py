@@ -1,0 +1,96 @@
+"""Two uses of LayerNorm in an EVSS block: times the SiLU of a gate, and as the mean over a map.
+
+As PyTorch operators these are two or three passes over the map, with maps in between. For inference on CPUs there are
+kernels that read the maps once. With gradients, on other devices and in compiled graphs PyTorch computes them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .atrous_selective_scan import choose_backend
+
+
+def layer_norm_gated(
+    hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """LayerNorm over the last dimension, times SiLU of the gate.
+
+    Args:
+        hidden_states: (..., D), any floating dtype.
+        gate: (..., D), of the same shape and dtype.
+        weight: (D).
+        bias: (D).
+        eps: is added to the variance.
+
+    Returns:
+        (..., D), in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: where `gate` has another shape.
+    """
+    if gate.shape != hidden_states.shape:
+        shapes = tuple(hidden_states.shape), tuple(gate.shape)
+        raise ValueError("gate must have the shape of hidden_states, {}, got {}".format(*shapes))
+    tensors = (hidden_states, gate, weight, bias)
+    if is_for_cpu_kernel(tensors):
+        return gated_operator(*tensors, eps)
+    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps) * F.silu(gate)
+
+
+def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm over the last dimension, and its mean over the map.
+
+    Args:
+        hidden_states: the map, (B, H, W, D), any floating dtype.
+        weight: (D).
+        bias: (D).
+        eps: is added to the variance.
+
+    Returns:
+        (B, D), in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: where `hidden_states` is no map.
+    """
+    if hidden_states.ndim != 4:
+        raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
+    tensors = (hidden_states, weight, bias)
+    if is_for_cpu_kernel(tensors):
+        return mean_operator(*tensors, eps)
+    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
+
+
+def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether no gradient is asked for, and the scan of such maps runs in CPU kernels too."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return False
+    hidden_states = tensors[0]
+    if any(tensor.dtype != torch.float32 for tensor in tensors) or hidden_states.numel() == 0:
+        return False
+    return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "numba"
+
+
+@torch.library.custom_op("evmamba::layer_norm_gated", mutates_args=(), device_types="cpu")
+def gated_operator(
+    hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    from .layer_norm_numba import gated
+
+    return gated(hidden_states, gate, weight, bias, eps)
+
+
+@gated_operator.register_fake
+def fake_gated(hidden_states, gate, weight, bias, eps):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@torch.library.custom_op("evmamba::layer_norm_mean", mutates_args=(), device_types="cpu")
+def mean_operator(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    from .layer_norm_numba import mean
+
+    return mean(hidden_states, weight, bias, eps)
+
+
+@mean_operator.register_fake
+def fake_mean(hidden_states, weight, bias, eps):
+    return hidden_states.new_empty(hidden_states.shape[0], hidden_states.shape[-1])

@@ -1,0 +1,207 @@
+"""LayerNorm times SiLU of a gate, and its mean over a map, on CPUs for inference, in Numba.
+
+A job is a number of rows (pixels). A row is read for its mean, for its variance and for the result; after the first
+time it lies in the first-level cache.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+try:
+    from numba import carray, njit
+except ImportError as error:
+    raise ImportError("the CPU kernels of LayerNorm need numba: pip install numba") from error
+
+from .atrous_selective_scan_numba_simd import (
+    LANES,
+    add,
+    divide,
+    float32,
+    float_pointer,
+    keep_first,
+    lane_sums,
+    load,
+    load_first,
+    load_splat,
+    multiply,
+    multiply_add,
+    silu,
+    splat,
+    square_root,
+    store,
+    store_first,
+    subtract,
+)
+from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+
+
+GATED_WORK = np.dtype(
+    [(field, np.int64) for field in (*COUNTERS, "num_rows", "channels", "row_stride", "gate_stride")]
+    + [(field, np.int64) for field in ("hidden_states", "gate", "weight", "bias", "out")]
+    + [("eps", np.float64)]
+)
+MEAN_WORK = np.dtype(
+    [(field, np.int64) for field in (*COUNTERS, "num_parts", "num_rows", "channels", "row_stride")]
+    + [(field, np.int64) for field in ("hidden_states", "sums")]
+    + [("eps", np.float64)]
+)
+
+# multiples of the 16 rows whose statistics are made together
+ROWS_PER_GATED_JOB = 64
+ROWS_PER_MEAN_JOB = 784  # a quarter of a map of 56 x 56
+
+compiled = njit(boundscheck=False, error_model="numpy")
+
+
+class Statistics(NamedTuple):
+    """Of at most 16 rows. What is a number for a row is a vector for all of them: one division, not 16."""
+
+    means: np.ndarray  # (16)
+    scales: np.ndarray  # (16), 1 / standard deviation
+    by_lane: np.ndarray  # (16, 16), sums of each row before its lanes are added up
+
+
+@compiled
+def new_statistics():
+    return Statistics(np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.zeros(LANES * LANES, np.float32))
+
+
+@compiled
+def find_statistics(statistics, x, start, stride, num_rows, channels, eps):
+    """Of `num_rows` rows from `start`."""
+    means, scales, by_lane = statistics
+    size = splat(float32(channels))
+    for row in range(num_rows):
+        at, sums = start + row * stride, splat(float32(0.0))
+        for d in range(0, channels, LANES):
+            sums = add(sums, load_first(x, at + d, min(LANES, channels - d)))
+        store(by_lane, row * LANES, sums)
+    store(means, 0, divide(lane_sums(by_lane, 0), size))
+
+    for row in range(num_rows):
+        at, mean, squares = start + row * stride, load_splat(means, row), splat(float32(0.0))
+        for d in range(0, channels, LANES):
+            count = min(LANES, channels - d)
+            centered = keep_first(subtract(load_first(x, at + d, count), mean), count)
+            squares = multiply_add(centered, centered, squares)
+        store(by_lane, row * LANES, squares)
+    variance = divide(lane_sums(by_lane, 0), size)
+    store(scales, 0, divide(splat(float32(1.0)), square_root(add(variance, splat(float32(eps))))))
+
+
+def gated_jobs(pointer):
+    """Does jobs until none is left. `pointer` leads to a record `GATED_WORK`."""
+    work = carray(pointer, 1, GATED_WORK)[0]
+    x, gate, out = float_pointer(work.hidden_states), float_pointer(work.gate), float_pointer(work.out)
+    weight, bias, channels = float_pointer(work.weight), float_pointer(work.bias), work.channels
+    statistics = new_statistics()
+    job = claim_job(pointer)
+    while job < work.num_jobs:
+        for first in range(job * ROWS_PER_GATED_JOB, min((job + 1) * ROWS_PER_GATED_JOB, work.num_rows), LANES):
+            num_rows = min(LANES, work.num_rows - first)
+            find_statistics(statistics, x, first * work.row_stride, work.row_stride, num_rows, channels, work.eps)
+            for row in range(num_rows):
+                mean, scale = load_splat(statistics.means, row), load_splat(statistics.scales, row)
+                x_at, gate_at = (first + row) * work.row_stride, (first + row) * work.gate_stride
+                for d in range(0, channels, LANES):
+                    count = min(LANES, channels - d)
+                    normalized = multiply(subtract(load_first(x, x_at + d, count), mean), scale)
+                    affine = multiply_add(normalized, load_first(weight, d, count), load_first(bias, d, count))
+                    result = multiply(affine, silu(load_first(gate, gate_at + d, count)))
+                    store_first(out, (first + row) * channels + d, result, count)
+        finish_job(pointer)
+        job = claim_job(pointer)
+
+
+def mean_jobs(pointer):
+    """Does jobs until none is left, parts of images. `pointer` leads to a record `MEAN_WORK`.
+
+    A job leaves the sum of its normalized rows in `sums` (images, parts, channels rounded up to whole vectors).
+    """
+    work = carray(pointer, 1, MEAN_WORK)[0]
+    x, sums, channels = float_pointer(work.hidden_states), float_pointer(work.sums), work.channels
+    padded = (channels + LANES - 1) // LANES * LANES
+    statistics = new_statistics()
+    job = claim_job(pointer)
+    while job < work.num_jobs:
+        image, part = job // work.num_parts, job % work.num_parts
+        for d in range(0, padded, LANES):
+            store(sums, job * padded + d, splat(float32(0.0)))
+        for first in range(part * ROWS_PER_MEAN_JOB, min((part + 1) * ROWS_PER_MEAN_JOB, work.num_rows), LANES):
+            num_rows = min(LANES, work.num_rows - first)
+            start = (image * work.num_rows + first) * work.row_stride
+            find_statistics(statistics, x, start, work.row_stride, num_rows, channels, work.eps)
+            for d in range(0, channels, LANES):
+                count, total = min(LANES, channels - d), load(sums, job * padded + d)
+                for row in range(num_rows):
+                    centered = subtract(
+                        load_first(x, start + row * work.row_stride + d, count), load_splat(statistics.means, row)
+                    )
+                    total = multiply_add(centered, load_splat(statistics.scales, row), total)
+                store(sums, job * padded + d, total)
+        finish_job(pointer)
+        job = claim_job(pointer)
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """As (rows, D), channels dense: a view where rows are evenly spaced, as in half of the channels of another map."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def gated(
+    hidden_states: torch.Tensor,  # (..., D)
+    gate: torch.Tensor,  # (..., D)
+    weight: torch.Tensor,  # (D)
+    bias: torch.Tensor,  # (D)
+    eps: float,
+) -> torch.Tensor:  # (..., D)
+    """LayerNorm times SiLU of the gate, in float32."""
+    x, gate, weight, bias = as_rows(hidden_states), as_rows(gate), weight.contiguous(), bias.contiguous()
+    num_rows, channels = x.shape
+    out = x.new_empty(hidden_states.shape)
+    work = {
+        "num_jobs": math.ceil(num_rows / ROWS_PER_GATED_JOB),
+        "num_rows": num_rows,
+        "channels": channels,
+        "row_stride": x.stride(0),
+        "gate_stride": gate.stride(0),
+        "hidden_states": x.data_ptr(),
+        "gate": gate.data_ptr(),
+        "weight": weight.data_ptr(),
+        "bias": bias.data_ptr(),
+        "out": out.data_ptr(),
+        "eps": eps,
+    }
+    run_jobs(compiled_kernel(gated_jobs), GATED_WORK, work)
+    return out
+
+
+def mean(
+    hidden_states: torch.Tensor,  # (B, H, W, D)
+    weight: torch.Tensor,  # (D)
+    bias: torch.Tensor,  # (D)
+    eps: float,
+) -> torch.Tensor:  # (B, D)
+    """The mean of LayerNorm over the map, in float32. Weight and bias can wait until after the mean."""
+    x = as_rows(hidden_states)
+    num_images, channels = hidden_states.shape[0], x.shape[1]
+    num_rows = x.shape[0] // num_images
+    num_parts = math.ceil(num_rows / ROWS_PER_MEAN_JOB)
+    sums = x.new_empty(num_images, num_parts, math.ceil(channels / LANES) * LANES)
+    work = {
+        "num_jobs": num_images * num_parts,
+        "num_parts": num_parts,
+        "num_rows": num_rows,
+        "channels": channels,
+        "row_stride": x.stride(0),
+        "hidden_states": x.data_ptr(),
+        "sums": sums.data_ptr(),
+        "eps": eps,
+    }
+    run_jobs(compiled_kernel(mean_jobs), MEAN_WORK, work)
+    return torch.addcmul(bias, sums.sum(dim=1)[:, :channels], weight, value=1 / num_rows)
