@@ -1,0 +1,73 @@
+"""Maps and paths drawn over what the network sees."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+
+VIEW_SIDE = 448  # small images are enlarged to about this many pixels, by a whole factor
+
+FOR, AGAINST, REACH = (213, 94, 0), (0, 114, 178), (230, 159, 0)  # told apart by color-blind eyes (Okabe and Ito)
+GROUP_COLORS = {"orange": (230, 159, 0), "blue": (86, 180, 233), "green": (0, 158, 115), "pink": (204, 121, 167)}
+
+DECADES = 4  # of influence, from the strongest pixel down, that a receptive field shows
+
+
+def to_picture(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> Image.Image:
+    """The image that the network sees: (1, C, H, W) before normalization, enlarged without smoothing."""
+    colors = pixel_values[0].permute(1, 2, 0).cpu() * torch.tensor(std) + torch.tensor(mean)  # (H, W, C)
+    image = Image.fromarray((colors * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+    scale = max(1, round(VIEW_SIDE / max(image.size)))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def tint(picture: Image.Image, color: tuple[int, int, int], strength: torch.Tensor, smooth: bool) -> Image.Image:
+    """Mixes a color into a picture where a map (H, W), from 0 to 1, says so."""
+    size = {"size": (picture.height, picture.width), "mode": "bilinear" if smooth else "nearest"}
+    alpha = F.interpolate(strength[None, None].float().cpu(), **size)[0, 0]
+    mask = Image.fromarray((alpha * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+    return Image.composite(Image.new("RGB", picture.size, color), picture, mask)
+
+
+def draw_activation(picture: Image.Image, activation: torch.Tensor, opacity: float) -> Image.Image:
+    """A map (H, W) over the picture: what speaks for the class, and against it where values are negative."""
+    strength = opacity * activation / activation.abs().max().clamp_min(1e-12)
+    picture = tint(picture.convert("L").convert("RGB"), FOR, strength.clamp_min(0), smooth=True)
+    return tint(picture, AGAINST, (-strength).clamp_min(0), smooth=True)
+
+
+def draw_receptive_field(picture: Image.Image, influence: torch.Tensor, row: float, column: float) -> Image.Image:
+    """Influences (H, W) over the picture on a logarithmic scale, and a ring at a place in fractions of the sides."""
+    decades = (influence / influence.max().clamp_min(1e-30)).clamp_min(10.0**-DECADES).log10()
+    picture = tint(picture.convert("L").convert("RGB"), REACH, 1 + decades / DECADES, smooth=False)
+    x, y, radius = column * picture.width, row * picture.height, max(picture.size) / 60
+    draw = ImageDraw.Draw(picture)
+    for width, color in [(5, "black"), (2, "white")]:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=width)
+    return picture
+
+
+def draw_scan(
+    picture: Image.Image, paths: list[torch.Tensor], height: int, width: int, progress: float
+) -> Image.Image:
+    """The paths of the groups over the picture, up to a fraction of their steps.
+
+    Args:
+        picture: what the network sees.
+        paths: (row, column) pairs (N, 2) on a map of height x width cells, per group.
+        height, width: of the map.
+        progress: fraction of the steps to draw, from 0 to 1.
+    """
+    picture = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "black"), 0.5)
+    draw = ImageDraw.Draw(picture)
+    cell = np.array([picture.width / width, picture.height / height])
+    for path, color in zip(paths, GROUP_COLORS.values(), strict=True):
+        if len(path) == 0:
+            continue  # maps of one row or one column have fewer groups
+        steps = path[: max(1, round(progress * len(path)))].numpy()
+        centers = [tuple(center) for center in (steps[:, ::-1] + 0.5) * cell]  # (x, y)
+        draw.line(centers, fill=color, width=max(1, round(cell.min() / 6)))
+        for (x, y), size in [(centers[0], cell.min() / 4), (centers[-1], cell.min() / 2.5)]:
+            draw.ellipse((x - size, y - size, x + size, y + size), fill=color, outline="white")
+    return picture
