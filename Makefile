@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install classify test test-triton test-gpu test-wheel bench-gpu digits quality style clean
+.PHONY: help install classify demo test test-triton test-gpu test-wheel bench-gpu digits quality style clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 classify: $(INSTALLED)  ## Classify the example images with the bundled model.
 	$(BIN)/evmamba classify demo/examples --top-k 3
+
+demo: $(INSTALLED)  ## Show the bundled model in the browser, on http://127.0.0.1:7860.
+	$(BIN)/evmamba demo
 
 test: $(INSTALLED)  ## Run all tests but that of the wheel.
 	$(BIN)/python -m pytest -n 2

@@ -27,6 +27,12 @@ def find_bundled_model() -> Path:
     return next(Path(folder) for folder in folders if Path(folder, "config.json").is_file())
 
 
+def find_examples() -> list[Path]:
+    """The images in `demo/examples`, which setup.cfg installs as the data package `evmamba_examples`."""
+    folders = find_spec("evmamba_examples").submodule_search_locations
+    return sorted(path for folder in folders for path in Path(folder).glob("*.png"))
+
+
 @dataclass
 class Classification:
     """Predictions for one image, the most likely first, or what is wrong with the image."""

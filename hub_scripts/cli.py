@@ -301,6 +301,45 @@ def push_space(
 
 
 @app.command()
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or Hub id of a model. The first is shown, further ones are there to be compared.",
+            show_default="the bundled model of handwritten digits",
+        ),
+    ] = None,
+    allow_any_model: Annotated[
+        bool,
+        typer.Option(
+            "--allow-any-model", help="Let visitors name models too, on the Hub and in folders of this disk."
+        ),
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+) -> None:
+    """Shows a model in the browser: classify, look inside, compare, measure.
+
+    Needs the extra `demo` of this package.
+
+    Examples:
+
+        evmamba demo
+
+        evmamba demo --model efficientvmamba-tiny --model someone/efficientvmamba-small --port 8000
+    """
+    try:
+        from evmamba_demo.interface import launch
+    except ImportError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError('the demonstration needs gradio: pip install "efficientvmamba[demo]"') from error
+    from hub_scripts.classify import find_bundled_model, find_examples
+
+    launch([*(model or []), str(find_bundled_model())], find_examples(), allow_any_model, host, port)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
     dataset: Annotated[

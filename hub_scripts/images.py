@@ -29,17 +29,22 @@ def find_images(paths: list[Path]) -> list[Path]:
     return found
 
 
-def read_image(file: Path | BinaryIO) -> Image.Image:
+def read_image(file: Path | BinaryIO, max_pixels: int | None = None) -> Image.Image:
     """An image as a person sees it: turned as its EXIF data say, on white where it is transparent, the first frame.
 
     Args:
         file: a path, or an open file.
+        max_pixels: larger images are refused before they are decoded. Pillow's own limit holds in any case.
 
     Raises:
         UserError: for files that are no image, are damaged, or too large to be decoded safely.
     """
     try:
         with Image.open(file) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise UserError(
+                    f"it has {image.width} x {image.height} pixels, at most {max_pixels:,} in all are accepted"
+                )
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a channel; Pillow's own conversion would clip at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")

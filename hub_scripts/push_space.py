@@ -1,15 +1,39 @@
-"""`evmamba push-space`: the demonstration becomes a Gradio Space that shows a model of the Hub."""
+"""`evmamba push-space`: the demonstration becomes a Gradio Space that shows a model of the Hub.
+
+The Space holds the packages of this project beside its program, as they are installed here: it needs nothing but what
+its requirements.txt lists, and runs no code out of the repositories of models.
+"""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard, constants
 
+import evmamba_kernels
+import hub_scripts
+import modeling_evmamba
 from hub_scripts.errors import UserError
 from hub_scripts.hub import Files, Upload, check_repo_id, explained, patiently, upload
 
 
 MODEL_VARIABLE = "EVMAMBA_MODEL"  # the environment variable by which the Space's app learns of the model
 IGNORED_FOLDERS = {"__pycache__", ".gradio", ".cache"}
+PACKAGES = (evmamba_kernels, hub_scripts, modeling_evmamba)
+
+
+def find_files(folder: Path, prefix: str = "") -> Files:
+    return {
+        prefix + path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and IGNORED_FOLDERS.isdisjoint(path.relative_to(folder).parts)
+    }
+
+
+def find_packages() -> Files:
+    """The packages that the program imports, by path in the Space."""
+    files = {}
+    for package in PACKAGES:
+        files |= find_files(Path(package.__file__).parent, f"{package.__name__}/")
+    return files
 
 
 def collect_files(folder: Path, repo_id: str, model: str) -> Files:
@@ -33,12 +57,7 @@ def collect_files(folder: Path, repo_id: str, model: str) -> Files:
     if card.data.get("sdk") != "gradio":
         raise UserError(f"the metadata of {card_path} must say `sdk: gradio`, they say {card.data.get('sdk')!r}")
     card.data["models"] = [model]
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and IGNORED_FOLDERS.isdisjoint(path.relative_to(folder).parts)
-    }
-    return files | {constants.REPOCARD_NAME: str(card).encode()}
+    return find_packages() | find_files(folder) | {constants.REPOCARD_NAME: str(card).encode()}
 
 
 def push_space(repo_id: str, files: Files, model: str, *, message: str, private: bool = False) -> Upload:

@@ -48,7 +48,9 @@ def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.split("/")[0] for name in names}
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {
+        "evmamba_demo",
         "evmamba_digits",
+        "evmamba_examples",
         "evmamba_kernels",
         "hub_scripts",
         "modeling_evmamba",

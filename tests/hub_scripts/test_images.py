@@ -60,6 +60,14 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
         read_image(tmp_path / "large.png")
 
 
+def test_large_images_are_refused_before_they_are_decoded(tmp_path):
+    Image.new("1", (100, 30)).save(tmp_path / "large.png")
+    assert read_image(tmp_path / "large.png", max_pixels=3000).size == (100, 30)
+    (tmp_path / "large.png").write_bytes((tmp_path / "large.png").read_bytes()[:60])  # no pixels to decode
+    with pytest.raises(UserError, match="it has 100 x 30 pixels, at most 2,999 in all"):
+        read_image(tmp_path / "large.png", max_pixels=2999)
+
+
 def test_folders_are_searched_in_order(tmp_path):
     (tmp_path / "inner").mkdir()
     for name in ("b.png", "inner/a.JPG", "notes.txt"):

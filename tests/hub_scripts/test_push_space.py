@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hub_scripts.push_space import MODEL_VARIABLE
+from hub_scripts.push_space import MODEL_VARIABLE, find_packages
 from hub_server import USERS
 
 
@@ -42,7 +42,11 @@ def test_what_arrives(evmamba, hub, demo):
     assert repo.variables == {MODEL_VARIABLE: MODEL}
     assert f"{hub.endpoint}/" in out
     files = repo.files()
-    assert files.keys() == {".gitattributes", "app.py", "README.md", "requirements.txt", "examples/0.png"}
+    packages = find_packages()
+    assert {"hub_scripts/data/model_card.md", "modeling_evmamba/__init__.py"} < packages.keys()
+    own = {".gitattributes", "app.py", "README.md", "requirements.txt", "examples/0.png"}
+    assert files.keys() == own | packages.keys()
+    assert all(files[name] == path.read_bytes() for name, path in packages.items())
     for name in ("app.py", "requirements.txt", "examples/0.png"):
         assert files[name] == (demo / name).read_bytes()
     _, front_matter, text = files["README.md"].decode().split("---\n", 2)

@@ -1,0 +1,125 @@
+"""The models that the demonstration shows, and what it asks of them."""
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from transformers import ImageClassificationPipeline
+
+from evmamba_kernels import choose_backend
+from hub_scripts.classify import load_classifier
+from hub_scripts.errors import UserError
+from hub_scripts.images import read_image
+from modeling_evmamba import EfficientVMambaForImageClassification
+
+
+TOP_K = 5
+
+MAX_PIXELS = 64_000_000  # of an uploaded image: what cameras take; decoded, 256 MB at most
+
+# Image processors scale the short side and cut out the middle square. An image that is longer than this many squares
+# would be scaled to a huge one first, to lose all of it but the middle.
+MAX_SQUARES = 4
+
+# What visitors type in stays loaded for this many models.
+MAX_TYPED_MODELS = 2
+
+LATENCY_SIDES = (64, 128, 192, 256, 320, 384, 448)
+LATENCY_ROUNDS = 3
+
+
+class Classification(NamedTuple):
+    scores: dict[str, float]  # by label, the most likely first
+    pixel_values: torch.Tensor  # (1, C, H, W), what the network saw
+    milliseconds: float  # of the forward pass
+    backend: str  # that ran the scan
+
+
+class Models:
+    """Classifiers by name, loaded when they are first asked for.
+
+    Args:
+        models: folders and Hub ids. The first is the one that is shown.
+        allow_any: whether other names, which visitors type in, are folders and Hub ids too.
+        device: as `load_classifier` takes it.
+    """
+
+    def __init__(self, models: list[str], allow_any: bool, device: str = "auto"):
+        # folders go by their last name: visitors need not know how the disk is laid out
+        self.places = {Path(model).resolve().name if Path(model).is_dir() else model: model for model in models}
+        self.names = list(self.places)
+        self.allow_any = allow_any
+        self.lock = Lock()
+        self.load_place = lru_cache(len(self.names) + MAX_TYPED_MODELS)(
+            lambda place: load_classifier(place, device, "float32")
+        )
+        self.shown = self.load(self.names[0])
+        if not isinstance(self.shown.model, EfficientVMambaForImageClassification):
+            raise UserError(f"the demonstration explains EfficientVMamba, {models[0]!r} is another kind of network")
+
+    def load(self, name: str) -> ImageClassificationPipeline:
+        """The classifier of a name.
+
+        Raises:
+            UserError: for names that are not allowed, and models that cannot be loaded.
+        """
+        if name not in self.places and not self.allow_any:
+            raise UserError(f"{name!r} is not among the models of this demonstration: {', '.join(self.names)}")
+        with self.lock:  # one download and one copy, however many ask for it
+            return self.load_place(self.places.get(name, name))
+
+
+def read_picture(path: str) -> Image.Image:
+    """An uploaded file as an image for `classify`, refused where it is no image or too large.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        image = read_image(Path(path), MAX_PIXELS)
+    except UserError as error:
+        raise UserError(f"This file cannot be shown to the network: {error}.") from error
+    longest = MAX_SQUARES * min(image.size)
+    left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def classify(classifier: ImageClassificationPipeline, image: Image.Image) -> Classification:
+    """The most likely labels of an image, with the time that the network took, without reading and scaling."""
+    inputs = classifier.preprocess(image)
+    milliseconds, outputs = measure(classifier, inputs)
+    predictions = classifier.postprocess(outputs, top_k=TOP_K)
+    return Classification(
+        {prediction["label"]: prediction["score"] for prediction in predictions},
+        inputs["pixel_values"],
+        milliseconds,
+        describe_backend(classifier),
+    )
+
+
+def measure(classifier: ImageClassificationPipeline, inputs: dict[str, torch.Tensor]) -> tuple[float, dict]:
+    """Milliseconds of a forward pass, and what it returned (on the CPU, so that the device is done)."""
+    start = time.perf_counter()
+    outputs = classifier.forward(inputs)
+    return (time.perf_counter() - start) * 1000, outputs
+
+
+def describe_backend(classifier: ImageClassificationPipeline) -> str:
+    """What runs the scan of a model; other networks have none."""
+    if not isinstance(classifier.model, EfficientVMambaForImageClassification):
+        return "no scan"
+    return choose_backend(classifier.device.type, classifier.model.dtype).backend
+
+
+def measure_latency(classifier: ImageClassificationPipeline) -> Iterator[tuple[int, float]]:
+    """Sides of square images in pixels with the milliseconds that one takes, the best of a few runs."""
+    channels = classifier.model.config.num_channels
+    for side in LATENCY_SIDES:
+        inputs = {"pixel_values": torch.zeros(1, channels, side, side)}
+        measure(classifier, inputs)  # the first run of a size allocates
+        yield side, min(measure(classifier, inputs)[0] for _ in range(LATENCY_ROUNDS))

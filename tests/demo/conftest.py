@@ -1,0 +1,69 @@
+"""The demonstration as a Space: what `push-space` would upload, in a folder of its own, started by its `app.py`."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from hub_scripts.push_space import MODEL_VARIABLE, collect_files
+
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+class Space(NamedTuple):
+    url: str
+    pid: int
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory):
+    folder, models = tmp_path_factory.mktemp("space"), tmp_path_factory.mktemp("models")
+    for name, source in collect_files(DEMO, "someone/space", "someone/model").items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+    shutil.copytree(DEMO / "digits", models / "shown")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = os.environ | {
+        MODEL_VARIABLE: str(models / "shown"),
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads")),
+        "OMP_NUM_THREADS": "1",
+    }
+    # the packages in the Space's folder are the ones to be used, not those of the repository
+    paths = [
+        path
+        for path in variables.pop("PYTHONPATH", "").split(os.pathsep)
+        if path and DEMO.parent not in [Path(path).resolve(), *Path(path).resolve().parents]
+    ]
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if httpx.get(url, timeout=10).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield Space(url, process.pid, log)
+    finally:
+        process.terminate()
+        process.wait()
