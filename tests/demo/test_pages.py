@@ -1,0 +1,169 @@
+"""The pages of the running Space in headless Chromium. Screenshots of what was tested go to `.cache/screenshots`."""
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "demo" / "examples"
+SCREENSHOTS = ROOT / ".cache" / "screenshots"
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (Debian, Ubuntu)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, space):
+    """Opens the page; whatever it loads must come from the Space itself."""
+    contexts, addresses = [], set()
+
+    def open_page(width: int = 1360, height: int = 1000, dark: bool = False) -> Page:
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: addresses.add(urlsplit(request.url)))
+        page.goto(space.url)
+        expect(page.locator("#timing")).to_contain_text("Give a picture first")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert {address.netloc for address in addresses if address.scheme.startswith("http")} == {
+        urlsplit(space.url).netloc
+    }
+
+
+def upload(page: Page, path: Path) -> None:
+    page.locator("#picture input[type=file]").set_input_files(path)
+
+
+def save_screenshot(page: Page, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def open_narrow_tab(page: Page, name: str) -> None:
+    """On a narrow page, tabs that do not fit are in a menu."""
+    tab = page.locator(f"button[role=tab]:visible:has-text('{name}')")
+    if tab.count() == 0:
+        page.locator(".overflow-menu > button:visible").first.click()
+        tab = page.locator(f".overflow-dropdown button:visible:has-text('{name}')")
+    tab.first.click()
+
+
+def test_upload_and_look_inside(open_page):
+    page = open_page()
+    upload(page, EXAMPLES / "digit_3.png")
+    expect(page.locator("#labels h2")).to_have_text("3")
+    expect(page.locator("#labels")).to_contain_text("%")
+    expect(page.locator("#timing")).to_contain_text("32 x 32 pixels")
+    expect(page.locator("#preview img")).to_have_attribute("alt", "The picture, scaled and cropped for the network")
+    save_screenshot(page, "classify")
+
+    open_tab(page, "Look inside")
+    expect(page.locator("#activation-how")).to_contain_text("the map is exact")
+    expect(page.locator("#scan-how")).to_contain_text("Stage 4 has no scan")
+    for picture in ("#activation", "#scan", "#field"):
+        assert page.locator(f"{picture} img").get_attribute("alt").startswith("The picture under")
+
+    page.locator("#label input").click()
+    page.get_by_role("option", name="8", exact=True).or_(page.get_by_role("option").nth(1)).first.click()
+    expect(page.locator("#activation-how")).not_to_contain_text("“3”")
+
+    slider = page.locator("#stage input[type=range]")  # by keyboard
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowLeft")
+    expect(page.locator("#activation-how")).to_contain_text("stage 1 speaks")
+    expect(page.locator("#scan-how")).to_contain_text("16 x 16 cells of stage 1")
+    expect(page.locator("#field-how")).to_contain_text("ringed cell of stage 1")
+
+    for name, picture in [("opacity", "#activation img"), ("progress", "#scan img")]:
+        before = page.locator(picture).get_attribute("src")
+        page.locator(f"#{name} input[type=range]").press("ArrowRight")
+        expect(page.locator(picture)).not_to_have_attribute("src", before)
+
+    page.wait_for_timeout(500)
+    save_screenshot(page, "look_inside")
+
+
+def test_example_compare_and_measure(open_page):
+    page = open_page()
+    page.locator(".gallery-item, .gallery button").nth(7).click()
+    expect(page.locator("#labels h2")).to_have_text("7")
+    open_tab(page, "Compare")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.locator("#agreement")).to_contain_text("Both say “7”")
+    save_screenshot(page, "compare")
+    open_tab(page, "Measure")
+    page.get_by_role("button", name="Measure", exact=True).click()
+    expect(page.get_by_text("200704")).to_be_visible()
+    expect(page.locator("#plot canvas, #plot svg").first).to_be_visible()
+    save_screenshot(page, "measure")
+
+
+def test_an_error_is_shown_and_the_next_picture_works(open_page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page = open_page()
+    upload(page, tmp_path / "broken.png")
+    expect(page.get_by_text("it is not an image in a format that Pillow reads")).to_be_visible()
+    save_screenshot(page, "error")
+    page.get_by_role("button", name="Remove Image").or_(page.get_by_role("button", name="Clear")).first.click()
+    upload(page, EXAMPLES / "digit_5.png")
+    expect(page.locator("#labels h2")).to_have_text("5")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_phone(open_page, dark):
+    page = open_page(width=360, height=740, dark=dark)
+    upload(page, EXAMPLES / "digit_3.png")
+    expect(page.locator("#labels h2")).to_have_text("3")
+    for tab in ("Classify", "Compare", "Measure", "Look inside"):
+        open_narrow_tab(page, tab)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
+    red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")[:3]
+    assert (red + green + blue < 150) == dark
+    page.wait_for_timeout(500)
+    save_screenshot(page, f"phone_{'dark' if dark else 'light'}")
+
+
+def test_everything_is_reached_by_keyboard(open_page):
+    page = open_page()
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.innerText + document.activeElement.ariaLabel"))
+    assert any("Classify" in text for text in reached) and any("Picture" in text for text in reached)
+    page.get_by_role("tab", name="Measure", exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Measure", exact=True)).to_be_visible()
