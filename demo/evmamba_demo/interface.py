@@ -9,6 +9,7 @@ from uuid import uuid4
 import gradio as gr
 import pandas as pd
 import torch
+from gradio.components.image_editor import EditorData
 from gradio.data_classes import ImageData
 from PIL import Image
 
@@ -56,6 +57,19 @@ def find_upload(payload: ImageData | None, folder: str) -> str | None:
     if not path.is_relative_to(Path(folder).resolve()):
         raise gr.Error("This file was not uploaded.", print_exception=False)
     return str(path)
+
+
+def guard_drawing(drawing: gr.Sketchpad) -> None:
+    """Makes a drawing refuse files that were not uploaded, as `find_upload` does for a picture."""
+    preprocess = drawing.preprocess
+
+    def check_and_preprocess(payload: EditorData | None) -> dict | None:
+        if payload is not None:
+            for file in (payload.background, payload.composite, *payload.layers):
+                find_upload(file, drawing.GRADIO_CACHE)
+        return preprocess(payload)
+
+    drawing.preprocess = check_and_preprocess
 
 
 def own_file(view: Image.Image) -> Image.Image:
@@ -253,6 +267,7 @@ def create_app(models: Models, examples: list[Path]) -> gr.Blocks:
                             transforms=(),
                             elem_id="drawing",
                         )
+                        guard_drawing(drawing)
                         take = gr.Button("Take the drawing as the picture", variant="primary")
                 if examples:
                     gr.Examples([[str(example)] for example in examples], picture, api_visibility="private")
@@ -392,7 +407,9 @@ def launch(models: list[str], examples: list[Path], allow_any: bool, host: str |
     Raises:
         UserError: for models that cannot be shown and ports that are taken.
     """
-    app = create_app(Models(models, allow_any), examples)
+    shown = Models(models, allow_any)
+    classify(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels, which the first visitor need not wait for
+    app = create_app(shown, examples)
     try:
         app.launch(
             server_name=host,

@@ -23,6 +23,8 @@ FLAGS = [
     "--disable-quic",
 ]
 
+expect.set_options(timeout=30_000)  # the first visitor of a slow machine
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (Debian, Ubuntu)")
 
 
@@ -64,8 +66,16 @@ def upload(page: Page, path: Path) -> None:
 
 
 def save_screenshot(page: Page, name: str) -> None:
+    page.wait_for_timeout(1500)  # so that what changed last is drawn
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def settle(page: Page) -> None:
+    """Waits until nothing is being computed."""
+    trackers = "[...document.querySelectorAll('[data-testid=status-tracker]')]"
+    page.wait_for_timeout(300)  # what was just done has to reach the page's program first
+    page.wait_for_function(f"{trackers}.every(each => each.classList.contains('hide'))", timeout=30_000)
 
 
 def open_tab(page: Page, name: str) -> None:
@@ -96,6 +106,7 @@ def test_upload_and_look_inside(open_page):
     for picture in ("#activation", "#scan", "#field"):
         assert page.locator(f"{picture} img").get_attribute("alt").startswith("The picture under")
 
+    settle(page)
     page.locator("#label input").click()
     page.get_by_role("option", name="8", exact=True).or_(page.get_by_role("option").nth(1)).first.click()
     expect(page.locator("#activation-how")).not_to_contain_text("“3”")
@@ -107,14 +118,39 @@ def test_upload_and_look_inside(open_page):
     expect(page.locator("#activation-how")).to_contain_text("stage 1 speaks")
     expect(page.locator("#scan-how")).to_contain_text("16 x 16 cells of stage 1")
     expect(page.locator("#field-how")).to_contain_text("ringed cell of stage 1")
+    settle(page)
 
     for name, picture in [("opacity", "#activation img"), ("progress", "#scan img")]:
         before = page.locator(picture).get_attribute("src")
         page.locator(f"#{name} input[type=range]").press("ArrowRight")
         expect(page.locator(picture)).not_to_have_attribute("src", before)
+    settle(page)
 
-    page.wait_for_timeout(500)
+    picture = page.locator("#field img")
+    box = picture.bounding_box()
+    picture.click(position={"x": 0.5 * box["width"], "y": 0.8 * box["height"]})
+    place = page.locator("#down input[type=number]")
+    expect(place).not_to_have_value("50")
+    assert 70 < float(place.input_value()) < 90
+    settle(page)
     save_screenshot(page, "look_inside")
+
+
+def test_draw(open_page):
+    page = open_page()
+    open_tab(page, "Draw")
+    page.locator("#drawing").get_by_role("button", name="Brush").first.click()
+    canvas = page.locator("#drawing canvas").last
+    box = canvas.bounding_box()
+    x, top, bottom = box["x"] + box["width"] / 2, box["y"] + 0.25 * box["height"], box["y"] + 0.75 * box["height"]
+    page.mouse.move(x, top)
+    page.mouse.down()
+    page.mouse.move(x, bottom, steps=15)
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name="Take the drawing").click()
+    expect(page.locator("#labels h2")).to_have_text("1")
+    save_screenshot(page, "draw")
 
 
 def test_example_compare_and_measure(open_page):
@@ -153,7 +189,6 @@ def test_phone(open_page, dark):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
     red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")[:3]
     assert (red + green + blue < 150) == dark
-    page.wait_for_timeout(500)
     save_screenshot(page, f"phone_{'dark' if dark else 'light'}")
 
 

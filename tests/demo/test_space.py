@@ -177,6 +177,26 @@ def test_files_outside_the_upload_cache_cannot_be_read(space, tmp_path):
         assert "confidence" not in call(space, "classify", [data]), data
 
 
+def test_drawings_cannot_name_files(space, tmp_path):
+    """The page's own function behind the button under the drawing, called as the page calls it."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(EXAMPLE.read_bytes())
+    functions = httpx.get(f"{space.url}/config", timeout=60).json()["dependencies"]
+    (index,) = [function["id"] for function in functions if function["api_name"].startswith("take_drawing")]
+    for file in [{"path": str(secret)}, {"path": str(secret), "meta": {"_type": "gradio.FileData"}}]:
+        drawing = {"background": file, "layers": [], "composite": file}
+        request = {"data": [drawing], "fn_index": index, "session_hash": "forged"}
+        httpx.post(f"{space.url}/gradio_api/queue/join", json=request, timeout=60)
+        answer = ""
+        with httpx.stream("GET", f"{space.url}/gradio_api/queue/data?session_hash=forged", timeout=60) as stream:
+            for line in stream.iter_lines():
+                answer += line
+                if "process_completed" in line or "unexpected_error" in line:
+                    break
+        assert '"success":false' in answer or "unexpected_error" in answer, answer
+        assert '"success":true' not in answer and "/file=" not in answer
+
+
 def test_visitors_cannot_name_models(client, space, tmp_path):
     for name in (str(find_bundled_model()), "someone/model", str(tmp_path)):
         with pytest.raises(Exception, match="not in the list of choices"):
