@@ -29,7 +29,8 @@ def test_exif_rotation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    Image.new(mode, (3, 5)).save(tmp_path / "image.tiff")
+    compression = "tiff_deflate" if mode == "YCbCr" else None  # Pillow 12 does not read those it wrote without
+    Image.new(mode, (3, 5)).save(tmp_path / "image.tiff", compression=compression)
     image = read_image(tmp_path / "image.tiff")
     assert (image.mode, image.size) == ("RGB", (3, 5))
 
