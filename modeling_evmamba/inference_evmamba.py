@@ -103,6 +103,9 @@ class PackedLinear(nn.Module):
 class PackedPointwiseConv(PackedLinear):
     """A 1 x 1 convolution with the activation behind it, in oneDNN."""
 
+    def __init__(self, convolution: EfficientVMambaPointwiseConv, activation: str = "none"):
+        super().__init__(convolution.weight.flatten(1), convolution.bias, activation)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H, W)
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -128,11 +131,9 @@ def pack_chains(module: nn.Module) -> None:
     for convolution_name, _, activation_name in CHAINS.get(type(module), []):
         convolution = getattr(module, convolution_name)
         post_op = "none" if activation_name is None else POST_OPS[type(getattr(module, activation_name))]
-        if isinstance(convolution, EfficientVMambaPointwiseConv):
-            packed = PackedPointwiseConv(convolution.weight.flatten(1), convolution.bias, post_op)
-        else:
-            packed = PackedConv2d(convolution, post_op)
-        setattr(module, convolution_name, packed)
+        is_pointwise = isinstance(convolution, EfficientVMambaPointwiseConv)
+        packed_class = PackedPointwiseConv if is_pointwise else PackedConv2d
+        setattr(module, convolution_name, packed_class(convolution, post_op))
         activations.add(activation_name)
     for name in activations - {None}:
         setattr(module, name, nn.Identity())
@@ -144,7 +145,7 @@ def pack_linear_layers(model: nn.Module) -> None:
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
             elif isinstance(child, EfficientVMambaPointwiseConv):
-                setattr(module, name, PackedPointwiseConv(child.weight.flatten(1), child.bias))
+                setattr(module, name, PackedPointwiseConv(child))
 
 
 __all__ = ["optimize_for_inference"]

@@ -227,39 +227,33 @@ def read_chunk(chunk, first, count, k, u, u_start, strides, parameters, packed, 
     in_vectors = (num_projected + LANES // 2 - 1) // LANES * LANES
     weight_start = k * num_projected * sizes.channels
     for i in range(0, count, TILE):
-        # the last tile may count its last step several times; steps beside the map take any pixel, cleared below
+        # the last tile may count its last step several times
         i1, i2, i3 = min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
         i4, i5, i6, i7 = min(i + 4, count - 1), min(i + 5, count - 1), min(i + 6, count - 1), min(i + 7, count - 1)
-        p0, p1, p2, p3 = (
-            max(source[i], u_start),
-            max(source[i1], u_start),
-            max(source[i2], u_start),
-            max(source[i3], u_start),
-        )
-        p4, p5, p6, p7 = (
-            max(source[i4], u_start),
-            max(source[i5], u_start),
-            max(source[i6], u_start),
-            max(source[i7], u_start),
-        )
+        # steps beside the map take any pixel, and are cleared below
+        p0, p1 = max(source[i], u_start), max(source[i1], u_start)
+        p2, p3 = max(source[i2], u_start), max(source[i3], u_start)
+        p4, p5 = max(source[i4], u_start), max(source[i5], u_start)
+        p6, p7 = max(source[i6], u_start), max(source[i7], u_start)
         pixels = (p0, p1, p2, p3, p4, p5, p6, p7)
-        rows = (i * size, i1 * size, i2 * size, i3 * size, i4 * size, i5 * size, i6 * size, i7 * size)
+        r0, r1, r2, r3 = i * size, i1 * size, i2 * size, i3 * size
+        r4, r5, r6, r7 = i4 * size, i5 * size, i6 * size, i7 * size
+        starts = (r0, r1, r2, r3, r4, r5, r6, r7)
         j = 0
         while j < in_vectors - 2 * LANES:
-            products_of_48_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
+            products_of_48_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, starts)
             j += 3 * LANES
         if j == in_vectors - 2 * LANES:
-            products_of_32_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
+            products_of_32_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, starts)
         elif j == in_vectors - LANES:
-            products_of_16_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, rows)
+            products_of_16_columns(u, pixels, sizes.channels, packed.x_proj_weight, j, size, projected, starts)
         for j in range(in_vectors, num_projected, 2):
             j1 = min(j + 1, num_projected - 1)
-            columns = (weight_start + j * sizes.channels, weight_start + j1 * sizes.channels)
-            r0, r1, r2, r3, r4, r5, r6, r7 = rows
-            first = (r0 + j, r1 + j, r2 + j, r3 + j, r4 + j, r5 + j, r6 + j, r7 + j)
-            second = (r0 + j1, r1 + j1, r2 + j1, r3 + j1, r4 + j1, r5 + j1, r6 + j1, r7 + j1)
-            places = (*first, *second)
-            products_of_2_columns(u, pixels, sizes.channels, parameters.x_proj_weight, columns, projected, places)
+            weights = (weight_start + j * sizes.channels, weight_start + j1 * sizes.channels)
+            places = (r0 + j, r1 + j, r2 + j, r3 + j, r4 + j, r5 + j, r6 + j, r7 + j)
+            places_1 = (r0 + j1, r1 + j1, r2 + j1, r3 + j1, r4 + j1, r5 + j1, r6 + j1, r7 + j1)
+            all_places = (*places, *places_1)
+            products_of_2_columns(u, pixels, sizes.channels, parameters.x_proj_weight, weights, projected, all_places)
     for i in range(count):
         if source[i] < 0:
             projected[i * size : (i + 1) * size] = float32(0.0)
@@ -545,7 +539,6 @@ class Call(NamedTuple):
 
     u: torch.Tensor  # (B, H, W, D), channels dense
     parameters: list[torch.Tensor]  # dense
-    num_splits: int  # in how many parts the channels are shared
     work: dict[str, int]
 
 
@@ -555,6 +548,7 @@ def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
     parameters = [parameter.detach().float().contiguous() for parameter in parameters]
     batch_size, height, width, channels = u.shape
     rank, state_size = parameters[1].shape[-1], parameters[3].shape[-1]
+    projected = math.ceil((rank + 2 * state_size) / LANES) * LANES
     # only where images and groups are too few for the threads: each part projects all channels for itself
     num_splits = math.ceil(torch.get_num_threads() / (batch_size * NUM_GROUPS))
     num_splits = min(num_splits, math.ceil(channels / LANES))
@@ -562,13 +556,11 @@ def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
         "num_jobs": batch_size * NUM_GROUPS * num_splits,
         "u": u.data_ptr(),
         **Strides(*u.stride()[:3])._asdict(),
-        **Sizes(
-            height, width, channels, rank, state_size, math.ceil((rank + 2 * state_size) / LANES) * LANES
-        )._asdict(),
+        **Sizes(height, width, channels, rank, state_size, projected)._asdict(),
         "num_splits": num_splits,
         **addresses(Parameters._fields, parameters),
     }
-    return Call(u, parameters, num_splits, work)
+    return Call(u, parameters, work)
 
 
 def addresses(names: Iterable[str], tensors: Iterable[torch.Tensor]) -> dict[str, int]:
@@ -601,12 +593,12 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    u, parameters, num_splits, work = prepare(arguments)
+    u, parameters, work = prepare(arguments)
     batch_size, height, width, _ = u.shape
     grad = grad.detach().float().contiguous()
     grad_u = u.new_empty(u.shape)
     grad_projected = u.new_empty(
-        batch_size, NUM_GROUPS, num_splits, (height + 1) // 2, (width + 1) // 2, work["projected"]
+        batch_size, NUM_GROUPS, work["num_splits"], (height + 1) // 2, (width + 1) // 2, work["projected"]
     )
     weight, *others = parameters
     grad_weight, *grad_others = torch.empty_like(weight), *(u.new_empty(batch_size, *other.shape) for other in others)

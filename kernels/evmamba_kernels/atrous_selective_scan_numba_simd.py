@@ -24,7 +24,6 @@ float32 = np.float32  # literals in kernels; without it Numba would compute in f
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
-MASK = ir.VectorType(ir.IntType(1), LANES)
 
 
 class VectorType(types.Type):
