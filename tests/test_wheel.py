@@ -54,6 +54,7 @@ def test_contents(wheel):
         "evmamba_kernels",
         "hub_scripts",
         "modeling_evmamba",
+        "training_evmamba",
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,0 +1,1 @@
+"""Trains EfficientVMamba, from scratch or from a checkpoint."""

@@ -1,0 +1,351 @@
+"""The augmentation of the authors' recipe, on Pillow and PyTorch alone.
+
+The authors trained with timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0), which needs
+torchvision, and that is not built for every machine. These are the same operations with the same distributions:
+where timm draws the same numbers, it makes the same pixels, and the tests compare them. What timm offers beside the
+recipe is not here.
+
+All randomness comes from the generator that is passed in: an image is a function of its pixels and that generator.
+
+RandAugment (https://arxiv.org/abs/1909.13719), random erasing (https://arxiv.org/abs/1708.04896), MixUp
+(https://arxiv.org/abs/1710.09412), CutMix (https://arxiv.org/abs/1905.04899).
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+
+Color = tuple[int, ...]
+
+ATTEMPTS = 10  # at a rectangle that fits into the image
+ERASED_AREA = (0.02, 1 / 3)  # of the image
+ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
+
+
+class Operation(NamedTuple):
+    """An operation of RandAugment: `apply(image, level, fill)`."""
+
+    apply: Callable[[Image.Image, float, Color], Image.Image]
+    signed: bool = False  # levels are in [-1, 1], not [0, 1], and either sign is as likely
+
+
+def transform(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    """Keeps the upper 0 to 4 bits. From version 13 on, Pillow's own function refuses to keep none."""
+    return image.point([value >> (8 - bits) << (8 - bits) for value in range(256)] * 3)
+
+
+def solarize_add(image: Image.Image, amount: int) -> Image.Image:
+    """Lightens the darker half of the values."""
+    return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
+
+
+def enhancement(enhancer: Callable) -> Operation:
+    """From almost none of a property (0.1) to almost twice as much of it (1.9)."""
+    return Operation(lambda image, level, fill: enhancer(image).enhance(1.8 * level + 0.1))
+
+
+def increasing_enhancement(enhancer: Callable) -> Operation:
+    """The same range, from the unchanged image in its middle, either way."""
+    return Operation(lambda image, level, fill: enhancer(image).enhance(max(0.1, 1 + 0.9 * level)), signed=True)
+
+
+ENHANCERS = {
+    "Color": ImageEnhance.Color,
+    "Contrast": ImageEnhance.Contrast,
+    "Brightness": ImageEnhance.Brightness,
+    "Sharpness": ImageEnhance.Sharpness,
+}
+
+OPERATIONS = {  # posterize and solarize change most at level 0, enhancements least at 0.5
+    "AutoContrast": Operation(lambda image, level, fill: ImageOps.autocontrast(image)),
+    "Equalize": Operation(lambda image, level, fill: ImageOps.equalize(image)),
+    "Invert": Operation(lambda image, level, fill: ImageOps.invert(image)),
+    "Rotate": Operation(
+        lambda image, level, fill: image.rotate(30 * level, Image.Resampling.BICUBIC, fillcolor=fill), signed=True
+    ),
+    "Posterize": Operation(lambda image, level, fill: posterize(image, int(4 * level))),
+    "Solarize": Operation(lambda image, level, fill: ImageOps.solarize(image, int(256 * level))),
+    "SolarizeAdd": Operation(lambda image, level, fill: solarize_add(image, int(110 * level))),
+    **{name: enhancement(enhancer) for name, enhancer in ENHANCERS.items()},
+    "ShearX": Operation(lambda image, level, fill: transform(image, (1, 0.3 * level, 0, 0, 1, 0), fill), signed=True),
+    "ShearY": Operation(lambda image, level, fill: transform(image, (1, 0, 0, 0.3 * level, 1, 0), fill), signed=True),
+    "TranslateX": Operation(
+        lambda image, level, fill: transform(image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill), signed=True
+    ),
+    "TranslateY": Operation(
+        lambda image, level, fill: transform(image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill), signed=True
+    ),
+}
+
+INCREASING_OPERATIONS = {  # all of them change more the larger the level
+    **OPERATIONS,
+    "Posterize": Operation(lambda image, level, fill: posterize(image, 4 - int(4 * level))),
+    "Solarize": Operation(lambda image, level, fill: ImageOps.solarize(image, 256 - int(256 * level))),
+    **{name: increasing_enhancement(enhancer) for name, enhancer in ENHANCERS.items()},
+}
+
+
+# timm's notation, field by field of RandAugment
+SECTION = re.compile(
+    r"m(?P<magnitude>\d|10)|mstd(?P<magnitude_std>\d{1,2}(?:\.\d+)?)|n(?P<num_operations>[1-9]\d?)"
+    r"|p(?P<probability>0(?:\.\d+)?|1)|inc(?P<increasing>[01])",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Random operations, each of a random strength, with the defaults that timm's notation has."""
+
+    magnitude: int = 10  # mean, in tenths of the strongest
+    magnitude_std: float = 0
+    num_operations: int = 2  # drawn with replacement
+    probability: float = 0.5  # that an operation that was drawn is carried out
+    increasing: int = 0  # 1 for INCREASING_OPERATIONS
+
+    @classmethod
+    def parse(cls, text: str) -> "RandAugment":
+        """Reads timm's notation, such as "rand-m9-mstd0.5".
+
+        Raises:
+            ValueError: for anything but "rand" and the sections of the message, each at most once.
+        """
+        name, *sections = text.split("-")
+        matches = filter(None, map(SECTION.fullmatch, sections))
+        values = {match.lastgroup: match[match.lastgroup] for match in matches}
+        if name != "rand" or len(values) < len(sections):
+            raise ValueError(
+                f"rand_augment {text!r} is not understood. Accepted are 'rand' and, after it and each at most once, "
+                "-m0 to -m10 (magnitude), -mstd0 to -mstd99.9 (its standard deviation), -n1 to -n99 (operations), -p0 "
+                "to -p1 (probability of each) and -inc0 or -inc1 (whether they increase with the magnitude), such as "
+                "rand-m9-mstd0.5"
+            )
+        return cls(**{name: float(value) if "." in value else int(value) for name, value in values.items()})
+
+    def __call__(self, image: Image.Image, fill: Color, rng: np.random.Generator) -> Image.Image:
+        operations = list((INCREASING_OPERATIONS if self.increasing else OPERATIONS).values())
+        for index in rng.integers(len(operations), size=self.num_operations):
+            if rng.random() < self.probability:
+                apply, signed = operations[index]
+                level = min(max(rng.normal(self.magnitude, self.magnitude_std), 0), 10) / 10
+                if signed and rng.random() > 0.5:
+                    level = -level
+                image = apply(image, level, fill)
+        return image
+
+
+def random_sides(
+    area: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int]:
+    """Sides of a rectangle with a random share of an area and a random ratio of the first to the second."""
+    area = rng.uniform(*scale) * area
+    side_ratio = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area * side_ratio)), round(math.sqrt(area / side_ratio))
+
+
+def random_crop_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part of an image, with a random share of its area and a random ratio of
+    width to height. Where no such part is found, it is the largest one in the middle that keeps to the ratios."""
+    for _ in range(ATTEMPTS):
+        crop_width, crop_height = random_sides(width * height, scale, ratio, rng)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height, endpoint=True))
+            left = int(rng.integers(width - crop_width, endpoint=True))
+            return left, top, left + crop_width, top + crop_height
+    crop_width = min(width, max(1, round(height * ratio[1])))
+    crop_height = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def erase_rectangle(pixel_values: torch.Tensor, rng: np.random.Generator) -> None:
+    """Puts noise, as normalized pixels are distributed, in a random rectangle of an image (C, H, W), in place."""
+    channels, height, width = pixel_values.shape
+    for _ in range(ATTEMPTS):
+        erased_height, erased_width = random_sides(height * width, ERASED_AREA, ERASED_RATIO, rng)
+        if erased_height < height and erased_width < width:
+            top = rng.integers(height - erased_height, endpoint=True)
+            left = rng.integers(width - erased_width, endpoint=True)
+            noise = rng.standard_normal((channels, erased_height, erased_width), dtype=np.float32)
+            pixel_values[:, top : top + erased_height, left : left + erased_width] = torch.from_numpy(noise)
+            return
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: a probability, from 0 to 1, is accepted")
+
+
+class TrainingTransform:
+    """A picture as training sees it: another part of it, and altered, each time.
+
+    Random resized crop (bicubic, antialiased), horizontal flip, negative, RandAugment, normalization, random erasing.
+
+    Args:
+        image_size: height and width of the result.
+        crop_scale: smallest and largest part of the picture's area.
+        crop_ratio: smallest and largest ratio of width to height of that part.
+        horizontal_flip: probability of a mirror image.
+        random_invert: probability of a negative.
+        rand_augment: RandAugment in timm's notation; None for none.
+        random_erasing: probability that a rectangle of noise, 2 to 33 percent of the result, hides what is there.
+        image_mean: of the three channels, for pixels in [0, 1]. Rotated, sheared and moved images are continued in
+            this color.
+        image_std: of the three channels.
+
+    Raises:
+        ValueError: for values out of range. The message names them.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        crop_scale: tuple[float, float],
+        crop_ratio: tuple[float, float],
+        horizontal_flip: float,
+        random_invert: float,
+        rand_augment: str | None,
+        random_erasing: float,
+        image_mean: list[float],
+        image_std: list[float],
+    ):
+        if min(image_size) < 1:
+            raise ValueError(f"image_size is {image_size}: height and width of at least 1 are accepted")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale is {crop_scale}: the smallest and the largest share, above 0 and up to 1, are accepted"
+            )
+        if not 0 < crop_ratio[0] <= crop_ratio[1] < math.inf:
+            raise ValueError(
+                f"crop_ratio is {crop_ratio}: the smallest and the largest ratio, both above 0, are accepted"
+            )
+        if len(image_mean) != 3 or not all(0 <= value <= 1 for value in image_mean):
+            raise ValueError(f"image_mean is {image_mean}: three values from 0 to 1 are accepted")
+        if len(image_std) != 3 or not all(value > 0 for value in image_std):
+            raise ValueError(f"image_std is {image_std}: three values above 0 are accepted")
+        check_probability("horizontal_flip", horizontal_flip)
+        check_probability("random_invert", random_invert)
+        check_probability("random_erasing", random_erasing)
+        self.image_size = image_size
+        self.crop_scale = crop_scale
+        self.crop_ratio = crop_ratio
+        self.horizontal_flip = horizontal_flip
+        self.random_invert = random_invert
+        self.rand_augment = None if rand_augment is None else RandAugment.parse(rand_augment)
+        self.random_erasing = random_erasing
+        self.image_mean = torch.tensor(image_mean)[:, None, None]  # (C, 1, 1)
+        self.image_std = torch.tensor(image_std)[:, None, None]
+        self.fill = tuple(round(255 * value) for value in image_mean)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """Turns an RGB image into normalized pixels (C, H, W), float32.
+
+        Raises:
+            ValueError: for images of other modes.
+        """
+        if image.mode != "RGB":
+            raise ValueError(f"the image has the mode {image.mode}: RGB is accepted, convert it first")
+        height, width = self.image_size
+        # not `resize(box=...)`: its filter would see pixels around the part
+        image = image.crop(random_crop_box(*image.size, self.crop_scale, self.crop_ratio, rng))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if rng.random() < self.horizontal_flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if rng.random() < self.random_invert:
+            image = ImageOps.invert(image)
+        if self.rand_augment is not None:
+            image = self.rand_augment(image, self.fill, rng)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+        pixel_values = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        pixel_values.sub_(self.image_mean).div_(self.image_std)
+        if rng.random() < self.random_erasing:
+            erase_rectangle(pixel_values, rng)
+        return pixel_values
+
+
+def mix_up(
+    pixel_values: torch.Tensor, alpha: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:  # (B, C, H, W), kept share
+    """Lays the images over those of the batch in reverse order. The share that is kept is drawn from a Beta."""
+    kept = rng.beta(alpha, alpha)
+    return pixel_values.flip(0).mul_(1 - kept).add_(pixel_values, alpha=kept), kept
+
+
+def cut_mix(
+    pixel_values: torch.Tensor, alpha: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:  # (B, C, H, W), kept share
+    """Puts a rectangle of the batch in reverse order into the images. The share is what the image's border leaves."""
+    height, width = pixel_values.shape[-2:]
+    side = math.sqrt(1 - rng.beta(alpha, alpha))
+    cut_height, cut_width = int(height * side), int(width * side)
+    center_y, center_x = int(rng.integers(height)), int(rng.integers(width))
+    top, bottom = max(0, center_y - cut_height // 2), min(height, center_y + (cut_height + 1) // 2)
+    left, right = max(0, center_x - cut_width // 2), min(width, center_x + (cut_width + 1) // 2)
+    mixed = pixel_values.clone()
+    mixed[..., top:bottom, left:right] = pixel_values[..., top:bottom, left:right].flip(0)
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+class Mixing:
+    """MixUp or CutMix of a batch, every image with its counterpart from the other end, and label smoothing.
+
+    One share for all of a batch. In a batch of odd size, the image in the middle stays as it is.
+
+    Args:
+        mixup_alpha: of the Beta distribution of MixUp's shares; 0 for no MixUp.
+        cutmix_alpha: of the Beta distribution of CutMix's shares; 0 for no CutMix. Without either, images stay as
+            they are.
+        switch_prob: probability of CutMix where there are both.
+        label_smoothing: share of the targets that is spread over all labels.
+        num_labels: of the head.
+
+    Raises:
+        ValueError: for values out of range. The message names them.
+    """
+
+    def __init__(
+        self, *, mixup_alpha: float, cutmix_alpha: float, switch_prob: float, label_smoothing: float, num_labels: int
+    ):
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if not 0 <= alpha < math.inf:
+                raise ValueError(f"{name} is {alpha}: 0 (for none) or more is accepted")
+        if num_labels < 1:
+            raise ValueError(f"num_labels is {num_labels}: at least 1 is accepted")
+        check_probability("switch_prob", switch_prob)
+        check_probability("label_smoothing", label_smoothing)
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.switch_prob = switch_prob
+        self.label_smoothing = label_smoothing
+        self.num_labels = num_labels
+
+    def __call__(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixes images (B, C, H, W) of any floating dtype with labels (B,), int64, in [0, num_labels).
+
+        Returns the images and their targets (B, num_labels), float32, on the same device. Each target sums to 1.
+        """
+        kept = 1.0
+        if self.cutmix_alpha and (not self.mixup_alpha or rng.random() < self.switch_prob):
+            pixel_values, kept = cut_mix(pixel_values, self.cutmix_alpha, rng)
+        elif self.mixup_alpha:
+            pixel_values, kept = mix_up(pixel_values, self.mixup_alpha, rng)
+        spread = self.label_smoothing / self.num_labels
+        targets = torch.full((len(labels), self.num_labels), spread, dtype=torch.float32, device=labels.device)
+        targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + spread)
+        return pixel_values, targets * kept + targets.flip(0) * (1 - kept)
