@@ -1,8 +1,6 @@
 """Trains the demonstration checkpoint `demo/digits` on scikit-learn's handwritten digits, on a CPU in minutes.
 
-The data are the 1,797 digits of 8 x 8 pixels that scikit-learn brings along, a part of "Optical Recognition of
-Handwritten Digits" (Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0). One third, fixed by
-`SEED`, is held out: the accuracy in the model card is measured on it, and the example images are taken from it.
+The data are those of `training_evmamba.digits`: the accuracy in the model card is measured on the held-out third.
 
     python -m hub_scripts.train_digits
 """
@@ -10,17 +8,15 @@ Handwritten Digits" (Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49,
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from transformers import BitImageProcessorPil, get_cosine_schedule_with_warmup
@@ -30,12 +26,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hub_scripts.errors import UserError
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
+from training_evmamba.digits import PICTURE_SIZE, SEED, Digits, load_splits, save_examples
 
 
-SEED = 0
-HELD_OUT = 1 / 3
 IMAGE_SIZE = 32
-PICTURE_SIZE = 160  # the side to which the digits of 8 x 8 pixels and their margin are enlarged, to be looked at
 
 EPOCHS = 45
 BATCH_SIZE = 64
@@ -111,36 +105,8 @@ few writers. Any other picture is given a digit too, often with confidence.
 """
 
 
-@dataclass
-class Digits:
-    images: list[Image.Image]
-    labels: torch.Tensor  # (N,)
-
-    def pixel_values(self, image_processor) -> torch.Tensor:  # (N, C, H, W)
-        return image_processor(self.images, return_tensors="pt").pixel_values
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """A digit of 8 x 8 values, 0 for paper to 16 for full ink, as the picture that a person would look at."""
-    image = Image.fromarray((255 - pixels * 255 / 16).round().astype("uint8"))
-    image = ImageOps.expand(image, border=1, fill=255)  # digits touch the upper and lower border
-    return image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
-
-
-def load_splits() -> tuple[Digits, Digits]:
-    """The digits to train on and those held out, every class in the same proportion."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UserError('the digits come with scikit-learn: pip install "efficientvmamba[digits]"') from error
-    data = load_digits()
-    splits = train_test_split(data.images, data.target, test_size=HELD_OUT, random_state=SEED, stratify=data.target)
-    train_pixels, held_out_pixels, train_labels, held_out_labels = splits
-    return (
-        Digits([to_image(pixels) for pixels in train_pixels], torch.from_numpy(train_labels)),
-        Digits([to_image(pixels) for pixels in held_out_pixels], torch.from_numpy(held_out_labels)),
-    )
+def to_pixel_values(digits: Digits, image_processor: BitImageProcessorPil) -> torch.Tensor:  # (N, C, H, W)
+    return image_processor(digits.images, return_tensors="pt").pixel_values
 
 
 def create_image_processor() -> BitImageProcessorPil:
@@ -229,7 +195,7 @@ def train(
 def evaluate(folder: Path, digits: Digits) -> int:
     """How many digits the saved checkpoint reads right, loaded and fed as users do it."""
     model = EfficientVMambaForImageClassification.from_pretrained(folder)
-    logits = model(digits.pixel_values(AutoImageProcessor.from_pretrained(folder))).logits
+    logits = model(to_pixel_values(digits, AutoImageProcessor.from_pretrained(folder))).logits
     return (logits.argmax(dim=-1) == digits.labels).sum().item()
 
 
@@ -282,16 +248,6 @@ def create_card(
     )
 
 
-def save_examples(folder: Path, digits: Digits) -> None:
-    """The most typical digit of every class: the one closest to the mean of the class."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for digit in range(10):
-        images = [image for image, label in zip(digits.images, digits.labels, strict=True) if label == digit]
-        pixels = np.stack(images).astype(float)  # (N, H, W)
-        distances = ((pixels - pixels.mean(axis=0)) ** 2).sum(axis=(1, 2))
-        images[distances.argmin()].save(folder / f"digit_{digit}.png")
-
-
 def main(
     output: Annotated[
         Path, typer.Option(help="Folder of the checkpoint. Examples go to `examples` beside it.")
@@ -310,7 +266,7 @@ def main(
 
     torch.manual_seed(SEED)
     model, image_processor = create_model(), create_image_processor()
-    losses = train(model, training.pixel_values(image_processor), training.labels, epochs)
+    losses = train(model, to_pixel_values(training, image_processor), training.labels, epochs)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=".digits-") as workspace:

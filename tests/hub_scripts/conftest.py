@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from hub_scripts.cli import main
-from hub_scripts.train_digits import load_splits
+from training_evmamba.digits import load_splits, save_folder
 
 
 @pytest.fixture
@@ -23,9 +23,6 @@ def evmamba(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def digit_images(tmp_path_factory) -> Path:
     """The digits that the bundled model was not trained with, 599 of them, in a folder for every class."""
-    _, held_out = load_splits()
     folder = tmp_path_factory.mktemp("digits")
-    for index, (image, label) in enumerate(zip(held_out.images, held_out.labels.tolist(), strict=True)):
-        (folder / str(label)).mkdir(exist_ok=True)
-        image.save(folder / str(label) / f"{index:03}.png")
-    return folder
+    save_folder(folder, *load_splits())
+    return folder / "validation"

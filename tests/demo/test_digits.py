@@ -1,0 +1,86 @@
+"""The committed demonstration checkpoint and the example images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image, ImageChops, ImageOps
+from transformers import BitImageProcessorPil, pipeline
+
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.digits import Digits, load_splits
+
+
+DEMO = Path(__file__).parents[2] / "demo"
+CHECKPOINT = DEMO / "digits"
+EXAMPLES = {digit: DEMO / "examples" / f"digit_{digit}.png" for digit in range(10)}
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Digits:
+    return load_splits()[1]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return pipeline("image-classification", model=str(CHECKPOINT))
+
+
+def predicted_label(classifier, image) -> str:
+    return classifier(image, top_k=1)[0]["label"]
+
+
+def test_checkpoint_is_small_and_a_mixed_network():
+    assert {path.name for path in CHECKPOINT.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 2 * 1024**2
+    model = EfficientVMambaForImageClassification.from_pretrained(CHECKPOINT)
+    assert model.dtype == torch.float32
+    assert set(model.config.block_types) == {"evss", "inverted_residual"}
+    assert model.config.id2label == {digit: str(digit) for digit in range(10)}
+
+
+@torch.no_grad()
+def count_right(images: list[Image.Image], labels: torch.Tensor) -> int:
+    model = EfficientVMambaForImageClassification.from_pretrained(CHECKPOINT)
+    image_processor = BitImageProcessorPil.from_pretrained(CHECKPOINT)
+    logits = model(image_processor(images, return_tensors="pt").pixel_values).logits
+    return (logits.argmax(dim=-1) == labels).sum().item()
+
+
+def test_accuracy_is_what_the_card_states(held_out):
+    card = ModelCard.load(CHECKPOINT / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert (card.data.license, card.data.metrics) == ("apache-2.0", ["accuracy"])
+    [stated] = card.data.eval_results
+
+    correct = count_right(held_out.images, held_out.labels)
+    assert correct / 599 >= 0.985
+    assert stated.metric_value == round(correct / 599, 4)
+    assert f"| dark on light | {correct} of 599 | {correct / 599:.2%} |" in card.text
+
+    correct = count_right([ImageOps.invert(image) for image in held_out.images], held_out.labels)
+    assert correct / 599 >= 0.985
+    assert f"| light on dark | {correct} of 599 | {correct / 599:.2%} |" in card.text
+
+
+@pytest.mark.parametrize("digit", EXAMPLES)
+def test_example_is_held_out_and_read_right(classifier, held_out, digit):
+    with Image.open(EXAMPLES[digit]) as image:
+        index = [held_out_image.tobytes() for held_out_image in held_out.images].index(image.tobytes())
+    assert held_out.labels[index] == digit
+    assert predicted_label(classifier, str(EXAMPLES[digit])) == str(digit)
+
+
+def test_pictures_of_other_kinds(classifier):
+    """Another size, a shape that is not square, colors, light on dark."""
+    with Image.open(EXAMPLES[3]) as image:
+        assert predicted_label(classifier, image.resize((47, 47))) == "3"
+        assert predicted_label(classifier, ImageOps.expand(image, border=(40, 0), fill=255)) == "3"
+        assert predicted_label(classifier, ImageOps.colorize(image, "navy", "white")) == "3"
+        assert predicted_label(classifier, ImageChops.invert(image).convert("RGB")) == "3"

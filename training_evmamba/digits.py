@@ -1,0 +1,117 @@
+"""scikit-learn's handwritten digits as a folder of images, to train the demonstration checkpoint with.
+
+The 1,797 digits of 8 x 8 pixels are a part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998,
+https://doi.org/10.24432/C50P49, CC BY 4.0). One third, fixed by `SEED`, is held out as `validation`: accuracies are
+measured on it, and the example images are taken from it.
+
+    python -m training_evmamba.digits FOLDER
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image, ImageOps
+
+from hub_scripts.errors import UserError
+
+
+SEED = 0
+HELD_OUT = 1 / 3
+PICTURE_SIZE = 160  # the side to which the digits of 8 x 8 pixels and their margin are enlarged, to be looked at
+
+
+@dataclass
+class Digits:
+    images: list[Image.Image]
+    labels: torch.Tensor  # (N,)
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """A digit of 8 x 8 values, 0 for paper to 16 for full ink, as the picture that a person would look at."""
+    image = Image.fromarray((255 - pixels * 255 / 16).round().astype("uint8"))
+    image = ImageOps.expand(image, border=1, fill=255)  # digits touch the upper and lower border
+    return image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
+
+
+def load_splits() -> tuple[Digits, Digits]:
+    """The digits to train on and those held out, every class in the same proportion."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UserError('the digits come with scikit-learn: pip install "efficientvmamba[digits]"') from error
+    data = load_digits()
+    splits = train_test_split(data.images, data.target, test_size=HELD_OUT, random_state=SEED, stratify=data.target)
+    train_pixels, held_out_pixels, train_labels, held_out_labels = splits
+    return (
+        Digits([to_image(pixels) for pixels in train_pixels], torch.from_numpy(train_labels)),
+        Digits([to_image(pixels) for pixels in held_out_pixels], torch.from_numpy(held_out_labels)),
+    )
+
+
+def save_folder(folder: Path, training: Digits, held_out: Digits) -> None:
+    """Writes `train/0/0000.png` and so on: all of it, or nothing.
+
+    Raises:
+        UserError: if the folder holds something already, or cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: remove it or choose another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary_dir:
+            staging = Path(temporary_dir) / folder.name
+            for split, digits in (("train", training), ("validation", held_out)):
+                for index, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
+                    path = staging / split / str(label) / f"{index:04}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    image.save(path)
+            os.rename(staging, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+
+
+def save_examples(folder: Path, digits: Digits) -> None:
+    """Writes the most typical digit of every class, the one closest to the mean of the class, as `digit_0.png` ...
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for digit in range(10):
+            images = [image for image, label in zip(digits.images, digits.labels, strict=True) if label == digit]
+            pixels = np.stack(images).astype(float)  # (N, H, W)
+            distances = ((pixels - pixels.mean(axis=0)) ** 2).sum(axis=(1, 2))
+            images[distances.argmin()].save(folder / f"digit_{digit}.png")
+    except OSError as error:
+        raise UserError(f"cannot write examples to {folder}: {error}") from error
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder to write. It must not exist or be empty.")],
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the most typical digit of each class that is held out.", show_default=False),
+    ] = None,
+) -> None:
+    """Writes handwritten digits as images, in a folder for every class: 1,198 in `train`, 599 in `validation`."""
+    training, held_out = load_splits()
+    save_folder(folder, training, held_out)
+    if examples is not None:
+        save_examples(examples, held_out)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
