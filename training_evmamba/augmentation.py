@@ -2,8 +2,8 @@
 
 The authors trained with timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0), which needs
 torchvision, and that is not built for every machine. These are the same operations with the same distributions:
-where timm draws the same numbers, it makes the same pixels, and the tests compare them. What timm offers beside the
-recipe is not here.
+where timm draws the same numbers, it makes the same pixels (MixUp: to rounding), and the tests compare them. What timm
+offers beside the recipe is not here.
 
 All randomness comes from the generator that is passed in: an image is a function of its pixels and that generator.
 
@@ -88,7 +88,7 @@ OPERATIONS = {  # posterize and solarize change most at level 0, enhancements le
     ),
 }
 
-INCREASING_OPERATIONS = {  # all of them change more the larger the level
+INCREASING_OPERATIONS = {  # those that depend on the level change more the larger it is
     **OPERATIONS,
     "Posterize": Operation(lambda image, level, fill: posterize(image, 4 - int(4 * level))),
     "Solarize": Operation(lambda image, level, fill: ImageOps.solarize(image, 256 - int(256 * level))),
