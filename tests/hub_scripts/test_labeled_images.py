@@ -1,6 +1,7 @@
 """Datasets of every kind, and their shares for several processes."""
 
 import random
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 
 from hub_scripts.errors import UserError
-from hub_scripts.labeled_images import LabeledImages, open_dataset
+from hub_scripts.labeled_images import IndexedImages, LabeledImages, StreamedImages, open_dataset, open_splits
 
 
 NAMES = [str(digit) for digit in range(10)]
@@ -70,6 +71,24 @@ def test_shares_are_the_dataset_each_image_once(opened, num_processes):
     for index, share in enumerate(shares):
         assert len(share) > 0
         assert pixels_and_labels(opened.share(index, num_processes, 7)) == share[7:]
+
+
+def test_images_by_index(opened):
+    if isinstance(opened, StreamedImages):
+        pytest.skip("a stream has no indices")
+    everything = list(opened.share(0, 1, 0))
+    assert isinstance(opened, IndexedImages)
+    assert opened.labels == [image.label for image in everything]
+    assert opened[60].read().tobytes() == everything[60].read().tobytes()
+
+
+def test_a_shuffled_stream(hub, digits, tmp_path):
+    hub.create("someone/digits-data", parquet_files(digits, tmp_path, 2), kind="dataset")
+    opened = open_dataset("someone/digits-data")
+    orders = [pixels_and_labels(opened.shuffle(*order).share(0, 1, 0)) for order in [(0, 0), (0, 0), (0, 1), (1, 0)]]
+    assert orders[0] == orders[1]
+    assert orders[0] not in orders[2:]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(pixels_and_labels(opened.share(0, 1, 0)))
 
 
 def test_a_folder_of_images(digit_images):
@@ -135,8 +154,23 @@ def test_columns_without_the_usual_types(digits, tmp_path):
 
 
 def test_options_that_a_folder_of_images_has_not(digit_images):
-    with pytest.raises(UserError, match="neither splits, revisions nor columns"):
+    with pytest.raises(UserError, match="has no splits, leave --split out"):
         open_dataset(str(digit_images), split="test")
+    with pytest.raises(UserError, match="neither configurations, revisions nor columns"):
+        open_dataset(str(digit_images), revision="main")
+
+
+def test_a_folder_of_splits(digit_images, tmp_path):
+    for split, digit in (("train", "3"), ("train", "5"), ("val", "3")):
+        shutil.copytree(digit_images / digit, tmp_path / split / digit)
+    assert {split: opened().class_names for split, opened in open_splits(str(tmp_path)).items()} == {
+        "train": ["3", "5"],
+        "val": ["3"],
+    }
+    opened = open_dataset(str(tmp_path))
+    assert (opened.split, opened.class_names) == ("val", ["3"])
+    shutil.copytree(digit_images / "7", tmp_path / "car")  # now `train` is a class, too
+    assert open_dataset(str(tmp_path)).class_names == ["car", "train", "val"]
 
 
 def test_images_beside_the_classes(tmp_path, digit_images):
