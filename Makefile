@@ -48,7 +48,11 @@ bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU
 	done
 
 digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
-	$(BIN)/python -m hub_scripts.train_digits
+	rm -rf build/digits
+	$(BIN)/python -m training_evmamba.digits build/digits/images --examples demo/examples
+	$(BIN)/evmamba train --recipe digits --dataset build/digits/images --output-dir build/digits/run
+	rm -rf demo/digits
+	cp -r build/digits/run/model demo/digits
 
 quality: $(INSTALLED)  ## Check style and formatting.
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress, track
 from rich.table import Column, Table
 
 from hub_scripts.errors import UserError
+from training_evmamba.train import train
 
 
 console = Console(highlight=False, soft_wrap=True)
@@ -337,6 +338,9 @@ def demo(
     from hub_scripts.classify import find_bundled_model, find_examples
 
     launch([*(model or []), str(find_bundled_model())], find_examples(), allow_any_model, host, port)
+
+
+app.command()(train)
 
 
 @app.command()

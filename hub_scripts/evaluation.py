@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, BitImageProcessorPil
 
 # the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -99,9 +99,8 @@ class Preprocessor:
     networks were trained and evaluated, may crop one pixel beside transformers.
     """
 
-    def __init__(self, folder: Path):
-        # the same on every machine, whether it has torchvision or not
-        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    def __init__(self, image_processor: BitImageProcessorPil):
+        self.image_processor = image_processor
 
     def __call__(self, image: LabeledImage) -> torch.Tensor:  # (C, H, W)
         processor, pixels = self.image_processor, image.read()
@@ -183,7 +182,8 @@ class Evaluation:
         self.processes = processes
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
-            self.preprocess = Preprocessor(folder)
+            # the same on every machine, whether it has torchvision or not
+            self.preprocess = Preprocessor(AutoImageProcessor.from_pretrained(folder, backend="pil"))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
         self.model = self.model.to(self.processes.device).eval()

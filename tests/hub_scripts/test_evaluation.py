@@ -15,6 +15,7 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hub_scripts.convert import IMAGENET_LABELS
 from hub_scripts.errors import UserError
@@ -215,7 +216,8 @@ def test_images_are_cropped_like_torchvision(evmamba, tmp_path, size):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.png")
-    actual = Preprocessor(tmp_path)(LabeledImage("image", tmp_path / "image.png", 0))
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    actual = Preprocessor(image_processor)(LabeledImage("image", tmp_path / "image.png", 0))
 
     # torchvision's Resize(256), CenterCrop(224), ToTensor and Normalize, in their own words
     width, height = size

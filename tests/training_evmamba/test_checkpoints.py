@@ -1,0 +1,158 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hub_scripts.errors import UserError
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.checkpoints import Checkpoints, RunProgress, whole_folder
+from training_evmamba.network import complete_recipe, create_model
+from training_evmamba.optimization import ExponentialMovingAverage, create_optimizer, create_schedule
+
+
+class Training:
+    """A model with all that a checkpoint keeps, after a number of steps on random images."""
+
+    def __init__(self, recipe, num_steps: int):
+        recipe = complete_recipe(recipe, None)
+        torch.manual_seed(num_steps)
+        self.model = create_model(recipe, None, ["a", "b"])
+        self.optimizer = create_optimizer(self.model, recipe)
+        self.schedule = create_schedule(self.optimizer, recipe, 10, 5)
+        self.ema = ExponentialMovingAverage(self.model, 0.5)
+        for step in range(num_steps):
+            self.model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            self.ema.update(self.model, step)
+
+    @property
+    def parts(self) -> tuple:
+        return self.model, self.ema, self.optimizer, self.schedule, None
+
+
+def test_everything_comes_back(make_recipe, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    saved, loaded = Training(make_recipe(), 3), Training(make_recipe(), 1)
+    progress = RunProgress(step=3, images_per_epoch=37, class_names=["a", "b"], unreadable=["x.png"], seconds=1.5)
+    checkpoints.save(progress, *saved.parts, is_main_process=True)
+    (checkpoint,) = checkpoints.list()
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "ema.safetensors",
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+    ]
+    assert checkpoints.read_progress(checkpoint) == progress
+    checkpoints.load(checkpoint, *loaded.parts)
+    for name, tensor in saved.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name])
+    for average, other in zip(saved.ema.averages, loaded.ema.averages, strict=True):
+        assert torch.equal(average, other)
+    assert saved.schedule.get_last_lr() == loaded.schedule.get_last_lr()
+    states = [training.optimizer.state_dict() for training in (saved, loaded)]
+    for group, other in zip(*(state["param_groups"] for state in states), strict=True):
+        assert group == {**other, "betas": tuple(other["betas"])}
+    for index, state in states[0]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, states[1]["state"][index][name])
+
+
+def test_the_last_and_the_best_are_kept(make_recipe, tmp_path):
+    checkpoints, training = Checkpoints(tmp_path, keep=2), Training(make_recipe(), 1)
+    for step, top1 in enumerate([0.5, 0.9, 0.7, None, 0.8], start=1):
+        checkpoints.save(RunProgress(step=step, top1=top1), *training.parts, is_main_process=True)
+    assert [path.name for path in checkpoints.list()] == ["step-0000002", "step-0000004", "step-0000005"]
+    assert sorted(os.listdir(tmp_path)) == ["step-0000002", "step-0000004", "step-0000005"]
+
+
+def test_what_was_left_half_written_is_removed_and_not_taken_for_a_checkpoint(make_recipe, tmp_path):
+    (tmp_path / ".step-0000007.partial").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.list() == []
+    checkpoints.clean_up()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_checkpoints(make_recipe, tmp_path, name, damage):
+    checkpoints, training = Checkpoints(tmp_path, keep=2), Training(make_recipe(), 1)
+    checkpoints.save(RunProgress(step=1), *training.parts, is_main_process=True)
+    (checkpoint,) = checkpoints.list()
+    if damage == "cut":
+        (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:40])
+    else:
+        (checkpoint / name).unlink()
+    with pytest.raises(UserError, match="step-0000001 is damaged, remove it to go on from the one before"):
+        checkpoints.read_progress(checkpoint)
+        checkpoints.load(checkpoint, *training.parts)
+
+
+def test_pickles_that_want_to_run_code_are_refused(make_recipe, tmp_path):
+    checkpoints, training = Checkpoints(tmp_path, keep=2), Training(make_recipe(), 1)
+    checkpoints.save(RunProgress(step=1), *training.parts, is_main_process=True)
+    (checkpoint,) = checkpoints.list()
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save(Malicious(), checkpoint / "optimizer.pt")
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.load(checkpoint, *training.parts)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "model"
+    with whole_folder(target) as folder:
+        (folder / "config.json").write_text("1")
+    with pytest.raises(UserError, match="model cannot be written: disk"), whole_folder(target) as folder:
+        (folder / "config.json").write_text("2")
+        raise OSError("disk")
+    assert (target / "config.json").read_text() == "1"
+    with whole_folder(target) as folder:
+        (folder / "config.json").write_text("3")
+    assert (target / "config.json").read_text() == "3"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from training_evmamba.train import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails, like on a full disk
+checkpoint = Path(sys.argv.pop()) / "checkpoints" / "step-0000005"
+import training_evmamba.checkpoints as checkpoints
+save = checkpoints.Checkpoints.save
+
+def save_on_a_full_disk(self, *args, **kwargs):
+    if checkpoint.exists():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    save(self, *args, **kwargs)
+
+checkpoints.Checkpoints.save = save_on_a_full_disk
+main()
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(make_recipe, tmp_path):
+    from training_evmamba.recipe import dump_recipe
+
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe(checkpoint_steps=5)))
+    output = tmp_path / "run"
+    command = [sys.executable, "-c", FULL_DISK, "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(output)]
+    ended = subprocess.run([*command, str(output)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "step-0000010 cannot be written" in ended.stderr
+    assert "File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert sorted(os.listdir(output / "checkpoints")) == ["step-0000005"]
+    resumed = [sys.executable, "-m", "training_evmamba.train", *command[3:], "--resume", "auto"]
+    assert subprocess.run(resumed, timeout=300).returncode == 0
+    EfficientVMambaForImageClassification.from_pretrained(output / "model")

@@ -1,0 +1,256 @@
+import shutil
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hub_scripts.errors import UserError
+from hub_scripts.evaluation import Preprocessor
+from hub_scripts.labeled_images import SelectedImages
+from training_evmamba.data import (
+    MAX_UNREADABLE_IN_A_ROW,
+    UNREADABLE,
+    Sequence,
+    create_training_loader,
+    create_validation_loader,
+    open_data,
+)
+from training_evmamba.network import complete_recipe, create_image_processor
+from training_evmamba.trainer import create_augmentation
+
+
+ENCODED = datasets.Image(decode=False)
+
+
+def create_loader(data, recipe, batch_size=8, start=0, process=(0, 1)):
+    recipe = complete_recipe(recipe, None)
+    transform, _ = create_augmentation(recipe, len(data.class_names))
+    return create_training_loader(data, recipe, transform, batch_size, start, *process)
+
+
+def read_batches(recipe, number, *, batch_size=8, start=0, process=(0, 1)) -> list:
+    return list(islice(create_loader(open_data(recipe), recipe, batch_size, start, process), number))
+
+
+def assert_same(batches, others) -> None:
+    assert len(batches) == len(others) > 0
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch.labels, other.labels)
+        assert torch.equal(batch.pixel_values, other.pixel_values)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_the_sequence_uses_each_image_once_per_epoch(num_processes):
+    shares = [islice(Sequence(10, 8, 0, 0, process, num_processes), 10) for process in range(num_processes)]
+    batches = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
+    assert {len(batch) for batch in batches} == {8}
+    items = list(chain(*batches))
+    assert [place for place, _ in items] == list(range(80))
+    epochs = [[index for _, index in items[first : first + 10]] for first in range(0, 80, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    later = list(chain(*islice(Sequence(10, 8, 0, 7, 0, 1), 3)))
+    assert later == items[56:]
+    assert list(chain(*islice(Sequence(10, 8, 1, 0, 0, 1), 10))) != items
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_images_depend_on_their_place_alone(make_recipe, num_workers):
+    everything = read_batches(make_recipe(), 8)
+    assert {tuple(batch.pixel_values.shape) for batch in everything} == {(8, 3, 16, 16)}
+    assert_same(read_batches(make_recipe(num_workers=num_workers), 3, start=5), everything[5:])
+    shares = [read_batches(make_recipe(num_workers=num_workers), 8, process=(process, 2)) for process in range(2)]
+    for whole, *parts in zip(everything, *shares, strict=True):
+        assert torch.equal(whole.pixel_values, torch.cat([part.pixel_values for part in parts]))
+    # the first image comes again in the second epoch, and looks different
+    assert not torch.equal(everything[0].pixel_values, read_batches(make_recipe(seed=1), 1)[0].pixel_values)
+
+
+def test_part_of_the_training_images_is_held_out_where_there_is_no_other_split(make_recipe, stripes):
+    data = open_data(make_recipe(dataset=str(stripes / "train"), validation_fraction=0.2))
+    assert (data.training.num_images, data.validation.num_images, data.images_per_epoch) == (30, 7, 30)
+    assert isinstance(data.validation, SelectedImages)
+    names = [{image.name for image in images.share(0, 1, 0)} for images in (data.training, data.validation)]
+    assert names[0].isdisjoint(names[1])
+    assert data.validation.labels == [image.label for image in data.validation.share(0, 1, 0)]
+    everything = open_data(make_recipe(dataset=str(stripes / "train"), validation_fraction=0.0))
+    assert (everything.training.num_images, everything.validation) == (37, None)
+
+
+@pytest.fixture
+def damaged(stripes, tmp_path):
+    """The stripes, three of them unreadable."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(stripes, folder)
+    (folder / "train" / "vertical" / "01.png").write_bytes(b"")
+    whole = (folder / "train" / "vertical" / "03.png").read_bytes()
+    (folder / "train" / "vertical" / "03.png").write_bytes(whole[:200])
+    (folder / "validation" / "vertical" / "01.png").write_text("no image")
+    return folder
+
+
+def test_unreadable_images_are_reported_and_others_stand_in(make_recipe, damaged):
+    recipe = make_recipe(dataset=str(damaged))
+    batches = read_batches(recipe, 10)  # two epochs
+    names = Counter(chain(*(batch.unreadable for batch in batches)))
+    assert len(names) == 2
+    assert all(number >= 2 for number in names.values())
+    assert {name.partition(":")[0].rpartition("/")[2] for name in names} == {"01.png", "03.png"}
+    assert all(len(batch.labels) == 8 for batch in batches)
+
+    preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
+    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64)
+    assert batch.labels.tolist().count(UNREADABLE) == 1
+    assert len(batch.labels) == len(batch.pixel_values) == 10
+    assert len(batch.unreadable) == 1
+
+
+def test_a_dataset_without_any_readable_image(make_recipe, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(MAX_UNREADABLE_IN_A_ROW):
+            (tmp_path / name / f"{index}.png").touch()
+    (batch,) = read_batches(make_recipe(dataset=str(tmp_path)), 1)
+    assert batch.error.startswith("100 images in a row cannot be read")
+
+
+def test_a_class_without_images(make_recipe, stripes, tmp_path):
+    shutil.copytree(stripes / "train", tmp_path / "images")
+    (tmp_path / "images" / "diagonal").mkdir()
+    with pytest.raises(UserError, match=r"the class folder .*diagonal holds no image"):
+        open_data(make_recipe(dataset=str(tmp_path / "images")))
+
+
+def test_a_single_class(make_recipe, stripes, tmp_path):
+    shutil.copytree(stripes / "train" / "vertical", tmp_path / "vertical")
+    with pytest.raises(UserError, match="one class only, 'vertical'"):
+        open_data(make_recipe(dataset=str(tmp_path)))
+
+
+def test_other_classes_in_evaluation(make_recipe, stripes, tmp_path):
+    shutil.copytree(stripes, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "validation" / "vertical").rename(tmp_path / "validation" / "upright")
+    with pytest.raises(UserError, match="training and evaluation know different classes"):
+        open_data(make_recipe(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dataset": None}, "give a --dataset"),
+        ({"train_split": "all"}, "has no split 'all': --train-split takes train, validation"),
+        ({"validation_split": "all"}, "choose a split of .* it has train, validation"),
+    ],
+)
+def test_wrong_splits(make_recipe, options, message):
+    with pytest.raises(UserError, match=message):
+        open_data(make_recipe(**options))
+
+
+@pytest.fixture
+def table(stripes) -> datasets.Dataset:
+    paths = sorted((stripes / "train").glob("*/*.png"))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["horizontal", "vertical"])}
+    )
+    columns = {"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_a_saved_dataset(make_recipe, table, tmp_path):
+    datasets.DatasetDict({"train": table, "test": table.select(range(5))}).save_to_disk(tmp_path)
+    data = open_data(make_recipe(dataset=str(tmp_path)))
+    assert data.class_names == ["horizontal", "vertical"]
+    assert (data.training.num_images, data.validation.num_images) == (37, 5)
+    assert len(read_batches(make_recipe(dataset=str(tmp_path)), 6)) == 6
+
+
+@pytest.mark.parametrize("kind", ["string", "int64"])
+def test_labels_without_names(make_recipe, table, tmp_path, kind):
+    if kind == "string":
+        names = ["lying" if label == 0 else "standing" for label in table["label"]]
+        table = table.remove_columns("label").add_column("label", names)
+    else:
+        table = table.cast_column("label", datasets.Value(kind))
+    table.save_to_disk(tmp_path)
+    recipe = make_recipe(dataset=str(tmp_path))
+    assert open_data(recipe).class_names == (["lying", "standing"] if kind == "string" else ["0", "1"])
+    assert set(torch.cat([batch.labels for batch in read_batches(recipe, 4)]).tolist()) == {0, 1}
+
+
+def test_a_label_of_no_class(make_recipe, table, tmp_path):
+    rows = table.to_dict()
+    rows["label"][5] = -1
+    datasets.Dataset.from_dict(rows, features=table.features).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match=r"label -1 at image 5: there are the labels 0 to 1"):
+        open_data(make_recipe(dataset=str(tmp_path)))
+
+
+@pytest.fixture
+def stream(hub, table, tmp_path) -> str:
+    """The id of a dataset on the Hub, of four files, with an image that cannot be read."""
+    images = [{"bytes": Path(row["image"]["path"]).read_bytes()} for row in table.cast_column("image", ENCODED)]
+    images[20] = {"bytes": b"no image"}
+    table = datasets.Dataset.from_dict({"image": images, "label": table["label"]}, features=table.features)
+    files = {}
+    for index in range(4):
+        path = tmp_path / f"train-{index:05}-of-00004.parquet"
+        table.shard(4, index, contiguous=True).to_parquet(path)
+        files[f"data/{path.name}"] = path.read_bytes()
+    hub.create("someone/stripes", files, kind="dataset")
+    return "someone/stripes"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_goes_on_where_it_was(make_recipe, stream, num_workers):
+    recipe = make_recipe(dataset=stream, streaming=True, images_per_epoch=37, num_workers=num_workers)
+    everything = read_batches(recipe, 9)
+    assert any(batch.unreadable for batch in everything)
+    assert_same(read_batches(recipe, 2, start=7), everything[7:])
+    if num_workers == 0:  # the first epoch's images are 37 different ones
+        pixels = torch.cat([batch.pixel_values for batch in everything])[:37]
+        assert len({image.numpy().tobytes() for image in pixels}) == 37
+
+
+def test_processes_share_a_stream(make_recipe, stream):
+    recipe = make_recipe(
+        dataset=stream,
+        streaming=True,
+        images_per_epoch=37,
+        rand_augment=None,
+        horizontal_flip=0.0,
+        crop_scale=[1, 1],
+    )
+    shares = [read_batches(recipe, 2, batch_size=16, process=(process, 2)) for process in range(2)]
+    pixels = [
+        {image.numpy()[:, 4:12, 4:12].tobytes() for image in chain(*(b.pixel_values for b in s))} for s in shares
+    ]
+    assert all(len(share) >= 15 for share in pixels)  # one stands in for another
+    assert pixels[0].isdisjoint(pixels[1])
+
+
+def test_streams_need_names_and_lengths(make_recipe, hub, stream, table, tmp_path):
+    with pytest.raises(UserError, match="does not tell its length: give --images-per-epoch"):
+        open_data(make_recipe(dataset=stream, streaming=True))
+    path = tmp_path / "train.parquet"
+    table.cast_column("label", datasets.Value("int64")).to_parquet(path)
+    hub.create("someone/numbers", {"train.parquet": path.read_bytes()}, kind="dataset")
+    with pytest.raises(UserError, match="does not name its classes: download it, without --streaming"):
+        open_data(make_recipe(dataset="someone/numbers", streaming=True))
+
+
+def test_a_stream_that_breaks_off(make_recipe, hub, stream):
+    recipe = make_recipe(dataset=stream, streaming=True, images_per_epoch=37)
+    data = open_data(recipe)
+    hub.repos.clear()
+    assert "someone/stripes" in next(iter(create_loader(data, recipe))).error
+
+
+def test_a_downloaded_dataset(make_recipe, stream):
+    data = open_data(make_recipe(dataset=stream, streaming=False, validation_fraction=0.0))
+    assert data.training.num_images == 37
+    assert np.unique(data.training.labels).tolist() == [0, 1]

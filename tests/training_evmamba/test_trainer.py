@@ -1,0 +1,313 @@
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from hub_scripts.card import load_card
+from hub_scripts.errors import UserError
+from hub_scripts.push import collect_files
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.recipe import create_recipe, dump_recipe, read_values
+from training_evmamba.trainer import TrainingRun
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, in this process as in others."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+def train(recipe, output_dir, resume=False, console=None):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this process
+    run = TrainingRun(recipe, output_dir, resume=resume, console=console or Console(quiet=True))
+    return run.train()
+
+
+def read_log(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_log(output_dir) if "loss" in record}
+
+
+def assert_same_weights(output_dir, other) -> None:
+    weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (output_dir, other))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path):
+    output = tmp_path / "run"
+    recipe = make_recipe(epochs=8, rand_augment=None, horizontal_flip=0.0, report_to=["tensorboard"], license="mit")
+    results = train(recipe, output)
+    assert results["images"] == 10
+    assert results["top1"] >= 0.9
+    log = read_log(output)
+    assert [record["step"] for record in log if "top1" in record] == [5, 10, 14, 19, 24, 28, 33, 37]
+    assert losses(output)[36] < 0.7 * losses(output)[2]
+    assert log[-1]["top1"] == results["top1"]
+
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints",
+        "log.jsonl",
+        "model",
+        "recipe.yaml",
+        "trackers",
+        "training_curves.png",
+    ]
+    with Image.open(output / "training_curves.png") as image:
+        assert image.width > 1000
+    assert list((output / "trackers").rglob("events.out.tfevents.*"))
+    saved = create_recipe(read_values(str(output / "recipe.yaml")))
+    assert (saved.image_mean, saved.crop_pct) == ([0.485, 0.456, 0.406], 0.875)
+
+    model = EfficientVMambaForImageClassification.from_pretrained(output / "model")
+    assert model.config.id2label == {0: "horizontal", 1: "vertical"}
+    averages = load_file(output / "checkpoints" / "step-0000037" / "ema.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, averages[name])
+    classifier = pipeline("image-classification", model=str(output / "model"))
+    held_out = sorted((stripes / "validation").glob("*/*.png"))
+    right = [classifier(str(path))[0]["label"] == path.parent.name for path in held_out]
+    assert sum(right) == round(results["top1"] * 10)
+
+    card = load_card(str(output / "model"))
+    assert card.data.license == "mit"
+    accuracy = next(result for result in card.data.eval_results if result.metric_type == "accuracy")
+    assert accuracy.metric_value == pytest.approx(results["top1"])
+    assert "learning_rate: 0.003" in card.text
+    assert "in 37 steps of 8 images (8 epochs)" in card.text
+    assert "model.safetensors" in collect_files(output / "model", "someone/stripes")
+
+
+def test_the_moving_average_is_evaluated_and_exported(make_recipe, tmp_path):
+    train(make_recipe(ema_decay=0.0), tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step-0000010"
+    weights, averages = load_file(last / "model.safetensors"), load_file(last / "ema.safetensors")
+    assert all(torch.equal(weights[name], averages[name]) for name in weights)
+    train(make_recipe(), tmp_path / "averaged")
+    averages = load_file(tmp_path / "averaged" / "model" / "model.safetensors")
+    assert not torch.equal(weights["classifier.weight"], averages["classifier.weight"])
+
+
+def test_gradient_accumulation_and_checkpointing_change_nothing(make_recipe, tmp_path):
+    """But for batch norms, which see pieces of the batch: here they keep their statistics."""
+    options = {"freeze_batch_norm": True, "drop_path_rate": 0.0}
+    train(make_recipe(**options), tmp_path / "whole")
+    train(make_recipe(**options, gradient_accumulation_steps=2), tmp_path / "pieces")
+    train(make_recipe(**options, gradient_checkpointing=True), tmp_path / "checkpointed")
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_bfloat16(make_recipe, tmp_path):
+    train(make_recipe(), tmp_path / "float32")
+    train(make_recipe(mixed_precision="bf16"), tmp_path / "bfloat16")
+    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.05)
+    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
+
+
+def train_in_another_process(recipe, output_dir, resume):
+    torch.set_num_threads(1)
+    train(recipe, output_dir, resume)
+
+
+def test_killed_at_any_moment_and_resumed_it_gives_the_same_weights(make_recipe, tmp_path):
+    recipe = make_recipe(epochs=4, mixup_alpha=0.2, cutmix_alpha=1.0, drop_path_rate=0.2, checkpoint_steps=2)
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_evmamba.trainer"])
+    process = context.Process(target=train_in_another_process, args=(recipe, unbroken, False))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+    log = killed / "log.jsonl"
+    for number in range(7):
+        old = log.stat().st_ino if log.exists() else None
+        process = context.Process(target=train_in_another_process, args=(recipe, killed, True))
+        process.start()
+        # until it is on its way: it begins by replacing the log, and goes on with lines
+        while process.is_alive() and (not log.exists() or log.stat().st_ino == old or not log.stat().st_size):
+            time.sleep(0.001)
+        if number < 6:
+            time.sleep(0.03 * number)  # in a step, in an evaluation, in a checkpoint
+            os.kill(process.pid, signal.SIGKILL)
+        process.join(300)
+        assert process.exitcode == (-signal.SIGKILL if number < 6 else 0), "it was too fast to be killed"
+    assert_same_weights(killed, unbroken)
+    assert losses(killed) == losses(unbroken)
+    assert [record["step"] for record in read_log(killed)] == [record["step"] for record in read_log(unbroken)]
+    assert not list(killed.rglob(".*"))
+
+
+def test_a_run_that_is_complete_can_be_resumed(make_recipe, tmp_path):
+    results = train(make_recipe(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert train(make_recipe(), tmp_path / "run", resume=True) == results
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
+    """The command, on a number of processes."""
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    return subprocess.run(
+        [*command, "-m", "training_evmamba.train", "--recipe", str(path), "--output-dir", str(output_dir), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path):
+    exact = make_recipe(freeze_batch_norm=True, drop_path_rate=0.0)
+    train(exact, tmp_path / "one")
+    ended = launch(2, exact, tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = read_log(tmp_path / "one")[-1], read_log(tmp_path / "two")[-1]
+    assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
+    assert two["top1"] == one["top1"]
+    assert len(read_log(tmp_path / "two")) == len(read_log(tmp_path / "one"))
+
+    # with statistics of its own, each process normalizes its half of the batch otherwise
+    train(make_recipe(drop_path_rate=0.0), tmp_path / "one_live")
+    assert launch(2, make_recipe(drop_path_rate=0.0), tmp_path / "two_live").returncode == 0
+    assert losses(tmp_path / "two_live") == pytest.approx(losses(tmp_path / "one_live"), rel=0.1)
+
+
+def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
+    recipe = make_recipe(mixup_alpha=0.2, cutmix_alpha=1.0, checkpoint_steps=3, keep_checkpoints=20)
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    assert launch(2, recipe, unbroken).returncode == 0
+    shutil.copytree(unbroken, resumed)
+    shutil.rmtree(resumed / "model")
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name > "step-0000003":
+            shutil.rmtree(checkpoint)
+    ended = launch(2, recipe, resumed, "--resume", "auto")
+    assert ended.returncode == 0, ended.stderr
+    assert_same_weights(resumed, unbroken)
+    assert losses(resumed) == pytest.approx(losses(unbroken), abs=0)
+
+
+def test_fine_tuning_keeps_the_head_of_the_same_classes(make_recipe, tmp_path):
+    train(make_recipe(), tmp_path / "first")
+    checkpoint = tmp_path / "first" / "model"
+    options = {"model": str(checkpoint), "network": {}, "image_size": None, "learning_rate": 1e-9}
+    options |= {"min_learning_rate": 0.0, "warmup_learning_rate": 0.0, "freeze_batch_norm": True}
+    first = load_file(checkpoint / "model.safetensors")
+    train(make_recipe(**options), tmp_path / "second")
+    second = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    torch.testing.assert_close(second["classifier.weight"], first["classifier.weight"], atol=1e-6, rtol=0)
+    saved = create_recipe(read_values(str(tmp_path / "second" / "recipe.yaml")))
+    assert saved.image_size == 16
+
+
+def test_fine_tuning_on_other_classes(make_recipe, stripes, tmp_path):
+    train(make_recipe(), tmp_path / "first")
+    others = tmp_path / "others"
+    for name in ("a", "b", "c"):
+        shutil.copytree(stripes / "train" / "vertical", others / name)
+    options = {"model": str(tmp_path / "first" / "model"), "network": {}, "epochs": 1}
+    rates = {"learning_rate": 1e-5, "min_learning_rate": 0.0}
+    train(make_recipe(dataset=str(others), **options, **rates), tmp_path / "second")
+    first = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    second = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    assert second["classifier.weight"].shape == (3, 16)
+    stem = "efficientvmamba.embeddings.patch_embeddings.weight"
+    torch.testing.assert_close(second[stem], first[stem], atol=1e-3, rtol=0)
+
+
+def test_unreadable_images_are_counted(make_recipe, stripes, tmp_path, capsys):
+    damaged = tmp_path / "images"
+    shutil.copytree(stripes, damaged)
+    (damaged / "train" / "vertical" / "01.png").write_bytes(b"")
+    (damaged / "validation" / "vertical" / "01.png").write_bytes(b"")
+    console = Console(record=True, width=400, force_terminal=False)
+    results = train(make_recipe(dataset=str(damaged), num_workers=1), tmp_path / "run", console=console)
+    assert results["images"] == 9
+    text = console.export_text()
+    assert text.count("Skipped") == 2
+    assert "train/vertical/01.png: it is not an image" in text
+    assert "2 images could not be read and were skipped." in load_card(str(tmp_path / "run" / "model")).text
+    with pytest.raises(UserError, match=r"01\.png: it is not .*--on-unreadable skip goes on without the image"):
+        train(make_recipe(dataset=str(damaged), on_unreadable="stop"), tmp_path / "stopped")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_recipe, tmp_path):
+    recipe = make_recipe(
+        learning_rate=1e30, min_learning_rate=0.0, warmup_epochs=1.0, checkpoint_steps=2, max_grad_norm=1e30
+    )
+    with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf)") as caught:
+        train(recipe, tmp_path / "run")
+    step = int(str(caught.value).partition("step ")[2].split()[0])
+    assert f"The last checkpoint is {tmp_path / 'run' / 'checkpoints'}" in str(caught.value)
+    (last,) = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1:]
+    assert int(last.name[5:]) < step
+    assert all(math.isfinite(value) for value in losses(tmp_path / "run").values())
+
+
+def test_resuming_needs_the_same_recipe_and_data(make_recipe, stripes, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(stripes, images)
+    output = tmp_path / "run"
+    train(make_recipe(dataset=str(images)), output)
+    with pytest.raises(UserError, match="holds a run: go on with it by --resume auto"):
+        train(make_recipe(dataset=str(images)), output)
+    with pytest.raises(UserError, match=r"another recipe .*learning_rate was 0.003, is 0.001"):
+        train(make_recipe(dataset=str(images), learning_rate=1e-3), output, resume=True)
+    (images / "train" / "vertical" / "01.png").unlink()
+    with pytest.raises(UserError, match="the dataset has changed since the run began: it had 37 images"):
+        train(make_recipe(dataset=str(images)), output, resume=True)
+
+
+def test_refuses_a_folder_with_other_files(make_recipe, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds files that are of no run"):
+        train(make_recipe(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"network": {"depths": [1]}}, "must have one entry per stage"),
+        ({"network": {"stages": 3}}, r"has no field 'stages'"),
+        ({"network": {"num_channels": 1, "patch_size": 2}}, "images have 3 channels, the network takes 1"),
+        ({"network": {}}, "say what to train"),
+        ({"frozen_stages": 3}, "`frozen_stages` is 3, the network has 2 stages"),
+        ({"batch_size": 9, "gradient_accumulation_steps": 2}, "make it a multiple of 2"),
+        ({"mixed_precision": "fp16"}, "float16 needs a GPU: use --mixed-precision bf16 or no"),
+        ({"report_to": ["smoke"]}, "accelerate cannot do .*smoke"),
+        ({"rand_augment": "strong"}, "strong"),
+        ({"model": "no/such", "network": {}}, "no/such"),
+    ],
+)
+def test_runs_that_cannot_be(make_recipe, hub, tmp_path, options, message):
+    base = make_recipe()
+    if "network" in options and "depths" not in options["network"] and options["network"]:
+        options = {**options, "network": {**base.network, **options["network"]}}
+    with pytest.raises(UserError, match=message):
+        train(create_recipe({**vars(base), **options}), tmp_path / "run")

@@ -1,0 +1,175 @@
+"""Checkpoints that are whole at any moment: a folder appears under its name when all of it is on the disk."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from hub_scripts.errors import UserError
+from training_evmamba.optimization import ExponentialMovingAverage
+
+
+STATE_NAME = "state.json"
+
+# All processes of a run, whether they hold copies of the weights or parts, save and load whole tensors.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class RunProgress:
+    """How far a run is."""
+
+    step: int = 0
+    images_per_epoch: int = 0  # these two tell whether the dataset is still the same
+    class_names: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # images that had to be skipped
+    top1: float | None = None  # of the averaged weights, where they were evaluated at this step
+    seconds: float = 0.0
+
+
+def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole weights and buffers, on the CPU. To be called by all processes."""
+    # on a CPU, the function gives the tensors of the model themselves
+    return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=WHOLE).items()}
+
+
+def copy_averages(model: nn.Module, ema: ExponentialMovingAverage) -> dict[str, torch.Tensor]:
+    """The whole averages, by the names of the weights. To be called by all processes."""
+    with ema.applied_to(model):
+        return copy_weights(model)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` at the end, and goes where something fails.
+
+    Raises:
+        UserError: where the disk is full or cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced.partial")
+            target.rename(replaced)
+            partial.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(target)
+    except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's writer raises the last
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target} cannot be written: {error}") from error
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last ones and the best.
+
+    Each is a folder with `model.safetensors` (as trained), `ema.safetensors` (averaged), `optimizer.pt` (state of
+    optimizer, schedule and loss scaling) and `state.json`.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def list(self) -> list[Path]:
+        """From the first to the last."""
+        return sorted(self.folder.glob("step-*"))
+
+    def read_progress(self, checkpoint: Path) -> RunProgress:
+        try:
+            return RunProgress(**json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{checkpoint} is damaged, remove it to go on from the one before: {error}") from error
+
+    def find_best(self) -> Path | None:
+        measured = [(self.read_progress(path).top1, path) for path in self.list()]
+        return max(((top1, path) for top1, path in measured if top1 is not None), default=(None, None))[1]
+
+    def clean_up(self) -> None:
+        """Removes what was left half-written, and checkpoints that are neither among the last ones nor the best."""
+        for partial in self.folder.glob(".*.partial"):
+            shutil.rmtree(partial)
+        best = self.find_best()
+        for checkpoint in self.list()[: -self.keep]:
+            if checkpoint != best:
+                removed = checkpoint.with_name(f".{checkpoint.name}.partial")
+                checkpoint.rename(removed)
+                shutil.rmtree(removed)
+
+    def save(
+        self,
+        progress: RunProgress,
+        model: nn.Module,
+        ema: ExponentialMovingAverage,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        scaler: torch.amp.GradScaler | None,
+        is_main_process: bool,
+    ) -> None:
+        """To be called by all processes; the main one writes.
+
+        Raises:
+            UserError: where the disk is full or cannot be written. Earlier checkpoints stay.
+        """
+        weights, averages = copy_weights(model), copy_averages(model, ema)
+        training_state = {
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
+            "schedule": schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        if not is_main_process:
+            return
+        with whole_folder(self.folder / f"step-{progress.step:07}") as folder:
+            save_file(weights, folder / "model.safetensors")
+            save_file(averages, folder / "ema.safetensors")
+            torch.save(training_state, folder / "optimizer.pt")
+            (folder / STATE_NAME).write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
+        self.clean_up()
+
+    def load(
+        self,
+        checkpoint: Path,
+        model: nn.Module,
+        ema: ExponentialMovingAverage,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """Puts a run where it was. To be called by all processes.
+
+        Raises:
+            UserError: for a checkpoint that is damaged or of another network.
+        """
+        try:
+            with ema.applied_to(model):
+                set_model_state_dict(model, load_file(checkpoint / "ema.safetensors"), options=WHOLE)
+            set_model_state_dict(model, load_file(checkpoint / "model.safetensors"), options=WHOLE)
+            training_state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            set_optimizer_state_dict(model, optimizer, training_state["optimizer"], options=WHOLE)
+        except (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{checkpoint} is damaged, remove it to go on from the one before: {reason}") from error
+        schedule.load_state_dict(training_state["schedule"])
+        if scaler is not None and training_state["scaler"] is not None:
+            scaler.load_state_dict(training_state["scaler"])

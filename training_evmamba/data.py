@@ -1,0 +1,402 @@
+"""Images for training: which of them, in which order, on which process.
+
+The sequence of training images is the shuffled dataset, shuffled anew and repeated; step s takes the s-th batch of the
+sequence, across the borders of epochs, so that every image is used once per epoch and no batch is smaller than others.
+What happens to an image depends on nothing but the seed and its place in the sequence: the same run may be interrupted
+at any step, and use other numbers of worker processes.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from hub_scripts.errors import UserError
+from hub_scripts.evaluation import Preprocessor
+from hub_scripts.labeled_images import (
+    EVALUATION_SPLITS,
+    ImageFolder,
+    IndexedImages,
+    LabeledImage,
+    LabeledImages,
+    SelectedImages,
+    StreamedImages,
+    choose_split,
+    open_splits,
+)
+from training_evmamba.augmentation import TrainingTransform
+from training_evmamba.recipe import Recipe
+
+
+MAX_UNREADABLE_IN_A_ROW = 100
+UNREADABLE = -1  # label of a validation image that could not be read
+
+# What a random number is for: numbers of one purpose tell nothing about those of another
+ORDER, TRANSFORM, MIXING, STOCHASTIC_DEPTH, HOLD_OUT = range(5)
+
+
+def create_rng(seed: int, purpose: int, *place: int) -> np.random.Generator:
+    """Random numbers that are a function of their place in the run."""
+    return np.random.default_rng((seed, purpose, *place))
+
+
+@dataclass
+class TrainingData:
+    """What a run learns from and is measured on."""
+
+    training: LabeledImages
+    validation: LabeledImages | None
+    class_names: list[str]
+    images_per_epoch: int
+
+
+def check_classes(images: LabeledImages) -> list[str]:
+    """The names of the classes of a training set.
+
+    Raises:
+        UserError: where the classes cannot be told, or there is nothing to learn.
+    """
+    if isinstance(images, ImageFolder):
+        folders = {path.name for path in images.folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+        if empty := sorted(folders - set(images.class_names)):
+            raise UserError(f"the class folder {images.folder / empty[0]} holds no image: fill it, or remove it")
+    if isinstance(images, IndexedImages):
+        labels = set(images.labels)
+        names = images.class_names
+        if names is None and all(isinstance(label, str) for label in labels):
+            names = sorted(labels)
+        elif names is None and all(isinstance(label, int) and label >= 0 for label in labels):
+            names = [str(label) for label in range(max(labels) + 1)]
+        elif names is None:
+            raise UserError(f"the labels of {images.name} must be names or numbers from 0, and none may be missing")
+        known = range(len(names))
+        for label in labels - set(names):
+            if label not in known:
+                raise UserError(
+                    f"{images.name} has the label {label} at image {images.labels.index(label)}: there are the labels "
+                    f"0 to {len(names) - 1}. Splits without labels are no use for training"
+                )
+    elif images.class_names is None:
+        raise UserError(f"the stream {images.name} does not name its classes: download it, without --streaming")
+    else:
+        names = images.class_names
+    if len(names) < 2:
+        raise UserError(f"{images.name} has one class only, {names[0]!r}: there is nothing to tell apart")
+    return names
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """Opens the training images and what is held out.
+
+    Raises:
+        UserError: for a dataset that is missing or not fit for training.
+    """
+    if recipe.dataset is None:
+        raise UserError("give a --dataset: a folder with a folder of images per class, or the id of one on the Hub")
+    splits = open_splits(
+        recipe.dataset,
+        config=recipe.dataset_config,
+        revision=recipe.dataset_revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        streaming=recipe.streaming,
+    )
+    if None in splits:
+        train_split, held_out = None, []
+    else:
+        if recipe.train_split not in splits:
+            raise UserError(
+                f"{recipe.dataset} has no split {recipe.train_split!r}: --train-split takes {', '.join(splits)}"
+            )
+        train_split = recipe.train_split
+        held_out = [name for name in EVALUATION_SPLITS if name in splits and name != train_split]
+    training, validation = splits[train_split](), None
+    if recipe.validation_split is not None:
+        validation = splits[choose_split([name for name in splits if name], recipe.validation_split, recipe.dataset)]()
+    elif held_out:
+        validation = splits[held_out[0]]()
+
+    class_names = check_classes(training)
+    if validation is not None and validation.class_names not in (None, training.class_names):
+        raise UserError(
+            f"training and evaluation know different classes: {', '.join(class_names[:5])}, ... ({len(class_names)}) "
+            f"and {', '.join(validation.class_names[:5])}, ... ({len(validation.class_names)})"
+        )
+    if validation is None and recipe.validation_fraction > 0 and isinstance(training, IndexedImages):
+        num_held_out = round(recipe.validation_fraction * training.num_images)
+        shuffled = create_rng(recipe.seed, HOLD_OUT).permutation(training.num_images).tolist()
+        validation = SelectedImages(training, sorted(shuffled[:num_held_out])) if num_held_out else None
+        training = SelectedImages(training, sorted(shuffled[num_held_out:]))
+    if training.num_images == 0:
+        raise UserError(f"{training.name} holds no images to train on")
+    images_per_epoch = recipe.images_per_epoch or training.num_images
+    if images_per_epoch is None:
+        raise UserError(f"the stream {training.name} does not tell its length: give --images-per-epoch")
+    return TrainingData(training, validation, class_names, images_per_epoch)
+
+
+class LabelError(Exception):
+    """A label of no class."""
+
+
+class Sample(NamedTuple):
+    """An image made ready, or the reason why there is none."""
+
+    pixel_values: torch.Tensor | None  # (C, H, W)
+    label: int | None
+    unreadable: list[str]  # what had to be skipped to come to it
+    error: str | None = None  # what the run cannot go on with; exceptions would lose their words between processes
+
+
+class Batch(NamedTuple):
+    pixel_values: torch.Tensor  # (B, C, H, W)
+    labels: torch.Tensor  # (B,)
+    unreadable: list[str]
+    error: str | None
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """A batch, without images where one of the samples has an error."""
+    unreadable = list(chain.from_iterable(sample.unreadable for sample in samples))
+    if error := next((sample.error for sample in samples if sample.error), None):
+        return Batch(torch.empty(0), torch.empty(0), unreadable, error)
+    pixel_values = torch.stack([sample.pixel_values for sample in samples])
+    return Batch(pixel_values, torch.tensor([sample.label for sample in samples]), unreadable, None)
+
+
+class LabelReader:
+    """The number of an image's label, or why it has none."""
+
+    def __init__(self, class_names: list[str]):
+        self.num_classes = len(class_names)
+        self.labels_of_names = {name: label for label, name in enumerate(class_names)}
+
+    def __call__(self, image: LabeledImage) -> int:
+        label = self.labels_of_names.get(image.label, image.label)
+        if not isinstance(label, int) or not 0 <= label < self.num_classes:
+            raise LabelError(
+                f"{image.name} has the label {image.label!r}, which is none of the {self.num_classes} classes"
+            )
+        return label
+
+
+class SampleReader:
+    """Reads and augments one image, or the next one that can be read."""
+
+    def __init__(self, class_names: list[str], transform: TrainingTransform, seed: int):
+        self.read_label, self.transform, self.seed = LabelReader(class_names), transform, seed
+
+    def __call__(self, candidates: Iterator[LabeledImage], place: tuple[int, ...]) -> Sample:
+        """The first readable one of some images.
+
+        Args:
+            candidates: images; further ones stand in for those that cannot be read.
+            place: in the run; it determines the random numbers.
+        """
+        unreadable: list[str] = []
+        try:
+            for image in islice(candidates, MAX_UNREADABLE_IN_A_ROW):
+                label = self.read_label(image)
+                try:
+                    pixels = image.read()
+                except UserError as error:
+                    unreadable.append(str(error))
+                    continue
+                rng = create_rng(self.seed, TRANSFORM, *place)
+                return Sample(self.transform(pixels, rng), label, unreadable)
+        except (UserError, LabelError) as error:  # of the Hub, or of a label
+            return Sample(None, None, unreadable, str(error))
+        return Sample(None, None, unreadable, f"{len(unreadable)} images in a row cannot be read")
+
+
+class TrainingImages(Dataset):
+    """Images by their place in the sequence: (place, index of the image)."""
+
+    def __init__(self, images: IndexedImages, read_sample: SampleReader):
+        self.images, self.read_sample = images, read_sample
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        place, index = item
+        following = chain(range(index, self.images.num_images), range(index))
+        return self.read_sample((self.images[each] for each in following), (place,))
+
+
+class Sequence(Sampler):
+    """Batches of one process from the sequence of shuffled datasets, without end.
+
+    Args:
+        num_images: of the dataset.
+        batch_size: of all processes together.
+        start: number of the first batch.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, start: int, process_index: int, num_processes: int
+    ):
+        self.num_images, self.batch_size, self.seed, self.start = num_images, batch_size, seed, start
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        share = self.batch_size // self.num_processes
+        for batch in count(self.start):
+            first = batch * self.batch_size + self.process_index * share
+            items = []
+            for place in range(first, first + share):
+                if place // self.num_images != epoch:
+                    epoch = place // self.num_images
+                    order = create_rng(self.seed, ORDER, epoch).permutation(self.num_images)
+                items.append((place, int(order[place % self.num_images])))
+            yield items
+
+
+class StreamedTrainingImages(IterableDataset):
+    """Batches of one process from a stream, shuffled anew and repeated.
+
+    Every worker of every process has a part of the stream for itself, and builds whole batches from it, in turn.
+
+    Args:
+        batch_size: of this process.
+        start: number of the first batch.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        read_sample: SampleReader,
+        batch_size: int,
+        seed: int,
+        start: int,
+        process_index: int,
+        num_processes: int,
+    ):
+        self.images, self.read_sample = images, read_sample
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        turn = (self.start + worker_id) % num_workers  # the first worker gives the first batch, whichever that is
+        part, num_parts = self.process_index * num_workers + turn, self.num_processes * num_workers
+        num_done = len(range(turn, self.start, num_workers)) * self.batch_size
+        images = self.repeat(part, num_parts)
+        try:
+            images = islice(images, num_done, None)
+            following: deque[LabeledImage] = deque()
+            samples = []
+            for place in count(num_done):
+                samples.append(self.read_sample(look_ahead(images, following), (place, part)))
+                if samples[-1].error is not None:
+                    yield collate(samples)
+                    return
+                following.popleft()
+                if len(samples) == self.batch_size:
+                    yield collate(samples)
+                    samples = []
+        except UserError as error:  # of the Hub, while skipping
+            yield Batch(torch.empty(0), torch.empty(0), [], str(error))
+
+    def repeat(self, part: int, num_parts: int) -> Iterator[LabeledImage]:
+        for epoch in count():
+            images = self.images.shuffle(self.seed, epoch).read(part, num_parts)
+            first = next(images, None)
+            if first is None:
+                raise UserError(
+                    f"{self.images.name} has too few images for {num_parts} parts: use fewer --num-workers"
+                )
+            yield from chain([first], images)
+
+
+def look_ahead(images: Iterator[LabeledImage], following: deque[LabeledImage]) -> Iterator[LabeledImage]:
+    """The images to come, without taking them: what is read of the iterator waits in `following`.
+
+    So each place in the sequence takes one image, whether it can be read or not.
+    """
+    yield from following
+    for image in images:
+        following.append(image)
+        yield image
+
+
+class ValidationReader:
+    """Makes an image ready by the model's image processor. What cannot be read becomes an image without a label."""
+
+    def __init__(self, class_names: list[str], preprocess: Preprocessor):
+        self.read_label, self.preprocess = LabelReader(class_names), preprocess
+
+    def __call__(self, image: LabeledImage) -> Sample:
+        try:
+            return Sample(self.preprocess(image), self.read_label(image), [])
+        except LabelError as error:
+            return Sample(None, None, [], str(error))
+        except UserError as error:
+            size = self.preprocess.image_processor.crop_size
+            return Sample(torch.zeros(3, size["height"], size["width"]), UNREADABLE, [str(error)])
+
+
+class ValidationImages(Dataset):
+    def __init__(self, images: IndexedImages, read_sample: ValidationReader):
+        self.images, self.read_sample = images, read_sample
+
+    def __len__(self) -> int:
+        return self.images.num_images
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.read_sample(self.images[index])
+
+
+class StreamedValidationImages(IterableDataset):
+    def __init__(self, images: StreamedImages, read_sample: ValidationReader):
+        self.images, self.read_sample = images, read_sample
+
+    def __iter__(self) -> Iterator[Sample]:
+        try:
+            yield from map(self.read_sample, self.images.read(0, 1))
+        except UserError as error:  # of the Hub
+            yield Sample(None, None, [], str(error))
+
+
+def create_training_loader(
+    data: TrainingData,
+    recipe: Recipe,
+    transform: TrainingTransform,
+    batch_size: int,
+    start: int,
+    process_index: int,
+    num_processes: int,
+) -> DataLoader:
+    """Batches of one process, without end.
+
+    Args:
+        batch_size: of all processes together, a multiple of their number.
+        start: number of the first batch.
+    """
+    read_sample = SampleReader(data.class_names, transform, recipe.seed)
+    options = {"num_workers": recipe.num_workers, "pin_memory": torch.cuda.is_available()}
+    if isinstance(data.training, IndexedImages):
+        sequence = Sequence(data.training.num_images, batch_size, recipe.seed, start, process_index, num_processes)
+        return DataLoader(
+            TrainingImages(data.training, read_sample), batch_sampler=sequence, collate_fn=collate, **options
+        )
+    stream = StreamedTrainingImages(
+        data.training, read_sample, batch_size // num_processes, recipe.seed, start, process_index, num_processes
+    )
+    return DataLoader(stream, batch_size=None, **options)
+
+
+def create_validation_loader(
+    data: TrainingData, recipe: Recipe, preprocess: Preprocessor, batch_size: int
+) -> DataLoader:
+    """The validation images in their order, to be shared among processes by accelerate."""
+    read_sample = ValidationReader(data.class_names, preprocess)
+    if isinstance(data.validation, IndexedImages):
+        images, num_workers = ValidationImages(data.validation, read_sample), recipe.num_workers
+    else:  # further workers would each read all of the stream
+        images, num_workers = StreamedValidationImages(data.validation, read_sample), min(recipe.num_workers, 1)
+    return DataLoader(images, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)

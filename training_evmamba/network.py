@@ -1,0 +1,110 @@
+"""What a recipe trains: the network, with its head and its image processor."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import BitImageProcessorPil
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from hub_scripts.errors import UserError
+from hub_scripts.evaluation import match_labels
+from hub_scripts.push import find_weights, load_config
+from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
+from training_evmamba.recipe import Recipe
+
+
+# where neither the recipe nor a checkpoint say anything
+IMAGENET_PREPROCESSING = {
+    "image_size": 224,
+    "crop_pct": 0.875,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+
+def read_preprocessing(checkpoint: Path) -> dict:
+    """Fields of the recipe, as the image processor of a checkpoint has them; those of ImageNet where it has none."""
+    try:
+        saved = json.loads((checkpoint / IMAGE_PROCESSOR_NAME).read_text(encoding="utf-8"))
+        image_size = saved["crop_size"]["height"]
+        return {
+            "image_size": image_size,
+            "crop_pct": image_size / saved["size"]["shortest_edge"],
+            "image_mean": saved["image_mean"],
+            "image_std": saved["image_std"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return IMAGENET_PREPROCESSING
+
+
+def complete_recipe(recipe: Recipe, checkpoint: Path | None) -> Recipe:
+    """The recipe with all about the images that it leaves open."""
+    known = IMAGENET_PREPROCESSING if checkpoint is None else read_preprocessing(checkpoint)
+    return dataclasses.replace(
+        recipe, **{name: value for name, value in known.items() if getattr(recipe, name) is None}
+    )
+
+
+def create_image_processor(recipe: Recipe) -> BitImageProcessorPil:
+    return BitImageProcessorPil(
+        size={"shortest_edge": math.floor(recipe.image_size / recipe.crop_pct)},
+        crop_size={"height": recipe.image_size, "width": recipe.image_size},
+        image_mean=recipe.image_mean,
+        image_std=recipe.image_std,
+    )
+
+
+def create_model(
+    recipe: Recipe, checkpoint: Path | None, class_names: list[str]
+) -> EfficientVMambaForImageClassification:
+    """The network with fresh weights or those of a checkpoint, and a head for the classes.
+
+    The head of a checkpoint that knows the same classes is kept.
+
+    Raises:
+        UserError: for a network that cannot be built, and a checkpoint that does not fit it.
+    """
+    fields = {
+        **recipe.network,
+        "image_size": recipe.image_size,
+        "drop_path_rate": recipe.drop_path_rate,
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: label for label, name in enumerate(class_names)},
+    }
+    if checkpoint is not None:
+        find_weights(checkpoint)
+    elif recipe.variant is None and not recipe.network:
+        raise UserError("say what to train: a checkpoint with --model, or fresh weights with --variant or --network")
+    known_fields = {field.name for field in dataclasses.fields(EfficientVMambaConfig)}
+    if unknown := sorted(recipe.network.keys() - known_fields):
+        raise UserError(f"EfficientVMambaConfig, which `network` is about, has no field {unknown[0]!r}")
+    try:
+        if checkpoint is None:
+            config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **fields})
+            model = EfficientVMambaForImageClassification(config)
+        else:
+            known = load_config(checkpoint).id2label
+            try:
+                keeps_head = match_labels(class_names, known, {}) == list(range(len(known)))
+            except UserError:
+                keeps_head = False
+            model, report = EfficientVMambaForImageClassification.from_pretrained(
+                checkpoint, **fields, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+            )
+            if missing := sorted(name for name in report["missing_keys"] if not name.startswith("classifier.")):
+                raise UserError(f"{checkpoint} lacks {len(missing)} weights of the network, among them {missing[0]}")
+            if not keeps_head:
+                nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+                nn.init.zeros_(model.classifier.bias)
+    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"the network cannot be built: {error.__cause__ or error}") from error
+    if model.config.num_channels != 3:
+        raise UserError(f"images have 3 channels, the network takes {model.config.num_channels}")
+    if recipe.frozen_stages > model.config.num_stages:
+        raise UserError(f"`frozen_stages` is {recipe.frozen_stages}, the network has {model.config.num_stages} stages")
+    return model

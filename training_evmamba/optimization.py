@@ -1,0 +1,126 @@
+"""Parameter groups, learning rates, and the moving average of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.recipe import Recipe
+
+
+def find_depth(name: str, first_blocks: list[int], num_blocks: int) -> int:
+    """How deep in the network a parameter lies: 0 in the stem, then by block, one more behind the last.
+
+    Patch merging belongs to the first block of its stage.
+
+    Args:
+        name: of the parameter.
+        first_blocks: of each stage, counted from 1.
+        num_blocks: of the network.
+    """
+    parts = name.split(".")
+    if "embeddings" in parts:
+        return 0
+    if "stages" not in parts:
+        return num_blocks + 1
+    stage = parts.index("stages") + 1
+    block = int(parts[stage + 2]) if parts[stage + 1] == "layers" else 0
+    return first_blocks[int(parts[stage])] + block
+
+
+def freeze(model: EfficientVMambaForImageClassification, recipe: Recipe) -> None:
+    """Takes the first stages, with the stem, out of the training."""
+    backbone = model.efficientvmamba
+    frozen = [backbone.embeddings, *backbone.encoder.stages[: recipe.frozen_stages]] if recipe.frozen_stages else []
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def set_training_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Training mode, but for the batch norms that shall keep their statistics, and frozen stages."""
+    model.train()
+    for module in model.modules():
+        weights = list(module.parameters())
+        is_frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
+        if is_frozen or (recipe.freeze_batch_norm and isinstance(module, nn.BatchNorm2d)):
+            module.eval()
+
+
+def create_optimizer(model: EfficientVMambaForImageClassification, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW. Biases, norms, `A_log` and `D` take no weight decay; with layer decay, earlier blocks learn slower."""
+    depths = model.config.depths
+    num_blocks = sum(depths)
+    first_blocks = [1 + sum(depths[:stage]) for stage in range(len(depths))]
+    exempt = model.no_weight_decay()
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = find_depth(name, first_blocks, num_blocks)
+        decays = parameter.ndim > 1 and not name.endswith("bias") and name not in exempt
+        group = groups.setdefault(
+            (depth, decays),
+            {
+                "params": [],
+                "lr": recipe.learning_rate * recipe.layer_decay ** (num_blocks + 1 - depth),
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return torch.optim.AdamW(
+        list(groups.values()), betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon
+    )
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int, steps_per_epoch: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine down to the smallest rate."""
+    return get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer,
+        num_warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+        num_training_steps=num_steps,
+        min_lr_rate=recipe.min_learning_rate / recipe.learning_rate,
+        warmup_lr_rate=recipe.warmup_learning_rate / recipe.learning_rate,
+    )
+
+
+class ExponentialMovingAverage:
+    """The moving average of a model's weights and statistics, sharded as they are.
+
+    The decay rises to its value, (1 + n) / (10 + n) at step n, so that the first weights do not outlive short runs.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.averages = [tensor.detach().clone() for tensor in self.tensors_of(model)]
+
+    @staticmethod
+    def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+        return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """To be called after a step of the optimizer, with its number."""
+        update_averages = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        update_averages(self.averages, [tensor.detach() for tensor in self.tensors_of(model)], None)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """The model with the averages as its weights."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        for tensor, average in zip(self.tensors_of(model), self.averages, strict=True):
+            weights = tensor.clone()
+            tensor.copy_(average)
+            average.copy_(weights)

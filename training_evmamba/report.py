@@ -1,0 +1,105 @@
+"""What is left of a run: its curves, and the card of its model."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
+
+from hub_scripts.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.checkpoints import RunProgress
+from training_evmamba.data import TrainingData
+from training_evmamba.recipe import Recipe, dump_recipe
+
+
+def draw_curves(records: list[dict], path: Path) -> None:
+    """Loss, accuracy and learning rate by epoch, as a PNG.
+
+    Args:
+        records: lines of the log.
+        path: of the picture.
+    """
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 3), layout="constrained")
+        axes = figure.subplots(1, 3)
+        for axis, title, names in zip(
+            axes,
+            ("Loss", "Accuracy on validation images", "Learning rate"),
+            (
+                {"loss": "training", "validation_loss": "validation"},
+                {"top1": "top-1", "top5": "top-5"},
+                {"learning_rate": ""},
+            ),
+            strict=True,
+        ):
+            for name, label in names.items():
+                points = [(record["epoch"], record[name]) for record in records if name in record]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=label)
+            axis.set(title=title, xlabel="epoch")
+            if len(axis.lines) > 1:
+                axis.legend(frameon=False)
+        figure.savefig(path, dpi=120)
+
+
+def describe_training(
+    recipe: Recipe, progress: RunProgress, data: TrainingData, results: dict[str, float | int] | None
+) -> str:
+    """The section on the training in the card: what was learned from, how, and what came out."""
+    start = f"It was fine-tuned from `{recipe.model}`" if recipe.model else "It was trained from fresh weights"
+    sentences = [
+        f"{start} on {data.images_per_epoch:,} images of {len(data.class_names)} classes, in {progress.step:,} steps "
+        f"of {recipe.batch_size} images ({recipe.epochs:g} epochs), by `evmamba train`. The weights are the moving "
+        f"average of those of the steps."
+    ]
+    if progress.unreadable:
+        sentences.append(f"{len(progress.unreadable)} images could not be read and were skipped.")
+    if results is not None:
+        sentences.append(
+            f"On {results['images']:,} images that were held out, {results['top1']:.2%} are recognized (top-1), "
+            f"{results['top5']:.2%} are among the five most likely; the loss is {results['loss']:.4f}."
+        )
+    parts = [
+        *([recipe.about_data.strip()] if recipe.about_data else []),
+        " ".join(sentences),
+        "Images are augmented by Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix).",
+        f"The recipe, with PyTorch {torch.__version__} and transformers {transformers.__version__}:",
+        f"```yaml\n{dump_recipe(recipe)}```",
+    ]
+    return "\n\n".join(parts)
+
+
+def create_card(
+    recipe: Recipe,
+    progress: RunProgress,
+    model: EfficientVMambaForImageClassification,
+    data: TrainingData,
+    results: dict[str, float | int] | None,
+    name: str,
+) -> ModelCard:
+    """The card of a trained model.
+
+    Args:
+        recipe, progress, model, data: of the run.
+        results: of the evaluation; None where nothing was held out.
+        name: what the card calls the model where the recipe gives no name.
+    """
+    eval_results = []
+    if results is not None:
+        dataset = {"dataset": recipe.dataset, "dataset_id": data.validation.hub_id}
+        details_of_dataset = {
+            f"dataset_{name}": getattr(data.validation, name) for name in ("config", "split", "revision")
+        }
+        eval_results = to_eval_results({**dataset, **details_of_dataset, **results})
+    details = CardDetails(
+        license=recipe.license,
+        base_model=recipe.model if recipe.model and not Path(recipe.model).is_dir() else None,
+        datasets=[data.training.hub_id] if data.training.hub_id else [],
+        training=describe_training(recipe, progress, data, results),
+        limits=recipe.about_limits.strip() if recipe.about_limits else UNKNOWN_LIMITS,
+        results=eval_results,
+    )
+    return render_card(recipe.name or name, model.config, EfficientVMambaForImageClassification, details)

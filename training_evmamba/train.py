@@ -1,0 +1,146 @@
+"""`evmamba train`; with several processes:
+
+accelerate launch --num_processes 8 -m training_evmamba.train --recipe tiny --output-dir runs/tiny
+"""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from hub_scripts.errors import UserError
+from training_evmamba.recipe import Recipe, get_kinds, load_recipe
+
+
+NONE = "none"  # on the command line: takes back what the recipe says
+
+
+def parse_fields(text: str) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise typer.BadParameter("give YAML, like {depths: [1, 1, 1, 1]}")
+    return fields
+
+
+def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
+    """The command line's option for a field of the recipe. An option that is not given is None."""
+    (kind,) = get_kinds(field.type) - {type(None)}
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    shown = "" if default in (None, {}) else f" \\[{default}]"
+    option = typer.Option(
+        help=field.metadata["help"] + shown,
+        rich_help_panel=field.metadata["group"],
+        show_default=False,
+        parser=parse_fields if kind == dict[str, Any] else None,
+        metavar="YAML" if kind == dict[str, Any] else None,
+    )
+    annotation = Annotated[(dict if kind == dict[str, Any] else kind) | None, option]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def with_recipe_options(command: Callable) -> Callable:
+    """Gives a command an option for every field of the recipe, in place of its `**values`."""
+    signature = inspect.signature(command)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [to_parameter(field) for field in dataclasses.fields(Recipe)]
+    command.__signature__ = signature.replace(parameters=own + options)
+    return command
+
+
+def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says about the recipe."""
+    given = {name: value for name, value in values.items() if value is not None and value != []}
+    return {name: [] if value == [NONE] else None if value == NONE else value for name, value in given.items()}
+
+
+@with_recipe_options
+def train(
+    output_dir: Annotated[Path, typer.Option(help="Folder of the run: log, checkpoints, and the model.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A preset (`tiny`, `small`, `base`, `finetune`, `digits`) or a YAML file of the options below."
+        ),
+    ] = "finetune",
+    resume: Annotated[
+        Literal["no", "auto"], typer.Option(help="`auto` goes on from the last checkpoint, where there is one.")
+    ] = "no",
+    push_to: Annotated[
+        str | None, typer.Option(help="Repository on the Hub to upload the model to.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    **values: Any,
+) -> None:
+    """Trains a network from scratch, or fine-tunes a checkpoint on images of your own.
+
+    A recipe says all, and every value can be changed by its option. The folder of the run gets the recipe with all
+    values (`recipe.yaml`), a line of `log.jsonl` every few steps, checkpoints that survive a crash at any moment, the
+    curves, and `model`, which `from_pretrained` loads and `evmamba push` uploads. Needs the extra `train` of this
+    package. Started by `accelerate launch`, several processes share each batch.
+
+    Examples:
+
+        evmamba train --model someone/efficientvmamba-tiny --dataset flowers --output-dir runs/flowers
+
+        evmamba train --recipe tiny --dataset imagenet --output-dir runs/tiny --batch-size 512 --learning-rate 5e-4
+
+        accelerate launch -m training_evmamba.train --recipe base --output-dir runs/base --resume auto
+    """
+    try:
+        from training_evmamba.trainer import TrainingRun
+    except ImportError as error:
+        if error.name not in ("accelerate", "datasets", "matplotlib"):
+            raise
+        raise UserError(f'training needs {error.name}: pip install "efficientvmamba[train]"') from error
+    from huggingface_hub import get_token
+
+    from hub_scripts.hub import LOGIN_HINT, check_repo_id
+    from hub_scripts.push import collect_files, push
+
+    if push_to is not None:
+        check_repo_id(push_to)
+        if get_token() is None:
+            raise UserError(f"there is no access token for --push-to: {LOGIN_HINT}")
+        values["name"] = values.get("name") or push_to
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    run = TrainingRun(
+        load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto", console=console
+    )
+    results = run.train()
+    if not run.accelerator.is_main_process:
+        return
+    accuracy = "" if results is None else f", top-1 {results['top1']:.2%} on {results['images']:,} held-out images"
+    console.print(f"[bold green]Trained[/] {escape(str(run.model_dir))}{accuracy}")
+    if push_to is not None:
+        upload = push(
+            push_to,
+            collect_files(run.model_dir, push_to),
+            message="Upload the model with evmamba train",
+            private=private,
+        )
+        console.print(f"[bold green]Uploaded[/] {upload.url}")
+
+
+def main() -> None:
+    """Runs the command. A `UserError` becomes one message on stderr and exit code 1."""
+    try:
+        app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+        app.command()(train)
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,478 @@
+"""The training loop, on as many processes as accelerate started."""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env, set_seed
+from huggingface_hub import constants
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, track
+from transformers.utils import logging
+
+from hub_scripts.errors import UserError
+from hub_scripts.evaluation import Counts, Preprocessor
+from hub_scripts.hub import fetch_model
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.augmentation import Mixing, TrainingTransform
+from training_evmamba.checkpoints import Checkpoints, RunProgress, copy_averages, whole_folder
+from training_evmamba.data import (
+    MIXING,
+    STOCHASTIC_DEPTH,
+    UNREADABLE,
+    Batch,
+    create_rng,
+    create_training_loader,
+    create_validation_loader,
+    open_data,
+)
+from training_evmamba.network import complete_recipe, create_image_processor, create_model
+from training_evmamba.optimization import (
+    ExponentialMovingAverage,
+    create_optimizer,
+    create_schedule,
+    freeze,
+    set_training_mode,
+)
+from training_evmamba.recipe import Recipe, create_recipe, dump_recipe, find_changes, read_values
+from training_evmamba.report import create_card, draw_curves
+
+
+RECIPE_NAME = "recipe.yaml"
+LOG_NAME = "log.jsonl"
+CURVES_NAME = "training_curves.png"
+TRACKERS_NAME = "trackers"
+CHECKPOINTS_NAME = "checkpoints"
+MODEL_NAME = "model"
+
+
+def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
+    """This process among those that accelerate started.
+
+    Raises:
+        UserError: where the machine lacks what the recipe asks for.
+    """
+    # processes on CPUs only find each other when they are told that they compute there
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            dynamo_backend="inductor" if recipe.compile else "no",
+            log_with=recipe.report_to or None,
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / TRACKERS_NAME)),
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot do what the recipe asks for: {error}") from error
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
+        raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
+    if len(accelerator.log_with) < len(recipe.report_to):
+        raise UserError(
+            f"not all trackers of {', '.join(recipe.report_to)} are installed: install them, or use --report-to none"
+        )
+    pieces = accelerator.num_processes * recipe.gradient_accumulation_steps
+    if recipe.batch_size % pieces:
+        raise UserError(
+            f"`batch_size` {recipe.batch_size} cannot be divided among {accelerator.num_processes} processes with "
+            f"{recipe.gradient_accumulation_steps} pieces each: make it a multiple of {pieces}"
+        )
+    return accelerator
+
+
+def create_augmentation(recipe: Recipe, num_labels: int) -> tuple[TrainingTransform, Mixing]:
+    """What is done to an image, and then to a batch.
+
+    Raises:
+        UserError: for a RandAugment that is not understood.
+    """
+    try:
+        transform = TrainingTransform(
+            image_size=(recipe.image_size, recipe.image_size),
+            crop_scale=recipe.crop_scale,
+            crop_ratio=recipe.crop_ratio,
+            horizontal_flip=recipe.horizontal_flip,
+            random_invert=recipe.random_invert,
+            rand_augment=recipe.rand_augment,
+            random_erasing=recipe.random_erasing,
+            image_mean=recipe.image_mean,
+            image_std=recipe.image_std,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    mix = Mixing(
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha,
+        switch_prob=recipe.mix_switch_prob,
+        label_smoothing=recipe.label_smoothing,
+        num_labels=num_labels,
+    )
+    return transform, mix
+
+
+def find_last_checkpoint(checkpoints: Checkpoints, recipe: Recipe, output_dir: Path, resume: bool) -> Path | None:
+    """Where the run goes on.
+
+    Raises:
+        UserError: where the folder holds something else than this run.
+    """
+    path = output_dir / RECIPE_NAME
+    if not path.is_file():
+        if output_dir.exists() and any(output_dir.iterdir()):
+            raise UserError(f"{output_dir} holds files that are of no run: choose another --output-dir")
+        return None
+    if not resume:
+        raise UserError(f"{output_dir} holds a run: go on with it by --resume auto, or choose another --output-dir")
+    changes = find_changes(create_recipe(read_values(str(path))), recipe)
+    if changes:
+        listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
+        raise UserError(
+            f"{output_dir} is a run with another recipe ({listed}): go on with the same, or start anew elsewhere"
+        )
+    saved = checkpoints.list()
+    return saved[-1] if saved else None
+
+
+class TrainingRun:
+    """A run: from its recipe, or from its last checkpoint, to the model.
+
+    `output_dir` holds `recipe.yaml` (all values), `log.jsonl`, `checkpoints/` and, in the end, `model/`, which
+    `from_pretrained` loads and `evmamba push` uploads.
+
+    Args:
+        recipe: what to do.
+        output_dir: new or empty, or a run's where `resume` says so.
+        resume: go on from the last checkpoint where there is one.
+        console: for messages and progress bars.
+
+    Raises:
+        UserError: for all that a user can mend, here and in `train`. What the run has saved stays.
+    """
+
+    def __init__(self, recipe: Recipe, output_dir: Path, *, resume: bool, console: Console):
+        self.output_dir, self.console = output_dir, console
+        self.accelerator = accelerator = create_accelerator(recipe, output_dir)
+        with accelerator.main_process_first():
+            checkpoint = None if recipe.model is None else fetch_model(recipe.model)
+            self.data = open_data(recipe)
+        self.recipe = recipe = complete_recipe(recipe, checkpoint)
+        self.checkpoints = Checkpoints(output_dir / CHECKPOINTS_NAME, recipe.keep_checkpoints)
+        last = find_last_checkpoint(self.checkpoints, recipe, output_dir, resume)
+
+        self.transform, self.mix = create_augmentation(recipe, len(self.data.class_names))
+        self.image_processor = create_image_processor(recipe)
+        set_seed(recipe.seed)
+        model = create_model(recipe, checkpoint, self.data.class_names)
+        freeze(model, recipe)
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
+        self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
+        # of DDP, about strides of sides of length 1
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
+        self.schedule = create_schedule(self.optimizer.optimizer, recipe, self.num_steps, steps_per_epoch)
+        self.ema = ExponentialMovingAverage(self.bare_model, recipe.ema_decay)
+        self.progress = RunProgress(images_per_epoch=self.data.images_per_epoch, class_names=self.data.class_names)
+        if last is not None:
+            self.resume_from(last)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.prepare_output()
+        purge = {"tensorboard": {"purge_step": self.progress.step}} if self.progress.step else {}
+        accelerator.init_trackers(
+            "",
+            {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(recipe).items()},
+            init_kwargs=purge,
+        )
+
+    @property
+    def model_dir(self) -> Path:
+        return self.output_dir / MODEL_NAME
+
+    @property
+    def bare_model(self) -> EfficientVMambaForImageClassification:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def resume_from(self, checkpoint: Path) -> None:
+        progress = self.checkpoints.read_progress(checkpoint)
+        fresh = self.progress
+        if (progress.images_per_epoch, progress.class_names) != (fresh.images_per_epoch, fresh.class_names):
+            raise UserError(
+                f"the dataset has changed since the run began: it had {progress.images_per_epoch:,} images of "
+                f"{len(progress.class_names)} classes, now {fresh.images_per_epoch:,} of {len(fresh.class_names)}"
+            )
+        self.progress = progress
+        self.checkpoints.load(
+            checkpoint, self.bare_model, self.ema, self.optimizer.optimizer, self.schedule, self.accelerator.scaler
+        )
+
+    def prepare_output(self) -> None:
+        """Writes the recipe, and takes back what the log says beyond the checkpoint."""
+        try:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.clean_up()
+            write_whole(self.output_dir / RECIPE_NAME, dump_recipe(self.recipe))
+            kept = [record for record in self.read_log() if record["step"] <= self.progress.step]
+            write_whole(self.output_dir / LOG_NAME, "".join(json.dumps(record) + "\n" for record in kept))
+        except OSError as error:
+            raise UserError(f"{self.output_dir} cannot be written: {error}") from error
+
+    def read_log(self) -> list[dict]:
+        """What was logged so far. The last line may be half-written, when a run was killed."""
+        path, records = self.output_dir / LOG_NAME, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def log(self, record: dict[str, float]) -> None:
+        """A line of the log, with the step and the epoch; the trackers get the same."""
+        place = {
+            "step": self.progress.step,
+            "epoch": round(self.progress.step * self.recipe.batch_size / self.data.images_per_epoch, 4),
+        }
+        self.accelerator.log(record, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            try:
+                with (self.output_dir / LOG_NAME).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**place, **record}) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self.output_dir / LOG_NAME} cannot be written: {error}. {self.way_back()}"
+                ) from error
+
+    def way_back(self) -> str:
+        """For messages about the end of a run."""
+        saved = self.checkpoints.list()
+        return (
+            f"The last checkpoint is {saved[-1]}: --resume auto goes on from it"
+            if saved
+            else "There is no checkpoint yet"
+        )
+
+    def train(self) -> dict[str, float | int | None]:
+        """Trains to the end and writes the model.
+
+        Returns:
+            images of the evaluation, top1, top5 and loss of the model.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+        loader = create_training_loader(
+            self.data,
+            recipe,
+            self.transform,
+            recipe.batch_size // recipe.gradient_accumulation_steps,
+            self.progress.step * recipe.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        batches, results, log = iter(loader), None, TrainingLog(self)
+        set_training_mode(self.model, recipe)
+        with Progress(
+            *Progress.get_default_columns(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not accelerator.is_main_process,
+        ) as bar:
+            task = bar.add_task("Training", total=self.num_steps, completed=self.progress.step, status="")
+            while self.progress.step < self.num_steps:
+                log.add(*self.take_step(batches))
+                step = self.progress.step
+                epoch_ends = step * recipe.batch_size % self.data.images_per_epoch < recipe.batch_size
+                is_last = step == self.num_steps
+                saves = epoch_ends or is_last or (recipe.checkpoint_steps and step % recipe.checkpoint_steps == 0)
+                if saves or step % recipe.logging_steps == 0:
+                    bar.update(task, status=log.write())
+                bar.update(task, completed=step)
+                if epoch_ends or is_last:
+                    results = self.evaluate()
+                    self.progress.top1 = results["top1"] if results else None
+                if saves:
+                    self.save()
+                    log.restart()  # the time was not spent on training
+        # a run that was complete already has been evaluated in another process
+        results = results or self.evaluate()
+        self.export(results)
+        accelerator.end_training()
+        return results
+
+    def take_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """One step of the optimizer. Returns this process's loss, the gradient's norm, and unreadable images."""
+        recipe, accelerator = self.recipe, self.accelerator
+        step, process = self.progress.step, accelerator.process_index
+        # a run that goes on in the middle draws what an unbroken one draws
+        torch.manual_seed(create_rng(recipe.seed, STOCHASTIC_DEPTH, step, process).integers(2**63).item())
+        losses, norm, unreadable = [], None, []
+        for piece in range(recipe.gradient_accumulation_steps):
+            batch = self.check(next(batches))
+            unreadable += batch.unreadable
+            place = (step * recipe.gradient_accumulation_steps + piece, process)
+            pixel_values, targets = self.mix(
+                batch.pixel_values.to(accelerator.device),
+                batch.labels.to(accelerator.device),
+                create_rng(recipe.seed, MIXING, *place),
+            )
+            with accelerator.accumulate(self.model):
+                loss = F.cross_entropy(self.model(pixel_values).logits, targets)
+                losses.append(loss.detach())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.schedule.step()
+        self.progress.step += 1
+        self.ema.update(self.bare_model, self.progress.step)
+        return torch.stack(losses).mean(), norm.detach(), unreadable
+
+    def check(self, batch: Batch) -> Batch:
+        if batch.error is not None:
+            raise UserError(f"{batch.error}. {self.way_back()}")
+        if batch.unreadable and self.recipe.on_unreadable == "stop":
+            raise UserError(
+                f"{batch.unreadable[0]}. {self.way_back()}; --on-unreadable skip goes on without the image"
+            )
+        return batch
+
+    def report_unreadable(self, names: list[str]) -> None:
+        """Counts images that could not be read, in all processes, and names those that are new."""
+        names = set(gather_object(names)) - set(self.progress.unreadable)
+        for name in sorted(names):
+            self.console.print(f"[yellow]Skipped[/] {escape(name)}")
+        self.progress.unreadable += sorted(names)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float | int] | None:
+        """Measures the averaged weights on the validation images, each of which counts once.
+
+        Returns:
+            images, top1, top5 and loss; None without validation images.
+        """
+        if self.data.validation is None:
+            return None
+        accelerator, model, num_classes = self.accelerator, self.bare_model, len(self.data.class_names)
+        counts = Counts(torch.zeros((num_classes, num_classes), dtype=torch.int64))
+        batch_size = max(
+            1, self.recipe.batch_size // accelerator.num_processes // self.recipe.gradient_accumulation_steps
+        )
+        loader = accelerator.prepare(
+            create_validation_loader(self.data, self.recipe, Preprocessor(self.image_processor), batch_size)
+        )
+        unreadable = []
+        with self.ema.applied_to(model):
+            model.eval()
+            for batch in track(
+                loader,
+                "Evaluating",
+                console=self.console,
+                transient=True,
+                disable=not accelerator.is_main_process,
+            ):
+                unreadable += self.check(batch).unreadable
+                with accelerator.autocast():
+                    logits = model(batch.pixel_values).logits.float()
+                logits, labels = accelerator.gather_for_metrics((logits, batch.labels))
+                readable = labels != UNREADABLE
+                counts.add(logits[readable], labels[readable])
+        set_training_mode(self.model, self.recipe)
+        self.report_unreadable(unreadable)
+        if counts.num_images == 0:
+            raise UserError(f"{self.data.validation.name} holds no image to evaluate on that can be read")
+        loss, num_right_in_five = counts.sums.tolist()
+        results = {
+            "images": counts.num_images,
+            "top1": counts.confusion.diag().sum().item() / counts.num_images,
+            "top5": num_right_in_five / counts.num_images,
+            "loss": loss / counts.num_images,
+        }
+        self.log({"top1": results["top1"], "top5": results["top5"], "validation_loss": results["loss"]})
+        return results
+
+    def save(self) -> None:
+        self.checkpoints.save(
+            self.progress,
+            self.bare_model,
+            self.ema,
+            self.optimizer.optimizer,
+            self.schedule,
+            self.accelerator.scaler,
+            self.accelerator.is_main_process,
+        )
+        self.accelerator.wait_for_everyone()
+
+    def export(self, results: dict[str, float | int] | None) -> None:
+        """Writes the averaged weights for `from_pretrained`, with image processor and card, and draws the curves."""
+        model = self.bare_model
+        weights = copy_averages(model, self.ema)
+        if not self.accelerator.is_main_process:
+            return
+        with whole_folder(self.model_dir) as folder:
+            logging.disable_progress_bar()
+            model.save_pretrained(folder, state_dict=weights)
+            self.image_processor.save_pretrained(folder)
+            card = create_card(self.recipe, self.progress, model, self.data, results, str(self.output_dir))
+            card.save(folder / constants.REPOCARD_NAME)
+        draw_curves(self.read_log(), self.output_dir / CURVES_NAME)
+
+
+class TrainingLog:
+    """What steps say of themselves, until a line of the log is due."""
+
+    def __init__(self, run: TrainingRun):
+        self.run = run
+        self.restart()
+
+    def restart(self) -> None:
+        self.losses, self.norms, self.unreadable, self.since = [], [], [], time.monotonic()
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, unreadable: list[str]) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.unreadable += unreadable
+
+    def write(self) -> str:
+        """A line about the steps since the last one. Returns it in short.
+
+        Raises:
+            UserError: where a loss is not finite.
+        """
+        run = self.run
+        losses = run.accelerator.reduce(torch.stack(self.losses), reduction="mean")
+        last = run.progress.step
+        if not losses.isfinite().all():
+            step = last - len(losses) + 1 + losses.isfinite().logical_not().nonzero()[0].item()
+            raise UserError(
+                f"the loss of step {step} is {losses[~losses.isfinite()][0].item()}: lower --learning-rate, or train "
+                f"with --mixed-precision no. {run.way_back()}"
+            )
+        run.report_unreadable(self.unreadable)
+        seconds = time.monotonic() - self.since
+        run.progress.seconds += seconds
+        record = {
+            "loss": losses.mean().item(),
+            "learning_rate": run.optimizer.param_groups[-1]["lr"],
+            "gradient_norm": torch.stack(self.norms).mean().item(),
+            "images_per_second": len(losses) * run.recipe.batch_size / seconds,
+        }
+        run.log(record)
+        self.restart()
+        return f"loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file, so that it is the old or the new one at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
