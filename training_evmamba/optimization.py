@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
@@ -97,17 +98,19 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.averages = [tensor.detach().clone() for tensor in self.tensors_of(model)]
+        self.averages = [tensor.clone() for tensor in self.tensors_of(model)]
 
     @staticmethod
     def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-        return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+        """Weights and statistics; of those that are spread over processes, the part of this process."""
+        tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """To be called after a step of the optimizer, with its number."""
         update_averages = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
-        update_averages(self.averages, [tensor.detach() for tensor in self.tensors_of(model)], None)
+        update_averages(self.averages, self.tensors_of(model), None)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

@@ -236,11 +236,17 @@ class TrainingRun:
                 break
         return records
 
+    @property
+    def num_images(self) -> int:
+        """That the run has trained on so far, in all processes."""
+        return self.progress.step * self.recipe.batch_size
+
     def log(self, record: dict[str, float]) -> None:
-        """A line of the log, with the step and the epoch; the trackers get the same."""
+        """A line of the log, with its place in the run; the trackers get the same."""
         place = {
             "step": self.progress.step,
-            "epoch": round(self.progress.step * self.recipe.batch_size / self.data.images_per_epoch, 4),
+            "images": self.num_images,
+            "epoch": round(self.num_images / self.data.images_per_epoch, 4),
         }
         self.accelerator.log(record, step=self.progress.step)
         if self.accelerator.is_main_process:
@@ -290,7 +296,7 @@ class TrainingRun:
             while self.progress.step < self.num_steps:
                 log.add(*self.take_step(batches))
                 step = self.progress.step
-                epoch_ends = step * recipe.batch_size % self.data.images_per_epoch < recipe.batch_size
+                epoch_ends = self.num_images % self.data.images_per_epoch < recipe.batch_size
                 is_last = step == self.num_steps
                 saves = epoch_ends or is_last or (recipe.checkpoint_steps and step % recipe.checkpoint_steps == 0)
                 if saves or step % recipe.logging_steps == 0:
@@ -397,7 +403,14 @@ class TrainingRun:
             "top5": num_right_in_five / counts.num_images,
             "loss": loss / counts.num_images,
         }
-        self.log({"top1": results["top1"], "top5": results["top5"], "validation_loss": results["loss"]})
+        self.log(
+            {
+                "top1": results["top1"],
+                "top5": results["top5"],
+                "validation_loss": results["loss"],
+                "validation_images": results["images"],
+            }
+        )
         return results
 
     def save(self) -> None:

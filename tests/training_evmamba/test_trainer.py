@@ -25,15 +25,6 @@ from training_evmamba.recipe import create_recipe, dump_recipe, read_values
 from training_evmamba.trainer import TrainingRun
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, in this process as in others."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
-
-
 def train(recipe, output_dir, resume=False, console=None):
     AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this process
     run = TrainingRun(recipe, output_dir, resume=resume, console=console or Console(quiet=True))
@@ -65,6 +56,7 @@ def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path)
     assert [record["step"] for record in log if "top1" in record] == [5, 10, 14, 19, 24, 28, 33, 37]
     assert losses(output)[36] < 0.7 * losses(output)[2]
     assert log[-1]["top1"] == results["top1"]
+    assert (log[-1]["images"], log[-1]["epoch"]) == (37 * 8, 8.0)
 
     assert sorted(path.name for path in output.iterdir()) == [
         "checkpoints",
@@ -189,7 +181,7 @@ def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = read_log(tmp_path / "one")[-1], read_log(tmp_path / "two")[-1]
     assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
-    assert two["top1"] == one["top1"]
+    assert (two["top1"], two["validation_images"], two["images"]) == (one["top1"], 10, one["images"])
     assert len(read_log(tmp_path / "two")) == len(read_log(tmp_path / "one"))
 
     # with statistics of its own, each process normalizes its half of the batch otherwise

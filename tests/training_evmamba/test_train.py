@@ -1,0 +1,99 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
+
+from hub_scripts.cli import app
+from hub_scripts.errors import UserError
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.recipe import Recipe, dump_recipe, load_recipe
+from training_evmamba.train import find_overrides
+
+
+@pytest.fixture
+def run(make_recipe, tmp_path):
+    """Runs `evmamba train` on a small recipe with options; gives the folder of the run."""
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe(epochs=1)))
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this process
+
+    def run(*options: str):
+        base = ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "run")]
+        ended = CliRunner().invoke(app, [*base, *options], env={"COLUMNS": "200"})
+        if ended.exception is not None:
+            raise ended.exception
+        return tmp_path / "run"
+
+    return run
+
+
+def test_the_help_lists_all_values():
+    text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).stdout
+    options = set(re.findall(r"--[a-z0-9-]+", text))
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in options
+
+
+def test_options_replace_values_of_the_recipe(run):
+    output = run(
+        "--epochs=0.75",
+        "--learning-rate=1e-4",
+        "--crop-scale", "0.5", "1",
+        "--rand-augment=none",
+        "--no-compile",
+        "--network={state_size: 3}",
+        "--image-mean=0.1", "--image-mean=0.2", "--image-mean=0.3",
+    )  # fmt: skip
+    saved = load_recipe(str(output / "recipe.yaml"), {})
+    assert (saved.epochs, saved.learning_rate, saved.crop_scale, saved.rand_augment) == (0.75, 1e-4, (0.5, 1.0), None)
+    assert saved.image_mean == [0.1, 0.2, 0.3]
+    assert saved.network["state_size"] == 3
+    assert EfficientVMambaForImageClassification.from_pretrained(output / "model").config.state_size == 3
+
+
+def test_options_that_are_not_given_change_nothing():
+    assert find_overrides({"epochs": None, "image_mean": [], "compile": False, "report_to": ["none"]}) == {
+        "compile": False,
+        "report_to": [],
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--network=[1]"], "give YAML"),
+        (["--epochs=0"], "`epochs` must be positive"),
+        (["--recipe=gigantic"], "there is no recipe gigantic: give a YAML file or one of base, digits"),
+        (["--push-to=nobody"], "names no owner"),
+        (["--dataset=/nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_options(run, hub, tmp_path, options, message):
+    with pytest.raises((UserError, SystemExit)) as caught:
+        run(*options)
+    if isinstance(caught.value, UserError):
+        assert re.search(message, str(caught.value))
+    else:
+        assert caught.value.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_uploads_the_model(run, hub):
+    output = run("--push-to=someone/stripes")
+    files = hub.repos["model", "someone/stripes"].files()
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
+    assert b'model="someone/stripes"' in (output / "model" / "README.md").read_bytes()
+    model = EfficientVMambaForImageClassification.from_pretrained("someone/stripes")
+    assert torch.equal(
+        model.classifier.weight,
+        EfficientVMambaForImageClassification.from_pretrained(output / "model").classifier.weight,
+    )
+
+
+def test_asks_for_a_token_before_the_work_begins(run, hub, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match="there is no access token for --push-to"):
+        run("--push-to=someone/stripes")
+    assert not (tmp_path / "run").exists()
