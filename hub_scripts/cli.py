@@ -302,6 +302,100 @@ def push_space(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    output: Annotated[Path, typer.Argument(help="File to write, `.onnx` or `.pt2`. An older one is replaced.")],
+    format: Annotated[
+        Literal["onnx", "torch-export", "aoti"],
+        typer.Option(
+            help="ONNX; a graph that PyTorch loads without this package; or a compiled one that calls its kernels."
+        ),
+    ] = "onnx",
+    image_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(min=1, help="Height and width of all images.", show_default="images of any size"),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="Number format; `int8` is for ONNX, and for the weights of linear and pointwise layers."),
+    ] = "float32",
+    revision: RevisionOption = None,
+) -> None:
+    """Writes a classifier as one file for another runtime, once its logits have been compared with PyTorch's.
+
+    ONNX files need nothing but standard operators, of opset 18, and carry labels and preprocessing in their metadata.
+    Needs the extra `export` of this package.
+
+    Examples:
+
+        evmamba export efficientvmamba-tiny efficientvmamba-tiny.onnx
+
+        evmamba export efficientvmamba-tiny efficientvmamba-tiny.pt2 --format aoti --image-size 224 224
+    """
+    from transformers.utils import logging
+
+    from hub_scripts import export as job
+
+    logging.disable_progress_bar()
+    with console.status("Exporting"):
+        result = job.export(model, output, format, image_size=image_size, dtype=dtype, revision=revision)
+    table = Table("images", Column("largest difference of a logit", justify="right"), box=box.SIMPLE_HEAD)
+    for (batch_size, height, width), difference in result.differences.items():
+        table.add_row(f"{batch_size} x {height} x {width}", f"{difference:.2g}")
+    console.print(f"[bold green]Exported[/] {escape(str(output))}, {output.stat().st_size:,} bytes, {dtype}")
+    console.print(f"  takes  {result.images}")
+    console.print(table)
+
+
+@app.command()
+def check_runtimes(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A runtime to try, as the table names it. Can be given several times.", show_default="all"),
+    ] = None,
+    revision: RevisionOption = None,
+) -> None:
+    """Runs a classifier through every runtime that is here, and shows how exact and how fast each is.
+
+    Differences are to PyTorch in float64, the largest of all logits of images of three sizes; times are medians of one
+    image of the model's own size. Compilers take minutes. Needs the extra `export` of this package for ONNX Runtime.
+
+    Examples:
+
+        evmamba check-runtimes efficientvmamba-tiny
+
+        evmamba check-runtimes efficientvmamba-tiny --only PyTorch --only "ONNX Runtime"
+    """
+    from transformers.utils import logging
+
+    from hub_scripts import runtimes as job
+
+    unknown = [name for name in only or [] if name not in job.RUNTIMES]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is no runtime, choose among {', '.join(map(repr, job.RUNTIMES))}")
+    logging.disable_progress_bar()
+    table = Table(
+        "runtime",
+        Column("largest difference", justify="right"),
+        Column("ms for one image", justify="right"),
+        title=escape(model),
+        title_justify="left",
+    )
+    names = only or list(job.RUNTIMES)
+    checks = job.check_runtimes(model, names, revision)
+    missing = []
+    for check in track(checks, "Checking", len(names), console=error_console, transient=True):
+        if check.missing is None:
+            table.add_row(check.runtime, f"{check.difference:.2g}", f"{check.milliseconds:.1f}")
+        else:
+            missing.append(check)
+    console.print(table)
+    for check in missing:
+        console.print(f"Not tried: {escape(check.runtime)}: {escape(check.missing)}")
+
+
+@app.command()
 def demo(
     model: Annotated[
         list[str] | None,

@@ -50,23 +50,23 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    for module in list(model.modules()):
-        for names in CHAINS.get(type(module), []):
-            fold_batch_norm(module, *names[:2])
-        if packs:
-            pack_chains(module)
+    fold_batch_norms(model)
     if packs:
+        for module in list(model.modules()):
+            pack_chains(module)
         pack_linear_layers(model)
         keep_freed_memory()
     model.register_state_dict_pre_hook(refuse_to_save)
     return model
 
 
-def fold_batch_norm(module: nn.Module, convolution: str, batch_norm: str | None) -> None:
-    if batch_norm is not None:
-        folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm))
-        setattr(module, convolution, folded)
-        setattr(module, batch_norm, nn.Identity())
+def fold_batch_norms(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for convolution, batch_norm, _ in CHAINS.get(type(module), []):
+            if batch_norm is not None:
+                folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm))
+                setattr(module, convolution, folded)
+                setattr(module, batch_norm, nn.Identity())
 
 
 def refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:

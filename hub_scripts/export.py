@@ -1,0 +1,312 @@
+"""`evmamba export`: a classifier as a file for other runtimes, compared with PyTorch before it is left on the disk."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from transformers import ImageClassificationPipeline
+
+from evmamba_kernels import use_backend
+from hub_scripts.classify import load_classifier
+from hub_scripts.errors import UserError
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
+from modeling_evmamba.inference_evmamba import fold_batch_norms
+
+
+Runtime = Callable[[torch.Tensor], torch.Tensor]  # pixel values, (B, C, H, W), to logits, (B, labels), both float32
+Sizes = list[tuple[int, int, int]]  # batch size, height and width
+
+# The largest difference of a logit that is let pass, in units of the largest logit, or of 1 where that is larger
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-1}
+
+CHECK_BATCH_SIZES = (1, 5, 2)
+
+
+class Logits(nn.Module):
+    """A classifier that takes one tensor and returns one."""
+
+    def __init__(self, model: EfficientVMambaForImageClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits
+
+
+@dataclass
+class Export:
+    """What was written, and how far its logits are from PyTorch's."""
+
+    images: str  # which ones it takes
+    differences: dict[tuple[int, int, int], float]  # by batch size, height and width, the largest of all logits
+
+
+def load_exportable(model: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
+    """The classifier of a folder or Hub id, on the CPU.
+
+    Raises:
+        UserError: for a model that cannot be found, and for other networks.
+    """
+    classifier = load_classifier(model, "cpu", dtype, revision)
+    if not isinstance(classifier.model, EfficientVMambaForImageClassification):
+        raise UserError(f"only EfficientVMamba is exported here, {model!r} is another kind of network")
+    return classifier
+
+
+def load_for_export(model: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
+    """The same with its batch norms folded, in float16 or float32; int8 is made of the latter."""
+    classifier = load_exportable(model, "float16" if dtype == "float16" else "float32", revision)
+    fold_batch_norms(classifier.model)
+    return classifier
+
+
+def smallest_side(config: EfficientVMambaConfig) -> int:
+    """Pixels from which on a graph for all sizes holds: the last stage has more than one place a side.
+
+    PyTorch traces sizes of 1 as constants.
+    """
+    return config.patch_size * (2 ** (config.num_stages - 1) + 1)
+
+
+def check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int] | None) -> Sizes:
+    """What an export is tried on: the model's own size, odd sides that no patch divides, small images."""
+    if image_size is not None:
+        return [(batch_size, *image_size) for batch_size in CHECK_BATCH_SIZES]
+    smallest = smallest_side(config)
+    size = config.image_size if isinstance(config.image_size, int) else max(config.image_size)
+    size = max(size, smallest + 1)
+    sides = [(size, size), (size + 1, size - 1), (smallest + 1, smallest + 17)]
+    return [(batch_size, *pair) for batch_size, pair in zip(CHECK_BATCH_SIZES, sides, strict=True)]
+
+
+def check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> torch.Tensor:
+    """Noise on a colour of its own for every image, so that their logits differ."""
+    batch_size, height, width = size
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randn(batch_size, config.num_channels, 1, 1, generator=generator)
+    return colours + torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+
+
+@torch.inference_mode()
+def compare(runtime: Runtime, reference: Runtime, images: torch.Tensor) -> tuple[float, float]:
+    """The largest difference of a logit, and the same in units of the largest logit, or of 1 where that is larger."""
+    expected = reference(images)
+    difference = (runtime(images) - expected).abs().max().item()
+    return difference, difference / max(1.0, expected.abs().max().item())
+
+
+def export(
+    model: str,
+    output: Path,
+    format: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> Export:
+    """Writes one file, which takes `pixel_values` (B, C, H, W) and returns `logits` (B, labels), both in `dtype`.
+
+    Args:
+        model: folder or Hub id.
+        output: the file. It appears, or is replaced, when its logits are those of PyTorch, and not before.
+        format: a name in `FORMATS`.
+        image_size: height and width, where they shall be fixed; batches may have any size.
+        dtype: "float32", "float16", or "int8" for ONNX: the weights of linear and pointwise layers in 8 bits.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: for a model that cannot be loaded, a file that cannot be written, a package or compiler that is
+            missing, and where the logits of the file are not those of PyTorch.
+    """
+    suffix, write, load = FORMATS[format]
+    output = output.absolute()
+    if output.suffix != suffix:
+        raise UserError(f"files of the format {format} end in {suffix}, {output} does not")
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"{output} cannot be written: it is a folder, or the folder for it does not exist")
+    if dtype == "int8" and format != "onnx":
+        raise UserError(f"int8 is for the format onnx, {format} takes float32 or float16")
+    reference = load_exportable(model, "float32", revision)
+    config = reference.model.config
+    if image_size is not None and min(image_size) < config.patch_size:
+        raise UserError(f"images must have {config.patch_size} x {config.patch_size} pixels at least, a patch")
+    exported = load_for_export(model, dtype, revision)
+    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary_dir:
+        file = Path(temporary_dir) / output.name
+        write(exported, image_size, dtype, file)
+        runtime = load(file)
+        differences = {}
+        for size in check_sizes(config, image_size):
+            images = check_images(config, size)
+            differences[size], relative = compare(runtime, Logits(reference.model), images)
+            if not relative <= BOUNDS[dtype]:
+                raise UserError(
+                    f"the logits of the export differ from PyTorch's by {differences[size]:.2g} for images of "
+                    f"{size[1]} x {size[2]}, more than {BOUNDS[dtype]:g} of the largest: {output} was not written"
+                )
+        os.replace(file, output)
+    if image_size is None:
+        return Export(f"images of any size from {smallest_side(config)} x {smallest_side(config)} pixels", differences)
+    return Export("images of {} x {} pixels".format(*image_size), differences)
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keeps what exporters say to their developers off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def trace(
+    model: EfficientVMambaForImageClassification, image_size: tuple[int, int] | None, backend: str
+) -> ExportedProgram:
+    """The network as a graph, in which the scan is what `backend` makes of it."""
+    smallest = smallest_side(model.config)
+    height, width = image_size or (2 * smallest, 3 * smallest)  # any will do that are not special
+    pixel_values = torch.zeros(2, model.config.num_channels, height, width, dtype=model.dtype)
+    dynamic = {0: Dim.DYNAMIC} if image_size else {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    with torch.no_grad(), use_backend(backend), without_chatter():
+        return torch.export.export(Logits(model), (pixel_values,), dynamic_shapes=(dynamic,))
+
+
+def describe(classifier: ImageClassificationPipeline) -> dict[str, str]:
+    """What a user of the logits has to know besides: names of the labels, and how images become pixel values."""
+    id2label = classifier.model.config.id2label
+    return {
+        "labels": json.dumps([id2label[idx] for idx in range(len(id2label))], ensure_ascii=False),
+        "preprocessing": json.dumps(classifier.image_processor.to_dict(), ensure_ascii=False),
+    }
+
+
+def write_onnx(
+    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, dtype: str, file: Path
+) -> None:
+    try:
+        import onnx
+        from onnxruntime.quantization import quantize_dynamic
+        from onnxscript import optimizer
+
+        from hub_scripts import onnx_scan
+    except ImportError as error:
+        raise UserError(f'ONNX needs the package {error.name}: pip install "efficientvmamba[export]"') from error
+
+    # the scan as one node, whichever the kernel, which `onnx_scan` translates
+    program = trace(classifier.model, image_size, "numba")
+    with without_chatter():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=onnx_scan.OPSET,
+            custom_translation_table={torch.ops.evmamba.atrous_selective_scan.default: onnx_scan.scan},
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"},),
+            verbose=False,
+        )
+        # weights of any size are transposed here, not whenever a file is opened
+        optimizer.optimize(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.clear()  # lines of our code, two thirds of a small file
+    exported.model.metadata_props.update(describe(classifier))
+    exported.save(file)
+    if dtype == "int8":
+        model = onnx.load(file)
+        weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+        linear = [
+            node.name
+            for node in model.graph.node
+            if node.op_type in ("MatMul", "Gemm") and not weights.isdisjoint(node.input)
+        ]
+        with without_chatter():
+            quantize_dynamic(model, file, per_channel=True, nodes_to_quantize=linear)
+
+
+def load_onnx(file: Path) -> Runtime:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    dtype = torch.float16 if session.get_inputs()[0].type == "tensor(float16)" else torch.float32
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.to(dtype).numpy()})
+        return torch.from_numpy(logits).float()
+
+    return run
+
+
+def write_torch_export(
+    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, dtype: str, file: Path
+) -> None:
+    # the scan in PyTorch's operators: the file needs nothing of this package
+    program = trace(classifier.model, image_size, "torch")
+    with without_chatter():
+        torch.export.save(
+            program, file, extra_files={f"{name}.json": text for name, text in describe(classifier).items()}
+        )
+
+
+def load_torch_export(file: Path) -> Runtime:
+    with without_chatter():
+        program = torch.export.load(file)
+    dtype = next(iter(program.state_dict.values())).dtype
+    module = program.module()
+    return lambda pixel_values: module(pixel_values.to(dtype)).float()
+
+
+def require_compiler() -> None:
+    """Raises a `UserError` where TorchInductor finds no C++ compiler."""
+    from torch._inductor import config
+
+    compiler = config.cpp.cxx[-1]
+    if shutil.which(compiler) is None:
+        raise UserError(f"there is no C++ compiler {compiler} here: install one, or name yours in the variable CXX")
+
+
+def write_aoti(
+    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, dtype: str, file: Path
+) -> None:
+    require_compiler()
+    # the scan as a call of our kernel: in PyTorch's operators, it would take many minutes to compile
+    program = trace(classifier.model, image_size, "numba")
+    with without_chatter():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+
+
+def load_aoti(file: Path) -> Runtime:
+    with without_chatter():
+        module = torch._inductor.aoti_load_package(str(file))
+    return module
+
+
+class Format(NamedTuple):
+    """How a kind of file is called, written and opened."""
+
+    suffix: str
+    write: Callable[[ImageClassificationPipeline, tuple[int, int] | None, str, Path], None]
+    load: Callable[[Path], Runtime]
+
+
+FORMATS = {
+    "onnx": Format(".onnx", write_onnx, load_onnx),
+    "torch-export": Format(".pt2", write_torch_export, load_torch_export),
+    "aoti": Format(".pt2", write_aoti, load_aoti),
+}
