@@ -95,7 +95,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         environment["gpu"] = torch.cuda.get_device_name(device)
-    for package in ("torch", "numba", "triton", "transformers", "timm", "mambapy", "mamba_ssm"):
+    for package in ("torch", "numba", "triton", "transformers", "onnxruntime", "timm", "mambapy", "mamba_ssm"):
         try:
             environment[package] = version(package)
         except PackageNotFoundError:

@@ -65,13 +65,6 @@ def load_exportable(model: str, dtype: str, revision: str | None = None) -> Imag
     return classifier
 
 
-def load_for_export(model: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
-    """The same with its batch norms folded, in float16 or float32; int8 is made of the latter."""
-    classifier = load_exportable(model, "float16" if dtype == "float16" else "float32", revision)
-    fold_batch_norms(classifier.model)
-    return classifier
-
-
 def smallest_side(config: EfficientVMambaConfig) -> int:
     """Pixels from which on a graph for all sizes holds: the last stage has more than one place a side.
 
@@ -107,6 +100,29 @@ def compare(runtime: Runtime, reference: Runtime, images: torch.Tensor) -> tuple
     return difference, difference / max(1.0, expected.abs().max().item())
 
 
+def check_logits(
+    runtime: Runtime,
+    reference: EfficientVMambaForImageClassification,
+    image_size: tuple[int, int] | None,
+    bound: float,
+) -> dict[tuple[int, int, int], float]:
+    """The largest difference of a logit by batch size, height and width.
+
+    Raises:
+        UserError: where one is beyond the bound, or no number.
+    """
+    differences = {}
+    for size in check_sizes(reference.config, image_size):
+        images = check_images(reference.config, size)
+        differences[size], relative = compare(runtime, Logits(reference), images)
+        if not relative <= bound:
+            raise UserError(
+                f"the logits of the export differ from PyTorch's by {differences[size]:.2g} for images of "
+                f"{size[1]} x {size[2]}, more than {bound:g} of the largest: nothing was written"
+            )
+    return differences
+
+
 def export(
     model: str,
     output: Path,
@@ -130,36 +146,49 @@ def export(
         UserError: for a model that cannot be loaded, a file that cannot be written, a package or compiler that is
             missing, and where the logits of the file are not those of PyTorch.
     """
-    suffix, write, load = FORMATS[format]
+    suffix = FORMATS[format].suffix
     output = output.absolute()
     if output.suffix != suffix:
-        raise UserError(f"files of the format {format} end in {suffix}, {output} does not")
+        raise UserError(f"files of the format {format} end in {suffix}, {output.name} does not")
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"{output} cannot be written: it is a folder, or the folder for it does not exist")
     if dtype == "int8" and format != "onnx":
         raise UserError(f"int8 is for the format onnx, {format} takes float32 or float16")
-    reference = load_exportable(model, "float32", revision)
-    config = reference.model.config
+    reference = load_exportable(model, "float32", revision).model
+    config = reference.config
     if image_size is not None and min(image_size) < config.patch_size:
         raise UserError(f"images must have {config.patch_size} x {config.patch_size} pixels at least, a patch")
-    exported = load_for_export(model, dtype, revision)
-    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary_dir:
-        file = Path(temporary_dir) / output.name
-        write(exported, image_size, dtype, file)
-        runtime = load(file)
-        differences = {}
-        for size in check_sizes(config, image_size):
-            images = check_images(config, size)
-            differences[size], relative = compare(runtime, Logits(reference.model), images)
-            if not relative <= BOUNDS[dtype]:
-                raise UserError(
-                    f"the logits of the export differ from PyTorch's by {differences[size]:.2g} for images of "
-                    f"{size[1]} x {size[2]}, more than {BOUNDS[dtype]:g} of the largest: {output} was not written"
-                )
-        os.replace(file, output)
+    try:
+        with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary_dir:
+            file = Path(temporary_dir) / output.name
+            runtime = write_and_open(model, format, file, image_size=image_size, dtype=dtype, revision=revision)
+            differences = check_logits(runtime, reference, image_size, BOUNDS[dtype])
+            os.replace(file, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}") from error
     if image_size is None:
         return Export(f"images of any size from {smallest_side(config)} x {smallest_side(config)} pixels", differences)
     return Export("images of {} x {} pixels".format(*image_size), differences)
+
+
+def write_and_open(
+    model: str,
+    format: str,
+    file: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> Runtime:
+    """Writes the file of an export without comparing anything, and opens it. Arguments as those of `export`."""
+    network_dtype = "float16" if dtype == "float16" else "float32"  # int8 is made of float32
+    classifier = load_exportable(model, network_dtype, revision)
+    fold_batch_norms(classifier.model)
+    FORMATS[format].write(classifier, image_size, file)
+    if dtype == "int8":
+        quantize_onnx(file)
+    run = FORMATS[format].load(file)
+    return lambda pixel_values: run(pixel_values.to(classifier.model.dtype)).float()
 
 
 @contextmanager
@@ -168,7 +197,8 @@ def without_chatter() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(previous)
@@ -195,12 +225,10 @@ def describe(classifier: ImageClassificationPipeline) -> dict[str, str]:
     }
 
 
-def write_onnx(
-    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, dtype: str, file: Path
-) -> None:
+def write_onnx(classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, file: Path) -> None:
     try:
-        import onnx
-        from onnxruntime.quantization import quantize_dynamic
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         from onnxscript import optimizer
 
         from hub_scripts import onnx_scan
@@ -226,50 +254,47 @@ def write_onnx(
         node.metadata_props.clear()  # lines of our code, two thirds of a small file
     exported.model.metadata_props.update(describe(classifier))
     exported.save(file)
-    if dtype == "int8":
-        model = onnx.load(file)
-        weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-        linear = [
-            node.name
-            for node in model.graph.node
-            if node.op_type in ("MatMul", "Gemm") and not weights.isdisjoint(node.input)
-        ]
-        with without_chatter():
-            quantize_dynamic(model, file, per_channel=True, nodes_to_quantize=linear)
 
 
-def load_onnx(file: Path) -> Runtime:
+def quantize_onnx(file: Path) -> None:
+    """Replaces the weights of linear and pointwise layers by 8 bits; inputs of theirs are rounded as they come."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = onnx.load(file)
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    products_of_scan = [  # one for each of its groups, or none of weights
+        node.name for node in model.graph.node if node.op_type == "MatMul" and matrices.isdisjoint(node.input)
+    ]
+    with without_chatter():
+        quantize_dynamic(
+            model, file, op_types_to_quantize=["MatMul"], per_channel=True, nodes_to_exclude=products_of_scan
+        )
+
+
+def load_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    dtype = torch.float16 if session.get_inputs()[0].type == "tensor(float16)" else torch.float32
-
-    def run(pixel_values: torch.Tensor) -> torch.Tensor:
-        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.to(dtype).numpy()})
-        return torch.from_numpy(logits).float()
-
-    return run
+    return lambda pixel_values: torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0])
 
 
 def write_torch_export(
-    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, dtype: str, file: Path
+    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, file: Path
 ) -> None:
     # the scan in PyTorch's operators: the file needs nothing of this package
     program = trace(classifier.model, image_size, "torch")
+    extra_files = {f"{name}.json": text for name, text in describe(classifier).items()}
     with without_chatter():
-        torch.export.save(
-            program, file, extra_files={f"{name}.json": text for name, text in describe(classifier).items()}
-        )
+        torch.export.save(program, file, extra_files=extra_files)
 
 
-def load_torch_export(file: Path) -> Runtime:
+def load_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     with without_chatter():
         program = torch.export.load(file)
-    dtype = next(iter(program.state_dict.values())).dtype
-    module = program.module()
-    return lambda pixel_values: module(pixel_values.to(dtype)).float()
+    return program.module()
 
 
 def require_compiler() -> None:
@@ -281,9 +306,7 @@ def require_compiler() -> None:
         raise UserError(f"there is no C++ compiler {compiler} here: install one, or name yours in the variable CXX")
 
 
-def write_aoti(
-    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, dtype: str, file: Path
-) -> None:
+def write_aoti(classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, file: Path) -> None:
     require_compiler()
     # the scan as a call of our kernel: in PyTorch's operators, it would take many minutes to compile
     program = trace(classifier.model, image_size, "numba")
@@ -291,18 +314,17 @@ def write_aoti(
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
-def load_aoti(file: Path) -> Runtime:
+def load_aoti(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     with without_chatter():
-        module = torch._inductor.aoti_load_package(str(file))
-    return module
+        return torch._inductor.aoti_load_package(str(file))
 
 
 class Format(NamedTuple):
     """How a kind of file is called, written and opened."""
 
     suffix: str
-    write: Callable[[ImageClassificationPipeline, tuple[int, int] | None, str, Path], None]
-    load: Callable[[Path], Runtime]
+    write: Callable[[ImageClassificationPipeline, tuple[int, int] | None, Path], None]
+    load: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]  # pixel values to logits in the file's dtype
 
 
 FORMATS = {

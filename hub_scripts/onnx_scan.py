@@ -1,8 +1,8 @@
 """The atrous selective scan in ONNX's standard operators, for maps of any size: one `Scan` along the sequences.
 
-Symbols, sequences and recurrence: `kernels/README.md`. The groups are in the order 0, 2, 1, 3 here, so that those visited
-row by row are neighbours, and those visited column by column. In the states, (B, K, N, D), channels come last, so that
-every operator of a step runs along them. Why one loop over all steps: benchmarks/NOTES.md.
+Symbols, sequences and recurrence: `kernels/README.md`. The groups are in the order 0, 2, 1, 3 here, so that those
+visited row by row are neighbours, and those visited column by column. In the states, (B, K, N, D), channels come last,
+so that every operator of a step runs along them. Why one loop over all steps: benchmarks/NOTES.md.
 
 The functions are traced: what they compute with are values of the graph, and sizes are tensors of one element.
 """

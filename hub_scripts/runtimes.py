@@ -20,9 +20,9 @@ from hub_scripts.export import (
     check_sizes,
     compare,
     load_exportable,
-    load_for_export,
     require_compiler,
     without_chatter,
+    write_and_open,
 )
 from modeling_evmamba import EfficientVMambaForImageClassification, optimize_for_inference
 
@@ -85,11 +85,9 @@ def compiled(checkpoint: Checkpoint) -> Runtime:
 
 def exported(format: str, dtype: str = "float32") -> Callable[[Checkpoint], Runtime]:
     def build(checkpoint: Checkpoint) -> Runtime:
-        suffix, write, load = FORMATS[format]
         with TemporaryDirectory() as folder:
-            file = Path(folder) / f"model{suffix}"
-            write(load_for_export(checkpoint.name, dtype, checkpoint.revision), None, dtype, file)
-            return load(file)
+            file = Path(folder) / f"model{FORMATS[format].suffix}"
+            return write_and_open(checkpoint.name, format, file, dtype=dtype, revision=checkpoint.revision)
 
     return build
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoBackbone,
     AutoModel,
@@ -305,13 +306,24 @@ def test_float64_stays_float64():
 
 
 def test_compiles_to_one_graph():
+    """One graph for all batches and sizes of images, but for batches of one."""
     model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
-    # "eager" traces without compiling: whether there is one graph is what is tested
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    # traces without compiling: how many graphs there are is what is tested
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
     with torch.no_grad():
-        for size in (64, 96, 77):
-            pixel_values = torch.randn(2, 3, size, size)
+        for shape in [
+            (2, 3, 64, 96),
+            (2, 3, 96, 96),
+            (5, 3, 225, 223),
+            (3, 3, 37, 53),
+            (2, 3, 77, 77),
+            (7, 3, 512, 64),
+        ]:
+            pixel_values = torch.randn(shape)
             assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5)
+    assert graphs.frame_count == 1
 
 
 def test_exports_with_dynamic_batch_height_and_width():

@@ -1,0 +1,127 @@
+"""ONNX files of T, S and B in onnxruntime: how far their logits are from PyTorch's, and how long an image takes.
+
+Weights are random, batch norms and linear layers such that images differ in their logits.
+
+Example:
+    python benchmarks/check_export.py --variants tiny --repeats 5
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from measure import RESULTS_DIR, describe_environment, median_times, print_table, write_csv
+from torch import nn
+from transformers import BitImageProcessorPil
+
+from hub_scripts.export import Logits, Runtime, check_images, compare, load_exportable, write_and_open
+from modeling_evmamba import (
+    VARIANTS,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    optimize_for_inference,
+)
+
+
+CPU = torch.device("cpu")
+DTYPES = ("float32", "float16", "int8")
+IMAGE_SIZES = ((224, 224), (225, 223), (37, 53))
+CHECKED_BATCH_SIZES = (1, 5)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="B", help="default: 1 8")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument(
+        "--output-dir", type=Path, default=RESULTS_DIR, help="folder of the CSV files; default: benchmarks/results"
+    )
+    return parser.parse_args()
+
+
+def save_checkpoint(variant: str, folder: Path) -> None:
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    model.save_pretrained(folder)
+    BitImageProcessorPil(crop_size={"height": 224, "width": 224}).save_pretrained(folder)
+
+
+def make_runtimes(folder: Path) -> dict[str, Runtime]:
+    model = load_exportable(str(folder), "float32").model
+    half = load_exportable(str(folder), "bfloat16").model
+    runtimes = {
+        "PyTorch": Logits(model),
+        "PyTorch, optimized": Logits(optimize_for_inference(model)),
+        "PyTorch, bfloat16": lambda pixel_values: half(pixel_values.bfloat16()).logits.float(),
+    }
+    for dtype in DTYPES:
+        file = folder / f"{dtype}.onnx"
+        runtimes[f"ONNX Runtime, {dtype}"] = write_and_open(str(folder), "onnx", file, dtype=dtype)
+    return runtimes
+
+
+def measure_differences(variant: str, runtimes: dict[str, Runtime]) -> list[dict[str, object]]:
+    config = EfficientVMambaConfig(**VARIANTS[variant])
+    rows = []
+    for height, width in IMAGE_SIZES:
+        for batch_size in CHECKED_BATCH_SIZES:
+            images = check_images(config, (batch_size, height, width))
+            row = {"network": variant, "image": f"{height} x {width}", "batch": batch_size}
+            with torch.inference_mode():
+                row["largest logit"] = runtimes["PyTorch"](images).abs().max().item()
+            for name, runtime in runtimes.items():
+                if name != "PyTorch":
+                    row[name], _ = compare(runtime, runtimes["PyTorch"], images)
+            rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def measure_latency(
+    variant: str, runtimes: dict[str, Runtime], arguments: argparse.Namespace
+) -> list[dict[str, object]]:
+    rows = []
+    for batch_size in arguments.batch_sizes:
+        images = torch.randn(batch_size, 3, 224, 224)
+        methods = {name: partial(runtime, images) for name, runtime in runtimes.items()}
+        seconds = median_times(methods, arguments.repeats, CPU, f"{variant}, batches of {batch_size}")
+        for name in runtimes:
+            rows.append(
+                {
+                    "network": variant,
+                    "runtime": name,
+                    "batch": batch_size,
+                    "median ms": 1e3 * seconds[name],
+                    "/ PyTorch": seconds[name] / seconds["PyTorch"],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    environment = describe_environment(CPU) | {"repeats": str(arguments.repeats)}
+    torch.manual_seed(0)
+    differences, latencies = [], []
+    for variant in arguments.variants:
+        with TemporaryDirectory() as folder:
+            save_checkpoint(variant, Path(folder))
+            runtimes = make_runtimes(Path(folder))
+            differences += measure_differences(variant, runtimes)
+            latencies += measure_latency(variant, runtimes, arguments)
+    print_table("Largest difference of a logit to PyTorch in float32", differences)
+    write_csv(arguments.output_dir / "export_differences.csv", differences, environment)
+    print_table("Latency on a CPU, 224 x 224", latencies)
+    write_csv(arguments.output_dir / "export_latency.csv", latencies, environment)
+
+
+if __name__ == "__main__":
+    main()
