@@ -28,8 +28,8 @@ from modeling_evmamba.inference_evmamba import fold_batch_norms
 Runtime = Callable[[torch.Tensor], torch.Tensor]  # pixel values, (B, C, H, W), to logits, (B, labels), both float32
 Sizes = list[tuple[int, int, int]]  # batch size, height and width
 
-# The largest difference of a logit that is let pass, in units of the largest logit, or of 1 where that is larger
-BOUNDS = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-1}
+# The largest difference of a logit that is let pass, in units of the largest logit, of 1 at least
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "int8": 1e-1}
 
 CHECK_BATCH_SIZES = (1, 5, 2)
 
@@ -93,13 +93,6 @@ def check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> t
 
 
 @torch.inference_mode()
-def compare(runtime: Runtime, reference: Runtime, images: torch.Tensor) -> tuple[float, float]:
-    """The largest difference of a logit, and the same in units of the largest logit, or of 1 where that is larger."""
-    expected = reference(images)
-    difference = (runtime(images) - expected).abs().max().item()
-    return difference, difference / max(1.0, expected.abs().max().item())
-
-
 def check_logits(
     runtime: Runtime,
     reference: EfficientVMambaForImageClassification,
@@ -109,13 +102,14 @@ def check_logits(
     """The largest difference of a logit by batch size, height and width.
 
     Raises:
-        UserError: where one is beyond the bound, or no number.
+        UserError: where one is beyond the bound, in units of the largest logit (of 1 at least), or no number.
     """
     differences = {}
     for size in check_sizes(reference.config, image_size):
         images = check_images(reference.config, size)
-        differences[size], relative = compare(runtime, Logits(reference), images)
-        if not relative <= bound:
+        expected = reference(images).logits
+        differences[size] = (runtime(images) - expected).abs().max().item()
+        if not differences[size] <= bound * max(1.0, expected.abs().max().item()):
             raise UserError(
                 f"the logits of the export differ from PyTorch's by {differences[size]:.2g} for images of "
                 f"{size[1]} x {size[2]}, more than {bound:g} of the largest: nothing was written"

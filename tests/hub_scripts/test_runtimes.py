@@ -13,8 +13,6 @@ BOUNDS = {
     "PyTorch, scan in plain operators": 1e-5,
     "PyTorch, bfloat16": 0.2,
     "ONNX Runtime": 1e-5,
-    "ONNX Runtime, float16": 0.02,
-    "ONNX Runtime, int8": 0.2,
 }
 
 
