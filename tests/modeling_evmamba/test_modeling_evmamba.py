@@ -306,24 +306,20 @@ def test_float64_stays_float64():
 
 
 def test_compiles_to_one_graph():
-    """One graph for all batches and sizes of images, but for batches of one."""
+    """One graph for all batches and sizes of images, and one for batches of one."""
     model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
     # traces without compiling: how many graphs there are is what is tested
     graphs = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    batches = [(2, 3, 64, 96), (2, 3, 96, 96), (5, 3, 225, 223), (3, 3, 37, 53), (2, 3, 77, 77), (7, 3, 512, 64)]
+    single_images = [(1, 3, 64, 96), (1, 3, 225, 223), (1, 3, 77, 77)]
     with torch.no_grad():
-        for shape in [
-            (2, 3, 64, 96),
-            (2, 3, 96, 96),
-            (5, 3, 225, 223),
-            (3, 3, 37, 53),
-            (2, 3, 77, 77),
-            (7, 3, 512, 64),
-        ]:
-            pixel_values = torch.randn(shape)
-            assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5)
-    assert graphs.frame_count == 1
+        for num_graphs, shapes in enumerate((batches, single_images), start=1):
+            for shape in shapes:
+                pixel_values = torch.randn(shape)
+                assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5)
+            assert graphs.frame_count == num_graphs
 
 
 def test_exports_with_dynamic_batch_height_and_width():
