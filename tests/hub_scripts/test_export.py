@@ -11,17 +11,22 @@ import pytest
 import torch
 from onnxruntime import InferenceSession
 from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from golden_values import image, load_cases, original_state_dict, relative_error
 from hub_scripts.classify import find_bundled_model
 from hub_scripts.convert import convert
 from hub_scripts.export import export
-from hub_scripts.train_digits import create_image_processor, load_splits
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
+from training_evmamba.digits import load_splits
 
 
 LABELS = ["bird", "cat", "dog", "été"]
 SMALLEST_SIDE = 4 * (2 + 1)  # two places a side in the second of two stages
+
+
+def load_image_processor() -> BitImageProcessorPil:
+    return AutoImageProcessor.from_pretrained(find_bundled_model(), backend="pil")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def checkpoint(tmp_path_factory):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
-    create_image_processor().save_pretrained(folder)
+    load_image_processor().save_pretrained(folder)
     return folder
 
 
@@ -155,7 +160,7 @@ def test_digits_in_8_bits(evmamba, tmp_path):
     )
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) == num_layers
     _, held_out = load_splits()
-    pixel_values = held_out.pixel_values(create_image_processor())
+    pixel_values = load_image_processor()(held_out.images, return_tensors="pt").pixel_values
     logits = run_onnx(tmp_path / "digits.onnx", pixel_values)
     assert 1e-3 < largest_difference(logits, model, pixel_values) < 0.2
     assert (logits.argmax(dim=-1) == held_out.labels).sum() >= 594  # 597 of 599, as in float32
@@ -200,7 +205,7 @@ def test_a_file_with_other_logits_is_not_left_behind(evmamba, checkpoint, tmp_pa
     model = EfficientVMambaForImageClassification.from_pretrained(checkpoint)
     model.classifier.weight.data *= 1e6
     model.save_pretrained(tmp_path / "large")
-    create_image_processor().save_pretrained(tmp_path / "large")
+    load_image_processor().save_pretrained(tmp_path / "large")
     output = tmp_path / "files" / "model.onnx"
     output.parent.mkdir()
     output.write_text("older")
@@ -245,7 +250,7 @@ def test_bad_arguments_get_one_message(evmamba, checkpoint, tmp_path, monkeypatc
 def test_other_networks_are_refused(evmamba, tmp_path):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
-    create_image_processor().save_pretrained(tmp_path / "resnet")
+    load_image_processor().save_pretrained(tmp_path / "resnet")
     exit_code, _, stderr = evmamba("export", tmp_path / "resnet", tmp_path / "model.onnx")
     assert exit_code == 1
     assert "is another kind of network" in stderr
