@@ -239,7 +239,13 @@ def test_backbone_loads_from_a_classifier_and_adds_only_its_norms(tmp_path):
     backbone, report = EfficientVMambaBackbone.from_pretrained(
         tmp_path, out_features=["stage1", "stage4"], output_loading_info=True
     )
-    assert all(key.startswith("hidden_states_norms.") for key in report["missing_keys"])
+    assert set(report["missing_keys"]) == {
+        f"hidden_states_norms.{stage}.{name}" for stage in ("stage1", "stage4") for name in ("weight", "bias")
+    }
+    assert set(report["unexpected_keys"]) == {
+        f"{module}.{name}" for module in ("classifier", "efficientvmamba.layernorm") for name in ("weight", "bias")
+    }
+    assert not report["mismatched_keys"]
     pixel_values = torch.randn(1, 3, 37, 53)
     with torch.no_grad():
         feature_maps = backbone.eval()(pixel_values).feature_maps
@@ -249,6 +255,19 @@ def test_backbone_loads_from_a_classifier_and_adds_only_its_norms(tmp_path):
         # the norms start as the identity on normalized maps
         expected = torch.nn.functional.layer_norm(hidden_state.permute(0, 2, 3, 1), hidden_state.shape[1:2], eps=1e-5)
         assert torch.allclose(feature_map, expected.permute(0, 3, 1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (225, 223), (37, 53)])
+def test_feature_maps_have_the_strides_of_detectors(height, width):
+    """A map of stride s covers what the patches cover: odd sides are continued, not cut."""
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = EfficientVMambaBackbone(EfficientVMambaConfig(**MICRO, out_features=stages)).eval()
+    with torch.no_grad():
+        feature_maps = backbone(torch.randn(2, 3, height, width)).feature_maps
+    rows, columns = height // 4, width // 4
+    for feature_map, channels, stride in zip(feature_maps, backbone.channels, (4, 8, 16, 32), strict=True):
+        step = stride // 4
+        assert feature_map.shape == (2, channels, -(-rows // step), -(-columns // step))
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (75, 101)])
