@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig
 
+# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 from examples import segment_shapes
 from hub_scripts.classify import find_bundled_model
 from hub_scripts.errors import UserError
@@ -31,11 +34,11 @@ def test_scenes_come_from_the_seed_and_hold_every_class():
 
 
 def test_mask_lies_where_the_shapes_are():
-    """On the gradient, colors of neighbouring rows differ by noise alone; at the edges of shapes they jump."""
+    """Where the mask has none, there is nothing but the grey gradient and its noise."""
     for scene in segment_shapes.draw_scenes(np.random.default_rng(0), 8, (96, 96)):
         pixels = np.asarray(scene.image).astype(float)
         gradient = pixels[scene.mask == 0].reshape(-1, 3)
-        assert np.abs(gradient - gradient.mean(axis=1, keepdims=True)).mean() < 12  # grey, but for the noise
+        assert np.abs(gradient - gradient.mean(axis=1, keepdims=True)).mean() < 12
 
 
 def test_the_backbone_holds_the_weights_of_the_classifier():
@@ -64,8 +67,6 @@ def test_learns_and_shows_masks_as_large_as_the_images(tmp_path, capsys):
 
 
 def test_predictions_have_the_size_of_the_images():
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     segmenter = segment_shapes.create_segmenter(str(find_bundled_model()))
     image_processor = AutoImageProcessor.from_pretrained(find_bundled_model())
     scenes = segment_shapes.draw_scenes(np.random.default_rng(0), 2, (67, 45))
@@ -99,4 +100,4 @@ def test_names_what_is_wrong(tmp_path):
     )
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
-    assert "cannot be loaded" in run.stderr.splitlines()[-1] or "cannot be loaded" in run.stderr
+    assert "cannot be loaded" in run.stderr
