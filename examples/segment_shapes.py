@@ -170,13 +170,13 @@ def main(
         raise UserError(f"{output} cannot be written: --output is a file that ends in .png")
     checkpoint = checkpoint or str(find_bundled_model())
     find_configs(checkpoint)  # explains what is wrong with other models
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model {checkpoint!r} has no image processor that can be loaded: {error}") from error
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    segmenter = create_segmenter(checkpoint)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+        segmenter = create_segmenter(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {checkpoint!r} cannot be loaded: {error}") from error
     test_scenes = draw_scenes(generator, NUM_TEST_IMAGES, TEST_SIZE)
 
     before = measure(predict(segmenter, image_processor, test_scenes), test_scenes)

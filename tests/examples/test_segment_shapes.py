@@ -1,6 +1,7 @@
 """The example of dense prediction: a short run, and what it says to those who err."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_names_what_is_wrong(tmp_path):
     ResNetConfig().save_pretrained(tmp_path / "resnet")
     with pytest.raises(UserError, match="of the type 'resnet', not 'efficientvmamba'"):
         segment_shapes.main(checkpoint=str(tmp_path / "resnet"))
+    shutil.copytree(find_bundled_model(), tmp_path / "no weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match=r"no weights' cannot be loaded"):
+        segment_shapes.main(checkpoint=str(tmp_path / "no weights"))
     with pytest.raises(UserError, match=r"a file that ends in \.png"):
         segment_shapes.main(output=tmp_path)
 
