@@ -295,6 +295,7 @@ def main(
         "Classifiers that follow no wire",
         [{"classifier": name, "held-out accuracy %": value} for name, value in shortcuts.items()],
     )
+    environment |= {f"accuracy % of {name}": f"{value:.4g}" for name, value in shortcuts.items()}
 
     rows = []
     with Progress(
@@ -307,11 +308,10 @@ def main(
                 callback = ShowProgress(progress, [total, task])
                 result = train(NETWORKS[name], seed, steps, training, held_out, callback)
                 rows.append({"network": name, "seed": seed, **result})
+                write_csv(output_dir / "ablations.csv", rows, environment)  # what there is, should it be interrupted
                 progress.remove_task(task)
                 progress.console.print(f"{name}, seed {seed}: {result['held-out accuracy %']:.1f} %")
     print_table("Held-out accuracy", summarize(rows))
-    environment |= {f"accuracy % of {name}": f"{value:.4g}" for name, value in shortcuts.items()}
-    write_csv(output_dir / "ablations.csv", rows, environment)
 
 
 if __name__ == "__main__":
