@@ -15,7 +15,7 @@ from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_fro
 from huggingface_hub import constants
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, track
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from transformers.utils import logging
 
 from hub_scripts.errors import UserError
@@ -291,8 +291,8 @@ class TrainingRun:
             TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not accelerator.is_main_process,
-        ) as bar:
-            task = bar.add_task("Training", total=self.num_steps, completed=self.progress.step, status="")
+        ) as self.bar:
+            task = self.bar.add_task("Training", total=self.num_steps, completed=self.progress.step, status="")
             while self.progress.step < self.num_steps:
                 log.add(*self.take_step(batches))
                 step = self.progress.step
@@ -300,16 +300,15 @@ class TrainingRun:
                 is_last = step == self.num_steps
                 saves = epoch_ends or is_last or (recipe.checkpoint_steps and step % recipe.checkpoint_steps == 0)
                 if saves or step % recipe.logging_steps == 0:
-                    bar.update(task, status=log.write())
-                bar.update(task, completed=step)
+                    self.bar.update(task, status=log.write())
+                self.bar.update(task, completed=step)
                 if epoch_ends or is_last:
                     results = self.evaluate()
                     self.progress.top1 = results["top1"] if results else None
                 if saves:
                     self.save()
                     log.restart()  # the time was not spent on training
-        # a run that was complete already has been evaluated in another process
-        results = results or self.evaluate()
+            results = results or self.evaluate()  # of a run that was complete already
         self.export(results)
         accelerator.end_training()
         return results
@@ -339,7 +338,7 @@ class TrainingRun:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.schedule.step()
-        self.progress.step += 1
+        self.progress.step, self.progress.top1 = step + 1, None
         self.ema.update(self.bare_model, self.progress.step)
         return torch.stack(losses).mean(), norm.detach(), unreadable
 
@@ -379,19 +378,16 @@ class TrainingRun:
         unreadable = []
         with self.ema.applied_to(model):
             model.eval()
-            for batch in track(
-                loader,
-                "Evaluating",
-                console=self.console,
-                transient=True,
-                disable=not accelerator.is_main_process,
-            ):
+            task = self.bar.add_task("Evaluating", total=self.data.validation.num_images, status="")
+            for batch in loader:
                 unreadable += self.check(batch).unreadable
                 with accelerator.autocast():
                     logits = model(batch.pixel_values).logits.float()
                 logits, labels = accelerator.gather_for_metrics((logits, batch.labels))
                 readable = labels != UNREADABLE
                 counts.add(logits[readable], labels[readable])
+                self.bar.advance(task, len(labels))
+            self.bar.remove_task(task)
         set_training_mode(self.model, self.recipe)
         self.report_unreadable(unreadable)
         if counts.num_images == 0:

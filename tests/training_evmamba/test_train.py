@@ -4,13 +4,16 @@ import re
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from rich.console import Console
 from typer.testing import CliRunner
 
+from hub_scripts.card import load_card
 from hub_scripts.cli import app
 from hub_scripts.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, dump_recipe, load_recipe
 from training_evmamba.train import find_overrides
+from training_evmamba.trainer import TrainingRun
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_wrong_options(run, hub, tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_uploads_the_model(run, hub):
+def test_uploads_the_model_and_fine_tunes_it_from_there(run, hub, make_recipe, tmp_path):
     output = run("--push-to=someone/stripes")
     files = hub.repos["model", "someone/stripes"].files()
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
@@ -90,6 +93,11 @@ def test_uploads_the_model(run, hub):
         model.classifier.weight,
         EfficientVMambaForImageClassification.from_pretrained(output / "model").classifier.weight,
     )
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = make_recipe(model="someone/stripes", network={}, epochs=1)
+    TrainingRun(recipe, tmp_path / "tuned", resume=False, console=Console(quiet=True)).train()
+    assert load_card(str(tmp_path / "tuned" / "model")).data.base_model == "someone/stripes"
 
 
 def test_asks_for_a_token_before_the_work_begins(run, hub, monkeypatch, tmp_path):
