@@ -48,11 +48,11 @@ bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU
 	done
 
 digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
-	rm -rf build/digits
-	$(BIN)/python -m training_evmamba.digits build/digits/images --examples demo/examples
-	$(BIN)/evmamba train --recipe digits --dataset build/digits/images --output-dir build/digits/run
+	rm -rf build/digits build/digits-run
+	$(BIN)/python -m training_evmamba.digits build/digits --examples demo/examples
+	$(BIN)/evmamba train --recipe digits --dataset build/digits --output-dir build/digits-run
 	rm -rf demo/digits
-	cp -r build/digits/run/model demo/digits
+	cp -r build/digits-run/model demo/digits
 
 quality: $(INSTALLED)  ## Check style and formatting.
 	$(BIN)/ruff check .

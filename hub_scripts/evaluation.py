@@ -127,7 +127,7 @@ class Counts:
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Counts a batch: logits (B, classes), labels (B,)."""
-        logits = logits.double().cpu()
+        logits, labels = logits.cpu().double(), labels.cpu()
         top5 = logits.topk(min(5, len(self.confusion)), dim=-1).indices
         self.confusion.index_put_((labels, top5[:, 0]), torch.ones_like(labels), accumulate=True)
         self.sums[0] += F.cross_entropy(logits, labels, reduction="sum")

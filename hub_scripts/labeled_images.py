@@ -1,7 +1,7 @@
 """Datasets of labeled images, from folders, from the Hub and from the library `datasets`, as one kind of thing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from io import BytesIO
 from itertools import islice
@@ -81,7 +81,8 @@ class SelectedImages(IndexedImages):
     """Some images of a dataset."""
 
     def __init__(self, images: IndexedImages, indices: list[int]):
-        super().__init__(name=images.name, class_names=images.class_names, num_images=len(indices), split=images.split)
+        about = {field.name: getattr(images, field.name) for field in fields(LabeledImages)}
+        super().__init__(**{**about, "num_images": len(indices)})
         self.images, self.indices = images, indices
 
     def __getitem__(self, index: int) -> LabeledImage:
@@ -125,8 +126,9 @@ class Columns:
     class_names: list[str] | None
 
     def to_labeled_image(self, row: dict, name: str) -> LabeledImage:
-        image = row[self.image]
-        return LabeledImage(name, image["bytes"] or Path(image["path"]), row[self.label])
+        image = row[self.image] or {"bytes": b"", "path": None}  # a row without an image is one that cannot be read
+        source = Path(image["path"]) if image["bytes"] is None else image["bytes"]
+        return LabeledImage(name, source, row[self.label])
 
 
 @dataclass(kw_only=True)
@@ -155,11 +157,17 @@ class StreamedImages(LabeledImages):
         from datasets.distributed import split_dataset_by_node
 
         part = split_dataset_by_node(self.stream, index, step)
+        try:
+            yield from self.read_part(part, f"part {index} of {step} of {self.name}")
+        except OSError as error:
+            raise UserError(f"the stream {self.name} cannot be read: {error}") from error
+
+    def read_part(self, part: "datasets.IterableDataset", name: str) -> Iterator[LabeledImage]:
         with explained(self.name):
             # `iter`, because in a worker of a DataLoader `__iter__` takes a part of the part
             for number, rows in enumerate(part.iter(batch_size=1)):
                 row = {name: values[0] for name, values in rows.items()}
-                yield self.columns.to_labeled_image(row, f"image {number} of part {index} of {step} of {self.name}")
+                yield self.columns.to_labeled_image(row, f"image {number} of {name}")
 
     def shuffle(self, seed: int, epoch: int) -> "StreamedImages":
         """The same images in an order that seed and epoch determine, as random as a buffer allows."""

@@ -39,8 +39,8 @@ class RunProgress:
     images_per_epoch: int = 0  # these two tell whether the dataset is still the same
     class_names: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)  # images that had to be skipped
+    num_processes: int = 1  # which share a batch, and draw random numbers of their own
     top1: float | None = None  # of the averaged weights, where they were evaluated at this step
-    seconds: float = 0.0
 
 
 def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -72,6 +72,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         if target.exists():
             replaced = target.with_name(f".{target.name}.replaced.partial")
+            shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
             target.rename(replaced)
             partial.rename(target)
             shutil.rmtree(replaced)
@@ -140,6 +141,12 @@ class Checkpoints:
         }
         if not is_main_process:
             return
+        for tensor in (*weights.values(), *averages.values()):
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"the weights are not finite any more at step {progress.step}: lower --learning-rate, or train "
+                    "with --mixed-precision no"
+                )
         with whole_folder(self.folder / f"step-{progress.step:07}") as folder:
             save_file(weights, folder / "model.safetensors")
             save_file(averages, folder / "ema.safetensors")

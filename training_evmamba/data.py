@@ -3,7 +3,7 @@
 The sequence of training images is the shuffled dataset, shuffled anew and repeated; step s takes the s-th batch of the
 sequence, across the borders of epochs, so that every image is used once per epoch and no batch is smaller than others.
 What happens to an image depends on nothing but the seed and its place in the sequence: the same run may be interrupted
-at any step, and use other numbers of worker processes.
+at any step.
 """
 
 from collections import deque
@@ -26,7 +26,6 @@ from hub_scripts.labeled_images import (
     LabeledImages,
     SelectedImages,
     StreamedImages,
-    choose_split,
     open_splits,
 )
 from training_evmamba.augmentation import TrainingTransform
@@ -65,8 +64,13 @@ def check_classes(images: LabeledImages) -> list[str]:
         folders = {path.name for path in images.folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
         if empty := sorted(folders - set(images.class_names)):
             raise UserError(f"the class folder {images.folder / empty[0]} holds no image: fill it, or remove it")
+    if images.num_images == 0:
+        raise UserError(f"{images.name} holds no images")
     if isinstance(images, IndexedImages):
-        labels = set(images.labels)
+        try:
+            labels = set(images.labels)
+        except TypeError:
+            raise UserError(f"the labels of {images.name} are no single names or numbers") from None
         names = images.class_names
         if names is None and all(isinstance(label, str) for label in labels):
             names = sorted(labels)
@@ -74,13 +78,7 @@ def check_classes(images: LabeledImages) -> list[str]:
             names = [str(label) for label in range(max(labels) + 1)]
         elif names is None:
             raise UserError(f"the labels of {images.name} must be names or numbers from 0, and none may be missing")
-        known = range(len(names))
-        for label in labels - set(names):
-            if label not in known:
-                raise UserError(
-                    f"{images.name} has the label {label} at image {images.labels.index(label)}: there are the labels "
-                    f"0 to {len(names) - 1}. Splits without labels are no use for training"
-                )
+        check_labels(images, names)
     elif images.class_names is None:
         raise UserError(f"the stream {images.name} does not name its classes: download it, without --streaming")
     else:
@@ -88,6 +86,16 @@ def check_classes(images: LabeledImages) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{images.name} has one class only, {names[0]!r}: there is nothing to tell apart")
     return names
+
+
+def check_labels(images: IndexedImages, class_names: list[str]) -> None:
+    known = {*class_names, *range(len(class_names))}
+    for index, label in enumerate(images.labels):
+        if label not in known:
+            raise UserError(
+                f"{images.name} has the label {label} at image {index}: there are the labels 0 to "
+                f"{len(class_names) - 1}. Splits without labels are no use here"
+            )
 
 
 def open_data(recipe: Recipe) -> TrainingData:
@@ -107,6 +115,8 @@ def open_data(recipe: Recipe) -> TrainingData:
         streaming=recipe.streaming,
     )
     if None in splits:
+        if recipe.validation_split is not None:
+            raise UserError(f"{recipe.dataset} has no splits, leave --validation-split out")
         train_split, held_out = None, []
     else:
         if recipe.train_split not in splits:
@@ -117,23 +127,29 @@ def open_data(recipe: Recipe) -> TrainingData:
         held_out = [name for name in EVALUATION_SPLITS if name in splits and name != train_split]
     training, validation = splits[train_split](), None
     if recipe.validation_split is not None:
-        validation = splits[choose_split([name for name in splits if name], recipe.validation_split, recipe.dataset)]()
+        if recipe.validation_split not in splits:
+            known = ", ".join(splits)
+            raise UserError(
+                f"{recipe.dataset} has no split {recipe.validation_split!r}: --validation-split takes {known}"
+            )
+        validation = splits[recipe.validation_split]()
     elif held_out:
         validation = splits[held_out[0]]()
 
     class_names = check_classes(training)
     if validation is not None and validation.class_names not in (None, training.class_names):
+        odd = sorted(set(class_names) ^ set(validation.class_names)) or ["their order"]
         raise UserError(
-            f"training and evaluation know different classes: {', '.join(class_names[:5])}, ... ({len(class_names)}) "
-            f"and {', '.join(validation.class_names[:5])}, ... ({len(validation.class_names)})"
+            f"training and evaluation know different classes, {len(class_names)} and {len(validation.class_names)}: "
+            f"{', '.join(odd[:5])}. Each needs images of all"
         )
+    if isinstance(validation, IndexedImages):
+        check_labels(validation, class_names)
     if validation is None and recipe.validation_fraction > 0 and isinstance(training, IndexedImages):
         num_held_out = round(recipe.validation_fraction * training.num_images)
         shuffled = create_rng(recipe.seed, HOLD_OUT).permutation(training.num_images).tolist()
         validation = SelectedImages(training, sorted(shuffled[:num_held_out])) if num_held_out else None
         training = SelectedImages(training, sorted(shuffled[num_held_out:]))
-    if training.num_images == 0:
-        raise UserError(f"{training.name} holds no images to train on")
     images_per_epoch = recipe.images_per_epoch or training.num_images
     if images_per_epoch is None:
         raise UserError(f"the stream {training.name} does not tell its length: give --images-per-epoch")
@@ -160,11 +176,14 @@ class Batch(NamedTuple):
     error: str | None
 
 
+NO_IMAGE = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], None)
+
+
 def collate(samples: list[Sample]) -> Batch:
     """A batch, without images where one of the samples has an error."""
     unreadable = list(chain.from_iterable(sample.unreadable for sample in samples))
     if error := next((sample.error for sample in samples if sample.error), None):
-        return Batch(torch.empty(0), torch.empty(0), unreadable, error)
+        return NO_IMAGE._replace(unreadable=unreadable, error=error)
     pixel_values = torch.stack([sample.pixel_values for sample in samples])
     return Batch(pixel_values, torch.tensor([sample.label for sample in samples]), unreadable, None)
 
@@ -300,7 +319,7 @@ class StreamedTrainingImages(IterableDataset):
                     yield collate(samples)
                     samples = []
         except UserError as error:  # of the Hub, while skipping
-            yield Batch(torch.empty(0), torch.empty(0), [], str(error))
+            yield NO_IMAGE._replace(error=str(error))
 
     def repeat(self, part: int, num_parts: int) -> Iterator[LabeledImage]:
         for epoch in count():
@@ -340,24 +359,19 @@ class ValidationReader:
             return Sample(torch.zeros(3, size["height"], size["width"]), UNREADABLE, [str(error)])
 
 
-class ValidationImages(Dataset):
-    def __init__(self, images: IndexedImages, read_sample: ValidationReader):
+class ValidationImages(IterableDataset):
+    """The images of one process, each image once."""
+
+    def __init__(self, images: LabeledImages, read_sample: ValidationReader, process_index: int, num_processes: int):
         self.images, self.read_sample = images, read_sample
-
-    def __len__(self) -> int:
-        return self.images.num_images
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.read_sample(self.images[index])
-
-
-class StreamedValidationImages(IterableDataset):
-    def __init__(self, images: StreamedImages, read_sample: ValidationReader):
-        self.images, self.read_sample = images, read_sample
+        self.process_index, self.num_processes = process_index, num_processes
 
     def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        part, num_parts = self.process_index * num_workers + worker_id, self.num_processes * num_workers
         try:
-            yield from map(self.read_sample, self.images.read(0, 1))
+            yield from map(self.read_sample, self.images.read(part, num_parts))
         except UserError as error:  # of the Hub
             yield Sample(None, None, [], str(error))
 
@@ -391,12 +405,20 @@ def create_training_loader(
 
 
 def create_validation_loader(
-    data: TrainingData, recipe: Recipe, preprocess: Preprocessor, batch_size: int
+    data: TrainingData,
+    recipe: Recipe,
+    preprocess: Preprocessor,
+    batch_size: int,
+    process_index: int,
+    num_processes: int,
 ) -> DataLoader:
-    """The validation images in their order, to be shared among processes by accelerate."""
+    """The validation images of one process; the shares of all make up the dataset."""
     read_sample = ValidationReader(data.class_names, preprocess)
-    if isinstance(data.validation, IndexedImages):
-        images, num_workers = ValidationImages(data.validation, read_sample), recipe.num_workers
-    else:  # further workers would each read all of the stream
-        images, num_workers = StreamedValidationImages(data.validation, read_sample), min(recipe.num_workers, 1)
-    return DataLoader(images, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
+    images = ValidationImages(data.validation, read_sample, process_index, num_processes)
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=recipe.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -15,7 +15,7 @@ from hub_scripts.errors import UserError
 from hub_scripts.evaluation import match_labels
 from hub_scripts.push import find_weights, load_config
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
-from training_evmamba.recipe import Recipe
+from training_evmamba.recipe import Recipe, create_recipe
 
 
 # where neither the recipe nor a checkpoint say anything
@@ -28,31 +28,34 @@ IMAGENET_PREPROCESSING = {
 
 
 def read_preprocessing(checkpoint: Path) -> dict:
-    """Fields of the recipe, as the image processor of a checkpoint has them; those of ImageNet where it has none."""
+    """Fields of the recipe, as far as the image processor of a checkpoint has them.
+
+    Raises:
+        UserError: for a checkpoint without an image processor.
+    """
+    path = checkpoint / IMAGE_PROCESSOR_NAME
     try:
-        saved = json.loads((checkpoint / IMAGE_PROCESSOR_NAME).read_text(encoding="utf-8"))
-        image_size = saved["crop_size"]["height"]
-        return {
-            "image_size": image_size,
-            "crop_pct": image_size / saved["size"]["shortest_edge"],
-            "image_mean": saved["image_mean"],
-            "image_std": saved["image_std"],
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return IMAGENET_PREPROCESSING
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged, save the image processor there too: {error}") from error
+    crop_size, size = saved.get("crop_size") or {}, saved.get("size") or {}
+    known = {"image_mean": saved.get("image_mean"), "image_std": saved.get("image_std")}
+    known["image_size"] = crop_size.get("height") or size.get("height")
+    if "height" in crop_size and "shortest_edge" in size:
+        known["crop_pct"] = min(1.0, crop_size["height"] / size["shortest_edge"])
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def complete_recipe(recipe: Recipe, checkpoint: Path | None) -> Recipe:
     """The recipe with all about the images that it leaves open."""
-    known = IMAGENET_PREPROCESSING if checkpoint is None else read_preprocessing(checkpoint)
-    return dataclasses.replace(
-        recipe, **{name: value for name, value in known.items() if getattr(recipe, name) is None}
-    )
+    known = IMAGENET_PREPROCESSING if checkpoint is None else IMAGENET_PREPROCESSING | read_preprocessing(checkpoint)
+    open_fields = {name: value for name, value in known.items() if getattr(recipe, name) is None}
+    return create_recipe({**vars(recipe), **open_fields})
 
 
 def create_image_processor(recipe: Recipe) -> BitImageProcessorPil:
     return BitImageProcessorPil(
-        size={"shortest_edge": math.floor(recipe.image_size / recipe.crop_pct)},
+        size={"shortest_edge": math.floor(recipe.image_size / recipe.crop_pct + 1e-6)},
         crop_size={"height": recipe.image_size, "width": recipe.image_size},
         image_mean=recipe.image_mean,
         image_std=recipe.image_std,
@@ -70,7 +73,6 @@ def create_model(
         UserError: for a network that cannot be built, and a checkpoint that does not fit it.
     """
     fields = {
-        **recipe.network,
         "image_size": recipe.image_size,
         "drop_path_rate": recipe.drop_path_rate,
         "id2label": dict(enumerate(class_names)),
@@ -81,11 +83,13 @@ def create_model(
     elif recipe.variant is None and not recipe.network:
         raise UserError("say what to train: a checkpoint with --model, or fresh weights with --variant or --network")
     known_fields = {field.name for field in dataclasses.fields(EfficientVMambaConfig)}
+    if taken := sorted(recipe.network.keys() & {*fields, "num_labels"}):
+        raise UserError(f"`network` must not hold {taken[0]!r}: the data or another value of the recipe determine it")
     if unknown := sorted(recipe.network.keys() - known_fields):
         raise UserError(f"EfficientVMambaConfig, which `network` is about, has no field {unknown[0]!r}")
     try:
         if checkpoint is None:
-            config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **fields})
+            config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **recipe.network, **fields})
             model = EfficientVMambaForImageClassification(config)
         else:
             known = load_config(checkpoint).id2label
@@ -94,10 +98,19 @@ def create_model(
             except UserError:
                 keeps_head = False
             model, report = EfficientVMambaForImageClassification.from_pretrained(
-                checkpoint, **fields, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+                checkpoint,
+                **recipe.network,
+                **fields,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
             )
-            if missing := sorted(name for name in report["missing_keys"] if not name.startswith("classifier.")):
-                raise UserError(f"{checkpoint} lacks {len(missing)} weights of the network, among them {missing[0]}")
+            unfit = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+            if unfit := sorted(name for name in unfit if not name.startswith("classifier.")):
+                raise UserError(
+                    f"{checkpoint} lacks {len(unfit)} weights of the network or has them in another shape, among them "
+                    f"{unfit[0]}: `network` must not change what the checkpoint was trained with"
+                )
             if not keeps_head:
                 nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
                 nn.init.zeros_(model.classifier.bias)

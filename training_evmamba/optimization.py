@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -111,6 +112,12 @@ class ExponentialMovingAverage:
         """To be called after a step of the optimizer, with its number."""
         update_averages = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         update_averages(self.averages, self.tensors_of(model), None)
+
+    def broadcast_statistics(self, model: nn.Module) -> None:
+        """Gives all processes the main one's statistics and their averages, for each has those of its own images."""
+        statistics = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
+        if statistics:
+            broadcast([statistics, self.averages[-len(statistics) :]])
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

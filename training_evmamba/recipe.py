@@ -21,6 +21,7 @@ from hub_scripts.errors import UserError
 # ruff: noqa: RUF009 (the defaults are what `dataclasses.field` returns)
 
 PRESETS = Path(__file__).parent / "recipes"
+NONE = "none"  # a value that takes back what a preset says
 
 
 def option(group: str, help: str, default: Any, *, resumable: bool = False) -> Any:
@@ -179,6 +180,8 @@ class Recipe:
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must lie in [0, 2 ** 32), got {self.seed}")
         for name in ("layer_decay", "crop_pct"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(self, name)}")
@@ -207,6 +210,8 @@ def get_kinds(annotation: Any) -> set:
 def coerce(name: str, value: Any) -> Any:
     """A value as the type of its field: YAML reads 1e-3 as a text, and 1 as an int."""
     kinds = get_kinds(next(each.type for each in dataclasses.fields(Recipe) if each.name == name))
+    if value == NONE and type(None) in kinds:
+        return None
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)

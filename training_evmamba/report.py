@@ -50,8 +50,9 @@ def describe_training(
 ) -> str:
     """The section on the training in the card: what was learned from, how, and what came out."""
     start = f"It was fine-tuned from `{recipe.model}`" if recipe.model else "It was trained from fresh weights"
+    num_images = data.training.num_images or data.images_per_epoch
     sentences = [
-        f"{start} on {data.images_per_epoch:,} images of {len(data.class_names)} classes, in {progress.step:,} steps "
+        f"{start} on {num_images:,} images of {len(data.class_names)} classes, in {progress.step:,} steps "
         f"of {recipe.batch_size} images ({recipe.epochs:g} epochs), by `evmamba train`. The weights are the moving "
         f"average of those of the steps."
     ]

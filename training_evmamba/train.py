@@ -16,10 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hub_scripts.errors import UserError
-from training_evmamba.recipe import Recipe, get_kinds, load_recipe
-
-
-NONE = "none"  # on the command line: takes back what the recipe says
+from training_evmamba.recipe import NONE, Recipe, get_kinds, load_recipe
 
 
 def parse_fields(text: str) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def with_recipe_options(command: Callable) -> Callable:
 def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
     """What the command line says about the recipe."""
     given = {name: value for name, value in values.items() if value is not None and value != []}
-    return {name: [] if value == [NONE] else None if value == NONE else value for name, value in given.items()}
+    return {name: [] if value == [NONE] else value for name, value in given.items()}
 
 
 @with_recipe_options
@@ -99,7 +96,7 @@ def train(
     try:
         from training_evmamba.trainer import TrainingRun
     except ImportError as error:
-        if error.name not in ("accelerate", "datasets", "matplotlib"):
+        if error.name not in ("accelerate", "matplotlib"):
             raise
         raise UserError(f'training needs {error.name}: pip install "efficientvmamba[train]"') from error
     from huggingface_hub import get_token

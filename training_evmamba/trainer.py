@@ -10,8 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env, set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
 from huggingface_hub import constants
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +32,7 @@ from training_evmamba.augmentation import Mixing, TrainingTransform
 from training_evmamba.checkpoints import Checkpoints, RunProgress, copy_averages, whole_folder
 from training_evmamba.data import (
     MIXING,
+    NO_IMAGE,
     STOCHASTIC_DEPTH,
     UNREADABLE,
     Batch,
@@ -66,7 +73,7 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
             dynamo_backend="inductor" if recipe.compile else "no",
             log_with=recipe.report_to or None,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / TRACKERS_NAME)),
@@ -75,6 +82,8 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
         raise UserError(f"accelerate cannot do what the recipe asks for: {error}") from error
     if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
         raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("of FSDP, version 2 is needed: set fsdp_version to 2 in the configuration of accelerate")
     if len(accelerator.log_with) < len(recipe.report_to):
         raise UserError(
             f"not all trackers of {', '.join(recipe.report_to)} are installed: install them, or use --report-to none"
@@ -126,7 +135,7 @@ def find_last_checkpoint(checkpoints: Checkpoints, recipe: Recipe, output_dir: P
     """
     path = output_dir / RECIPE_NAME
     if not path.is_file():
-        if output_dir.exists() and any(output_dir.iterdir()):
+        if output_dir.exists() and any(each.name != partial_name(path) for each in output_dir.iterdir()):
             raise UserError(f"{output_dir} holds files that are of no run: choose another --output-dir")
         return None
     if not resume:
@@ -160,7 +169,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, output_dir: Path, *, resume: bool, console: Console):
         self.output_dir, self.console = output_dir, console
         self.accelerator = accelerator = create_accelerator(recipe, output_dir)
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             checkpoint = None if recipe.model is None else fetch_model(recipe.model)
             self.data = open_data(recipe)
         self.recipe = recipe = complete_recipe(recipe, checkpoint)
@@ -176,20 +185,25 @@ class TrainingRun:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
-        # of DDP, about strides of sides of length 1
+        # of DDP, about strides of sides of length 1; of the schedule, about the step that the loss scaling replaces
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", ".*optimizer.step.. has been overridden")
         self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
         self.schedule = create_schedule(self.optimizer.optimizer, recipe, self.num_steps, steps_per_epoch)
         self.ema = ExponentialMovingAverage(self.bare_model, recipe.ema_decay)
-        self.progress = RunProgress(images_per_epoch=self.data.images_per_epoch, class_names=self.data.class_names)
+        self.progress = RunProgress(
+            images_per_epoch=self.data.images_per_epoch,
+            class_names=self.data.class_names,
+            num_processes=accelerator.num_processes,
+        )
         if last is not None:
             self.resume_from(last)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.prepare_output()
-        purge = {"tensorboard": {"purge_step": self.progress.step}} if self.progress.step else {}
+        purge = {"tensorboard": {"purge_step": self.progress.step + 1}} if self.progress.step else {}
         accelerator.init_trackers(
-            "",
+            Path(recipe.name or output_dir.resolve()).name,
             {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(recipe).items()},
             init_kwargs=purge,
         )
@@ -210,6 +224,11 @@ class TrainingRun:
                 f"the dataset has changed since the run began: it had {progress.images_per_epoch:,} images of "
                 f"{len(progress.class_names)} classes, now {fresh.images_per_epoch:,} of {len(fresh.class_names)}"
             )
+        if progress.num_processes != fresh.num_processes:
+            raise UserError(
+                f"the run has used {progress.num_processes} processes, now there are {fresh.num_processes}: their "
+                "random numbers would be others. Go on with as many"
+            )
         self.progress = progress
         self.checkpoints.load(
             checkpoint, self.bare_model, self.ema, self.optimizer.optimizer, self.schedule, self.accelerator.scaler
@@ -218,9 +237,10 @@ class TrainingRun:
     def prepare_output(self) -> None:
         """Writes the recipe, and takes back what the log says beyond the checkpoint."""
         try:
-            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.clean_up()
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             write_whole(self.output_dir / RECIPE_NAME, dump_recipe(self.recipe))
+            self.checkpoints.folder.mkdir(exist_ok=True)
+            self.checkpoints.clean_up()
             kept = [record for record in self.read_log() if record["step"] <= self.progress.step]
             write_whole(self.output_dir / LOG_NAME, "".join(json.dumps(record) + "\n" for record in kept))
         except OSError as error:
@@ -248,15 +268,14 @@ class TrainingRun:
             "images": self.num_images,
             "epoch": round(self.num_images / self.data.images_per_epoch, 4),
         }
-        self.accelerator.log(record, step=self.progress.step)
-        if self.accelerator.is_main_process:
-            try:
+        finite = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON knows no others
+        try:
+            self.accelerator.log(finite, step=self.progress.step)
+            if self.accelerator.is_main_process:
                 with (self.output_dir / LOG_NAME).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**place, **record}) + "\n")
-            except OSError as error:
-                raise UserError(
-                    f"{self.output_dir / LOG_NAME} cannot be written: {error}. {self.way_back()}"
-                ) from error
+                    file.write(json.dumps({**place, **finite}) + "\n")
+        except OSError as error:
+            raise UserError(f"the log in {self.output_dir} cannot be written: {error}. {self.way_back()}") from error
 
     def way_back(self) -> str:
         """For messages about the end of a run."""
@@ -302,9 +321,20 @@ class TrainingRun:
                 if saves or step % recipe.logging_steps == 0:
                     self.bar.update(task, status=log.write())
                 self.bar.update(task, completed=step)
+                if saves:
+                    self.ema.broadcast_statistics(self.bare_model)
                 if epoch_ends or is_last:
                     results = self.evaluate()
-                    self.progress.top1 = results["top1"] if results else None
+                    if results is not None:
+                        self.progress.top1 = results["top1"]
+                        self.log(
+                            {
+                                "top1": results["top1"],
+                                "top5": results["top5"],
+                                "validation_loss": results["loss"],
+                                "validation_images": results["images"],
+                            }
+                        )
                 if saves:
                     self.save()
                     log.restart()  # the time was not spent on training
@@ -325,8 +355,8 @@ class TrainingRun:
             unreadable += batch.unreadable
             place = (step * recipe.gradient_accumulation_steps + piece, process)
             pixel_values, targets = self.mix(
-                batch.pixel_values.to(accelerator.device),
-                batch.labels.to(accelerator.device),
+                batch.pixel_values.to(accelerator.device, non_blocking=True),
+                batch.labels.to(accelerator.device, non_blocking=True),
                 create_rng(recipe.seed, MIXING, *place),
             )
             with accelerator.accumulate(self.model):
@@ -354,7 +384,7 @@ class TrainingRun:
     def report_unreadable(self, names: list[str]) -> None:
         """Counts images that could not be read, in all processes, and names those that are new."""
         names = set(gather_object(names)) - set(self.progress.unreadable)
-        for name in sorted(names):
+        for name in sorted(names) if self.accelerator.is_main_process else []:
             self.console.print(f"[yellow]Skipped[/] {escape(name)}")
         self.progress.unreadable += sorted(names)
 
@@ -372,22 +402,32 @@ class TrainingRun:
         batch_size = max(
             1, self.recipe.batch_size // accelerator.num_processes // self.recipe.gradient_accumulation_steps
         )
-        loader = accelerator.prepare(
-            create_validation_loader(self.data, self.recipe, Preprocessor(self.image_processor), batch_size)
+        loader = create_validation_loader(
+            self.data,
+            self.recipe,
+            Preprocessor(self.image_processor),
+            batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
-        unreadable = []
+        batches, unreadable = iter(loader), []
+        task = self.bar.add_task("Evaluating", total=self.data.validation.num_images, status="")
         with self.ema.applied_to(model):
             model.eval()
-            task = self.bar.add_task("Evaluating", total=self.data.validation.num_images, status="")
-            for batch in loader:
-                unreadable += self.check(batch).unreadable
+            # weights that are spread over the processes need all of them, also those whose images are through
+            while any(gather_object([(batch := next(batches, None)) is not None])):
+                batch = NO_IMAGE if batch is None else self.check(batch)
+                size = (3, self.recipe.image_size, self.recipe.image_size)
+                pixel_values = batch.pixel_values if len(batch.labels) else torch.zeros(1, *size)
                 with accelerator.autocast():
-                    logits = model(batch.pixel_values).logits.float()
-                logits, labels = accelerator.gather_for_metrics((logits, batch.labels))
-                readable = labels != UNREADABLE
-                counts.add(logits[readable], labels[readable])
-                self.bar.advance(task, len(labels))
-            self.bar.remove_task(task)
+                    logits = model(pixel_values.to(accelerator.device, non_blocking=True)).logits.float()
+                readable = batch.labels != UNREADABLE
+                counts.add(logits[: len(readable)].cpu()[readable], batch.labels[readable])
+                unreadable += batch.unreadable
+                self.bar.advance(task, len(readable) * accelerator.num_processes)
+        self.bar.remove_task(task)
+        if accelerator.num_processes > 1:
+            counts = Counts(*(accelerator.reduce(each.to(accelerator.device)).cpu() for each in vars(counts).values()))
         set_training_mode(self.model, self.recipe)
         self.report_unreadable(unreadable)
         if counts.num_images == 0:
@@ -399,14 +439,6 @@ class TrainingRun:
             "top5": num_right_in_five / counts.num_images,
             "loss": loss / counts.num_images,
         }
-        self.log(
-            {
-                "top1": results["top1"],
-                "top5": results["top5"],
-                "validation_loss": results["loss"],
-                "validation_images": results["images"],
-            }
-        )
         return results
 
     def save(self) -> None:
@@ -433,7 +465,10 @@ class TrainingRun:
             self.image_processor.save_pretrained(folder)
             card = create_card(self.recipe, self.progress, model, self.data, results, str(self.output_dir))
             card.save(folder / constants.REPOCARD_NAME)
-        draw_curves(self.read_log(), self.output_dir / CURVES_NAME)
+        try:
+            draw_curves(self.read_log(), self.output_dir / CURVES_NAME)
+        except OSError as error:
+            raise UserError(f"{self.output_dir / CURVES_NAME} cannot be written: {error}") from error
 
 
 class TrainingLog:
@@ -467,12 +502,11 @@ class TrainingLog:
                 f"with --mixed-precision no. {run.way_back()}"
             )
         run.report_unreadable(self.unreadable)
-        seconds = time.monotonic() - self.since
-        run.progress.seconds += seconds
+        seconds, norms = time.monotonic() - self.since, torch.stack(self.norms)
         record = {
             "loss": losses.mean().item(),
             "learning_rate": run.optimizer.param_groups[-1]["lr"],
-            "gradient_norm": torch.stack(self.norms).mean().item(),
+            "gradient_norm": norms[norms.isfinite()].mean().item(),  # loss scaling skips steps with others
             "images_per_second": len(losses) * run.recipe.batch_size / seconds,
         }
         run.log(record)
@@ -480,8 +514,13 @@ class TrainingLog:
         return f"loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
 
 
+def partial_name(path: Path) -> str:
+    """The name of a file while it is being written."""
+    return f".{path.name}.partial"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file, so that it is the old or the new one at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(partial_name(path))
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -116,7 +116,7 @@ def test_a_fine_tuned_model():
     )
     data = metadata(card)
     assert (data["license"], data["base_model"], data["datasets"]) == ("mit", "someone/tiny", ["someone/flowers"])
-    assert "| someone/flowers | Top-1 accuracy | 0.8765 | measured by `evmamba evaluate` |" in card.text
+    assert "| someone/flowers | Top-1 accuracy | 0.8765 | measured by the package |" in card.text
     assert str(ModelCard(str(card))) == str(card)
 
 

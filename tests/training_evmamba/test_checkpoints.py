@@ -37,7 +37,7 @@ class Training:
 def test_everything_comes_back(make_recipe, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     saved, loaded = Training(make_recipe(), 3), Training(make_recipe(), 1)
-    progress = RunProgress(step=3, images_per_epoch=37, class_names=["a", "b"], unreadable=["x.png"], seconds=1.5)
+    progress = RunProgress(step=3, images_per_epoch=37, class_names=["a", "b"], unreadable=["x.png"], num_processes=2)
     checkpoints.save(progress, *saved.parts, is_main_process=True)
     (checkpoint,) = checkpoints.list()
     assert sorted(path.name for path in checkpoint.iterdir()) == [
@@ -69,6 +69,16 @@ def test_the_last_and_the_best_are_kept(make_recipe, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step-0000002", "step-0000004", "step-0000005"]
 
 
+def test_weights_that_are_not_finite_are_not_saved(make_recipe, tmp_path):
+    checkpoints, training = Checkpoints(tmp_path, keep=1), Training(make_recipe(), 1)
+    checkpoints.save(RunProgress(step=1), *training.parts, is_main_process=True)
+    with torch.no_grad():
+        training.model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="the weights are not finite any more at step 2"):
+        checkpoints.save(RunProgress(step=2), *training.parts, is_main_process=True)
+    assert os.listdir(tmp_path) == ["step-0000001"]
+
+
 def test_what_was_left_half_written_is_removed_and_not_taken_for_a_checkpoint(make_recipe, tmp_path):
     (tmp_path / ".step-0000007.partial").mkdir()
     checkpoints = Checkpoints(tmp_path, keep=2)
@@ -88,8 +98,10 @@ def test_damaged_checkpoints(make_recipe, tmp_path, name, damage):
     else:
         (checkpoint / name).unlink()
     with pytest.raises(UserError, match="step-0000001 is damaged, remove it to go on from the one before"):
-        checkpoints.read_progress(checkpoint)
-        checkpoints.load(checkpoint, *training.parts)
+        if name == "state.json":
+            checkpoints.read_progress(checkpoint)
+        else:
+            checkpoints.load(checkpoint, *training.parts)
 
 
 def test_pickles_that_want_to_run_code_are_refused(make_recipe, tmp_path):

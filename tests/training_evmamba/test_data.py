@@ -10,11 +10,12 @@ import torch
 
 from hub_scripts.errors import UserError
 from hub_scripts.evaluation import Preprocessor
-from hub_scripts.labeled_images import SelectedImages
+from hub_scripts.labeled_images import ImageFolder, SelectedImages
 from training_evmamba.data import (
     MAX_UNREADABLE_IN_A_ROW,
     UNREADABLE,
     Sequence,
+    check_classes,
     create_training_loader,
     create_validation_loader,
     open_data,
@@ -23,7 +24,9 @@ from training_evmamba.network import complete_recipe, create_image_processor
 from training_evmamba.trainer import create_augmentation
 
 
-ENCODED = datasets.Image(decode=False)
+def to_rows(table: datasets.Dataset) -> list[dict]:
+    """With images as they are stored."""
+    return list(table.cast_column("image", datasets.Image(decode=False)))
 
 
 def create_loader(data, recipe, batch_size=8, start=0, process=(0, 1)):
@@ -103,7 +106,7 @@ def test_unreadable_images_are_reported_and_others_stand_in(make_recipe, damaged
     assert all(len(batch.labels) == 8 for batch in batches)
 
     preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
-    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64)
+    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64, 0, 1)
     assert batch.labels.tolist().count(UNREADABLE) == 1
     assert len(batch.labels) == len(batch.pixel_values) == 10
     assert len(batch.unreadable) == 1
@@ -134,7 +137,7 @@ def test_a_single_class(make_recipe, stripes, tmp_path):
 def test_other_classes_in_evaluation(make_recipe, stripes, tmp_path):
     shutil.copytree(stripes, tmp_path, dirs_exist_ok=True)
     (tmp_path / "validation" / "vertical").rename(tmp_path / "validation" / "upright")
-    with pytest.raises(UserError, match="training and evaluation know different classes"):
+    with pytest.raises(UserError, match="training and evaluation know different classes, 2 and 2: upright, vertical"):
         open_data(make_recipe(dataset=str(tmp_path)))
 
 
@@ -143,7 +146,7 @@ def test_other_classes_in_evaluation(make_recipe, stripes, tmp_path):
     [
         ({"dataset": None}, "give a --dataset"),
         ({"train_split": "all"}, "has no split 'all': --train-split takes train, validation"),
-        ({"validation_split": "all"}, "choose a split of .* it has train, validation"),
+        ({"validation_split": "all"}, "has no split 'all': --validation-split takes train, validation"),
     ],
 )
 def test_wrong_splits(make_recipe, options, message):
@@ -182,6 +185,31 @@ def test_labels_without_names(make_recipe, table, tmp_path, kind):
     assert set(torch.cat([batch.labels for batch in read_batches(recipe, 4)]).tolist()) == {0, 1}
 
 
+def test_a_row_without_an_image_cannot_be_read(make_recipe, table, tmp_path):
+    images = [None, *({"path": path, "bytes": None} for path in (row["image"]["path"] for row in to_rows(table)[1:]))]
+    datasets.Dataset.from_dict({"image": images, "label": table["label"]}, features=table.features).save_to_disk(
+        tmp_path
+    )
+    batches = read_batches(make_recipe(dataset=str(tmp_path), validation_fraction=0.0), 5)
+    names = {name for batch in batches for name in batch.unreadable}
+    assert len(names) == 1
+    assert next(iter(names)).startswith("image 0 of")
+
+
+def test_labels_of_the_validation_images_are_looked_at_first(make_recipe, table, tmp_path):
+    rows = table.to_dict()
+    rows["label"] = [-1] * len(rows["label"])
+    unlabeled = datasets.Dataset.from_dict(rows, features=table.features)
+    datasets.DatasetDict({"train": table, "test": unlabeled}).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match="label -1 at image 0"):
+        open_data(make_recipe(dataset=str(tmp_path)))
+
+
+def test_no_images(stripes):
+    with pytest.raises(UserError, match="train holds no images"):
+        check_classes(SelectedImages(ImageFolder(stripes / "train"), []))
+
+
 def test_a_label_of_no_class(make_recipe, table, tmp_path):
     rows = table.to_dict()
     rows["label"][5] = -1
@@ -193,7 +221,7 @@ def test_a_label_of_no_class(make_recipe, table, tmp_path):
 @pytest.fixture
 def stream(hub, table, tmp_path) -> str:
     """The id of a dataset on the Hub, of four files, with an image that cannot be read."""
-    images = [{"bytes": Path(row["image"]["path"]).read_bytes()} for row in table.cast_column("image", ENCODED)]
+    images = [{"bytes": Path(row["image"]["path"]).read_bytes()} for row in to_rows(table)]
     images[20] = {"bytes": b"no image"}
     table = datasets.Dataset.from_dict({"image": images, "label": table["label"]}, features=table.features)
     files = {}
