@@ -1,6 +1,7 @@
 """ONNX files of T, S and B in onnxruntime: how far their logits are from PyTorch's, and how long an image takes.
 
-Weights are random, batch norms and linear layers such that images differ in their logits.
+Weights are random, batch norms and linear layers such that images differ in their logits. What the number formats cost
+in accuracy is counted with the bundled model, on the digits that were held out.
 
 Example:
     python benchmarks/check_export.py --variants tiny --repeats 5
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import BitImageProcessorPil
 from transformers.utils import logging
 
+from hub_scripts.classify import find_bundled_model
 from hub_scripts.export import Logits, Runtime, check_images, load_exportable, write_and_open
 from modeling_evmamba import (
     VARIANTS,
@@ -24,6 +26,7 @@ from modeling_evmamba import (
     EfficientVMambaForImageClassification,
     optimize_for_inference,
 )
+from training_evmamba.digits import load_splits
 
 
 CPU = torch.device("cpu")
@@ -56,10 +59,13 @@ def save_checkpoint(variant: str, folder: Path) -> None:
     BitImageProcessorPil(crop_size={"height": 224, "width": 224}).save_pretrained(folder)
 
 
-def make_runtimes(folder: Path) -> dict[str, Runtime]:
-    """PyTorch with the kernels of this package, as loaded, optimized for inference and in bfloat16; onnxruntime."""
-    model = load_exportable(str(folder), "float32").model
-    half = load_exportable(str(folder), "bfloat16").model
+def make_runtimes(checkpoint: Path, folder: Path) -> dict[str, Runtime]:
+    """PyTorch with the kernels of this package, as loaded, optimized for inference and in bfloat16; onnxruntime.
+
+    The files of the latter go to `folder`.
+    """
+    model = load_exportable(str(checkpoint), "float32").model
+    half = load_exportable(str(checkpoint), "bfloat16").model
     runtimes = {
         "PyTorch": Logits(model),
         "optimized": Logits(optimize_for_inference(model)),
@@ -67,7 +73,7 @@ def make_runtimes(folder: Path) -> dict[str, Runtime]:
     }
     for dtype in DTYPES:
         file = folder / f"{dtype}.onnx"
-        runtimes[f"ONNX {dtype}"] = write_and_open(str(folder), "onnx", file, dtype=dtype)
+        runtimes[f"ONNX {dtype}"] = write_and_open(str(checkpoint), "onnx", file, dtype=dtype)
     return runtimes
 
 
@@ -110,15 +116,38 @@ def measure_latency(
     return rows
 
 
+@torch.inference_mode()
+def measure_digits() -> list[dict[str, object]]:
+    """The bundled model in each runtime, on the digits that were held out from its training."""
+    checkpoint = find_bundled_model()
+    image_processor = BitImageProcessorPil.from_pretrained(checkpoint)
+    _, held_out = load_splits()
+    pixel_values = image_processor(held_out.images, return_tensors="pt").pixel_values
+    with TemporaryDirectory() as folder:
+        runtimes = make_runtimes(checkpoint, Path(folder))
+        logits = {name: runtime(pixel_values) for name, runtime in runtimes.items()}
+    return [
+        {
+            "runtime": name,
+            "right": (each.argmax(dim=-1) == held_out.labels).sum().item(),
+            "of": len(held_out.labels),
+            "largest difference": (each - logits["PyTorch"]).abs().max().item(),
+        }
+        for name, each in logits.items()
+    ]
+
+
 def main() -> None:
     arguments = parse_arguments()
     environment = describe_environment(CPU) | {"repeats": str(arguments.repeats)}
     logging.disable_progress_bar()
+    print_table("The bundled model on held-out digits", digits := measure_digits())
+    write_csv(arguments.output_dir / "export_digits.csv", digits, environment)
     differences, latencies = [], []
     for variant in arguments.variants:
         with TemporaryDirectory() as folder:
             save_checkpoint(variant, Path(folder))
-            runtimes = make_runtimes(Path(folder))
+            runtimes = make_runtimes(Path(folder), Path(folder))
             differences += measure_differences(variant, runtimes)
             latencies += measure_latency(variant, runtimes, arguments)
     print_table("Largest difference of a logit to PyTorch in float32", differences)
