@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install classify demo test test-triton test-gpu test-wheel bench-gpu digits quality style clean
+.PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel bench-gpu digits quality style clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,14 +22,18 @@ classify: $(INSTALLED)  ## Classify the example images with the bundled model.
 demo: $(INSTALLED)  ## Show the bundled model in the browser, on http://127.0.0.1:7860.
 	$(BIN)/evmamba demo
 
-test: $(INSTALLED)  ## Run all tests but that of the wheel.
+test: $(INSTALLED)  ## Run all tests but the slow ones and that of the wheel.
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(INSTALLED)  ## Run the tests that compile, train on several processes, and kill runs.
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-triton: $(INSTALLED)  ## Run the tests of the GPU kernels in Triton's interpreter, without a GPU.
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/kernels
 
 test-gpu: $(INSTALLED)  ## Run the tests of the GPU kernels on a GPU.
 	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest -k "triton or gpu" tests/kernels
+	$(BIN)/python -m pytest -k learns_and_leaves tests/training_evmamba
 
 test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and use it there.
 	$(BIN)/python -m pytest -m wheel

@@ -57,6 +57,7 @@ def test_contents(wheel):
         "training_evmamba",
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "training_evmamba/recipes/tiny.yaml" in names
 
 
 def test_packages_come_from_the_environment(environment):

@@ -1,5 +1,7 @@
 """Properties that the explanations must have, on the bundled model and on a network with fresh weights."""
 
+import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -53,7 +55,8 @@ def test_the_map_of_the_last_stage_is_the_exact_one(model, pixel_values):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_grad_cam_agrees_with_finite_differences(model, pixel_values, stage):
     """Its channel weights are derivatives of the logit: adding a constant to a channel changes it accordingly."""
-    label, channel, step = 3, 5, 1e-2
+    label, channel, step = 3, 5, 1e-5
+    model, pixel_values = copy.deepcopy(model).double(), pixel_values.double()
     stages = model.efficientvmamba.encoder.stages
 
     def logit(change: float) -> float:
@@ -73,7 +76,7 @@ def test_grad_cam_agrees_with_finite_differences(model, pixel_values, stage):
     (gradient,) = torch.autograd.grad(logits[0, label], hidden_states[stage])
     derivatives = gradient[0].sum(dim=(1, 2))
     expected = (logit(step) - logit(-step)) / (2 * step)
-    assert derivatives[channel].item() == pytest.approx(expected, rel=0.05, abs=1e-3)
+    assert derivatives[channel].item() == pytest.approx(expected, rel=1e-3)
 
     height, width = channels.shape[1:]
     cam = (derivatives[:, None, None] * channels).sum(dim=0).clamp_min(0) / (height * width)

@@ -135,6 +135,7 @@ def test_onnx_in_half_precision(exported, model):
     assert largest_difference(logits, model, pixel_values) < 1e-2
 
 
+@pytest.mark.slow
 def test_tiny_has_the_logits_of_the_authors(evmamba, tmp_path):
     torch.save(original_state_dict("tiny", 11), tmp_path / "tiny.pth")
     convert(str(tmp_path / "tiny.pth"), tmp_path / "tiny")
@@ -147,6 +148,7 @@ def test_tiny_has_the_logits_of_the_authors(evmamba, tmp_path):
     assert (logits - golden).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_digits_in_8_bits(evmamba, tmp_path):
     folder = find_bundled_model()
     exit_code, _, stderr = evmamba("export", folder, tmp_path / "digits.onnx", "--dtype", "int8")
@@ -166,6 +168,7 @@ def test_digits_in_8_bits(evmamba, tmp_path):
     assert (logits.argmax(dim=-1) == held_out.labels).sum() >= 590  # of 599
 
 
+@pytest.mark.slow
 def test_torch_export_needs_nothing_of_this_package(exported, model, tmp_path):
     file = exported("--format", "torch-export", "--image-size", 37, 53, name="model.pt2")
     pixel_values = colourful(5, 3, 37, 53)
@@ -185,6 +188,7 @@ print(labels["labels.json"])
     assert largest_difference(logits.detach(), model, pixel_values) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_aoti_package(exported, model):
     file = exported("--format", "aoti", "--image-size", 37, 53, name="model.pt2")

@@ -109,7 +109,7 @@ def test_dry_run_touches_no_network(evmamba, hub, monkeypatch):
     assert code == 0, err
     assert hub.requests == []
     lines = [line.split() for line in out.splitlines()]
-    sizes = {words[1]: words[3] for words in lines if len(words) == 5 and "." in words[1]}
+    sizes = {words[1]: words[3] for words in lines if len(words) == 5 and words[0] == "│" and "." in words[1]}
     assert sizes["model.safetensors"] == f"{(DIGITS / 'model.safetensors').stat().st_size:,}"
     assert sizes.keys() == push.collect_files(DIGITS, REPO_ID).keys()
     assert (DIGITS / "README.md").read_text() in out

@@ -16,6 +16,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 def test_table_of_runtimes(evmamba):
     options = [option for name in [*BOUNDS, "PyTorch, accelerator"] for option in ("--only", name)]
     exit_code, stdout, stderr = evmamba("check-runtimes", find_bundled_model(), *options)

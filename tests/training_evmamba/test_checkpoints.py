@@ -153,6 +153,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_before(make_recipe, tmp_path):
     from training_evmamba.recipe import dump_recipe
 

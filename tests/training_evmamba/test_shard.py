@@ -2,7 +2,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_weights_that_are_spread_over_processes(tmp_path):
     """As accelerate's FSDP spreads them: averages, checkpoints and resuming are those of one process."""
     script = Path(__file__).with_name("shard.py")

@@ -125,6 +125,7 @@ def train_in_another_process(recipe, output_dir, resume):
     train(recipe, output_dir, resume)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_gives_the_same_weights(make_recipe, tmp_path):
     recipe = make_recipe(epochs=4, mixup_alpha=0.2, cutmix_alpha=1.0, drop_path_rate=0.2, checkpoint_steps=2)
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
@@ -175,6 +176,7 @@ def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subpr
     )
 
 
+@pytest.mark.slow
 def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path):
     exact = make_recipe(freeze_batch_norm=True, drop_path_rate=0.0)
     train(exact, tmp_path / "one")
@@ -192,6 +194,7 @@ def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path)
     assert losses(tmp_path / "two_live") == pytest.approx(losses(tmp_path / "one_live"), rel=0.1)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
     recipe = make_recipe(mixup_alpha=0.2, cutmix_alpha=1.0, checkpoint_steps=3, keep_checkpoints=20)
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
@@ -249,6 +252,7 @@ def test_a_checkpoint_that_does_not_fit_the_recipe(make_recipe, tmp_path):
         train(recipe, tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_a_stream(make_recipe, hub, stripes, tmp_path):
     files = {}
     for split in ("train", "validation"):
