@@ -133,6 +133,22 @@ class Counts:
         self.sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         self.sums[1] += (top5 == labels[:, None]).sum()
 
+    def add_up(self, device: torch.device) -> "Counts":
+        """The counts of all processes together. To be called by each, with its device."""
+        from accelerate.utils import reduce
+
+        return Counts(*(reduce(tensor.to(device), "sum").cpu() for tensor in vars(self).values()))
+
+    def summarize(self) -> dict[str, int | float]:
+        """The number of images, which must not be 0, shares of right ones, and the mean loss."""
+        loss, num_right_in_five = self.sums.tolist()
+        return {
+            "images": self.num_images,
+            "top1": int(self.confusion.diag().sum()) / self.num_images,
+            "top5": num_right_in_five / self.num_images,
+            "loss": loss / self.num_images,
+        }
+
 
 def join_processes():
     """This process among those that accelerate started, or as the only one: accelerate's `PartialState`.
@@ -287,18 +303,16 @@ class Evaluation:
         Raises:
             UserError: for a dataset without images.
         """
-        from accelerate.utils import gather, reduce
+        from accelerate.utils import gather
 
         num_new = self.counts.num_images - self.num_resumed
         work = torch.tensor([[num_new, self.seconds]], dtype=torch.float64)
         if self.processes.num_processes > 1:
             device = self.processes.device
-            self.counts = Counts(*(reduce(tensor.to(device), "sum").cpu() for tensor in vars(self.counts).values()))
+            self.counts = self.counts.add_up(device)
             work = gather(work.to(device)).cpu()
-        num_images = self.counts.num_images
-        if num_images == 0:
+        if self.counts.num_images == 0:
             raise UserError(f"the dataset {self.dataset.name} holds no images")
-        loss, num_right_in_five = self.counts.sums.tolist()
         seconds = work[:, 1].max().item()
         return {
             "dataset": self.dataset.name,
@@ -306,10 +320,7 @@ class Evaluation:
             "dataset_config": self.dataset.config,
             "dataset_split": self.dataset.split,
             "dataset_revision": self.dataset.revision,
-            "images": num_images,
-            "top1": int(self.counts.confusion.diag().sum()) / num_images,
-            "top5": num_right_in_five / num_images,
-            "loss": loss / num_images,
+            **self.counts.summarize(),
             "images_per_second": work[:, 0].sum().item() / seconds if seconds > 0 else None,
             "processes": self.processes.num_processes,
             "batch_size": self.batch_size,

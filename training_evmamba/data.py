@@ -274,6 +274,12 @@ class Sequence(Sampler):
             yield items
 
 
+def find_worker() -> tuple[int, int]:
+    """The number of this worker of a DataLoader, and how many there are."""
+    worker = get_worker_info()
+    return (0, 1) if worker is None else (worker.id, worker.num_workers)
+
+
 class StreamedTrainingImages(IterableDataset):
     """Batches of one process from a stream, shuffled anew and repeated.
 
@@ -299,8 +305,7 @@ class StreamedTrainingImages(IterableDataset):
         self.process_index, self.num_processes = process_index, num_processes
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        worker_id, num_workers = find_worker()
         turn = (self.start + worker_id) % num_workers  # the first worker gives the first batch, whichever that is
         part, num_parts = self.process_index * num_workers + turn, self.num_processes * num_workers
         num_done = len(range(turn, self.start, num_workers)) * self.batch_size
@@ -367,8 +372,7 @@ class ValidationImages(IterableDataset):
         self.process_index, self.num_processes = process_index, num_processes
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        worker_id, num_workers = find_worker()
         part, num_parts = self.process_index * num_workers + worker_id, self.num_processes * num_workers
         try:
             yield from map(self.read_sample, self.images.read(part, num_parts))

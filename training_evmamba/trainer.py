@@ -399,14 +399,11 @@ class TrainingRun:
             return None
         accelerator, model, num_classes = self.accelerator, self.bare_model, len(self.data.class_names)
         counts = Counts(torch.zeros((num_classes, num_classes), dtype=torch.int64))
-        batch_size = max(
-            1, self.recipe.batch_size // accelerator.num_processes // self.recipe.gradient_accumulation_steps
-        )
         loader = create_validation_loader(
             self.data,
             self.recipe,
             Preprocessor(self.image_processor),
-            batch_size,
+            self.recipe.batch_size // accelerator.num_processes // self.recipe.gradient_accumulation_steps,
             accelerator.process_index,
             accelerator.num_processes,
         )
@@ -427,19 +424,12 @@ class TrainingRun:
                 self.bar.advance(task, len(readable) * accelerator.num_processes)
         self.bar.remove_task(task)
         if accelerator.num_processes > 1:
-            counts = Counts(*(accelerator.reduce(each.to(accelerator.device)).cpu() for each in vars(counts).values()))
+            counts = counts.add_up(accelerator.device)
         set_training_mode(self.model, self.recipe)
         self.report_unreadable(unreadable)
         if counts.num_images == 0:
             raise UserError(f"{self.data.validation.name} holds no image to evaluate on that can be read")
-        loss, num_right_in_five = counts.sums.tolist()
-        results = {
-            "images": counts.num_images,
-            "top1": counts.confusion.diag().sum().item() / counts.num_images,
-            "top5": num_right_in_five / counts.num_images,
-            "loss": loss / counts.num_images,
-        }
-        return results
+        return counts.summarize()
 
     def save(self) -> None:
         self.checkpoints.save(
