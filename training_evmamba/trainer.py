@@ -133,6 +133,8 @@ def find_last_checkpoint(checkpoints: Checkpoints, recipe: Recipe, output_dir: P
     Raises:
         UserError: where the folder holds something else than this run.
     """
+    if output_dir.is_file():
+        raise UserError(f"{output_dir} is a file, --output-dir is the folder of the run")
     path = output_dir / RECIPE_NAME
     if not path.is_file():
         if output_dir.exists() and any(each.name != partial_name(path) for each in output_dir.iterdir()):

@@ -313,6 +313,8 @@ def test_resuming_needs_the_same_recipe_and_data(make_recipe, stripes, tmp_path)
 
 def test_refuses_a_folder_with_other_files(make_recipe, tmp_path):
     (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"thesis\.tex is a file, --output-dir is the folder of the run"):
+        train(make_recipe(), tmp_path / "thesis.tex")
     with pytest.raises(UserError, match="holds files that are of no run"):
         train(make_recipe(), tmp_path)
 
