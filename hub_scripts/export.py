@@ -236,7 +236,7 @@ def write_onnx(classifier: ImageClassificationPipeline, image_size: tuple[int, i
             program,
             dynamo=True,
             opset_version=onnx_scan.OPSET,
-            custom_translation_table={torch.ops.evmamba.atrous_selective_scan.default: onnx_scan.scan},
+            custom_translation_table={torch.ops.evmamba_kernels.atrous_selective_scan.default: onnx_scan.scan},
             input_names=["pixel_values"],
             output_names=["logits"],
             dynamic_shapes=({0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"},),

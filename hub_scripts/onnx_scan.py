@@ -97,7 +97,7 @@ def recur(h_0, delta, delta_u, B, C, A) -> FLOAT[...]:
 
 
 def scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
-    """The operator `evmamba::atrous_selective_scan`. What `backend` names computes nothing here."""
+    """The operator `evmamba_kernels::atrous_selective_scan`. What `backend` names computes nothing here."""
 
     def ordered(parameter):
         return op.Gather(op.Cast(parameter, to=FLOAT.dtype), GROUP_ORDER)

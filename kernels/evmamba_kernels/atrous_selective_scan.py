@@ -4,11 +4,12 @@ The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight
 projections included. Its definition, symbols and derivation stand in `kernels/README.md`.
 
 A backend is a file beside this one with a function `forward` and, for the gradients, `backward`, and an entry in
-`BACKENDS`. PyTorch sees all of them as one operator, `torch.ops.evmamba.atrous_selective_scan`, but for the backend
-"torch": made of PyTorch operators, it needs none, and compilers look inside.
+`BACKENDS`. PyTorch sees all of them as one operator, `torch.ops.evmamba_kernels.atrous_selective_scan`, but for
+the backend "torch": made of PyTorch operators, it needs none, and compilers look inside.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -56,6 +57,10 @@ BACKENDS = {
 }
 
 ENVIRONMENT_VARIABLE = "EVMAMBA_SCAN_BACKEND"
+
+# Names of operators are global, and whoever defines one again frees the one that others still call. Repositories on
+# the Hub carry copies of this file, each imported in a package of its own: the operators of a copy are named after it.
+NAMESPACE = re.sub(r"\W", "_", __package__, flags=re.ASCII)
 
 # what the environment or `use_backend` asks for; None leaves the choice to the device
 preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
@@ -243,7 +248,7 @@ def check_arguments(
             )
 
 
-@torch.library.custom_op("evmamba::atrous_selective_scan", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::atrous_selective_scan", mutates_args=())
 def scan_operator(
     hidden_states: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -257,7 +262,7 @@ def scan_operator(
     return forward(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
 
 
-@torch.library.custom_op("evmamba::atrous_selective_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::atrous_selective_scan_backward", mutates_args=())
 def adjoint_operator(
     grad: torch.Tensor,
     hidden_states: torch.Tensor,

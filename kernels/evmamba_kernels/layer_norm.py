@@ -7,7 +7,7 @@ kernels that read the maps once. With gradients, on other devices and in compile
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import choose_backend
+from .atrous_selective_scan import NAMESPACE, choose_backend
 
 
 def layer_norm_gated(
@@ -70,7 +70,7 @@ def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "numba"
 
 
-@torch.library.custom_op("evmamba::layer_norm_gated", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated", mutates_args=(), device_types="cpu")
 def gated_operator(
     hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
@@ -84,7 +84,7 @@ def fake_gated(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
 
 
-@torch.library.custom_op("evmamba::layer_norm_mean", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean", mutates_args=(), device_types="cpu")
 def mean_operator(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     from .layer_norm_numba import mean
 

@@ -1,14 +1,19 @@
 """The operator against golden float64 values, and its contract. Golden values: `tests/golden_values.py`."""
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.library import CustomOpDef
 
+import evmamba_kernels
 from devices import BACKENDS, DEVICE, sized
 from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
 from evmamba_kernels.atrous_selective_scan import scan_operator
@@ -292,3 +297,18 @@ k.atrous_selective_scan(*arguments, backend="numba")
 def test_operator_registration(backend, shape):
     arguments = [argument.requires_grad_() for argument in random_arguments(*shape, 2, dtype=torch.float32)]
     torch.library.opcheck(scan_operator, (*arguments, backend))
+
+
+def test_copies_do_not_take_each_others_operators(tmp_path, monkeypatch):
+    """Repositories on the Hub bring copies of the kernels: an operator that is defined again leaves callers of the
+    first with freed memory."""
+    shutil.copytree(Path(evmamba_kernels.__file__).parent, tmp_path / "copy-of kernels")
+    monkeypatch.syspath_prepend(tmp_path)
+    operators = set()
+    for package in ("evmamba_kernels", "copy-of kernels"):
+        for module in ("atrous_selective_scan", "layer_norm"):
+            copy = importlib.import_module(f"{package}.{module}")
+            operators |= {repr(value) for value in vars(copy).values() if isinstance(value, CustomOpDef)}
+    assert len(operators) == 8
+    assert "<CustomOpDef(evmamba_kernels::atrous_selective_scan)>" in operators
+    assert "<CustomOpDef(copy_of_kernels::atrous_selective_scan)>" in operators

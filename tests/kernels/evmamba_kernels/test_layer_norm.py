@@ -79,7 +79,7 @@ def test_nan_stays_visible():
 def is_run_by_kernel(tensors) -> bool:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer_norm_gated(*tensors, 1e-5)
-    return "evmamba::layer_norm_gated" in {event.key for event in profile.key_averages()}
+    return "evmamba_kernels::layer_norm_gated" in {event.key for event in profile.key_averages()}
 
 
 def test_what_runs():
