@@ -17,8 +17,13 @@ from .modeling_evmamba import (
     EfficientVMambaLocalBranch,
     EfficientVMambaPointwiseConv,
     EfficientVMambaPreTrainedModel,
+    EfficientVMambaStage,
 )
 
+
+# Bytes of the widest map of a part of a batch: with some of its neighbours, it fits into the cache of a processor
+# (benchmarks/NOTES.md)
+WIDEST_MAP = 10 * 2**20
 
 # names of activations for oneDNN
 POST_OPS = {nn.SiLU: "swish", nn.GELU: "gelu", nn.ReLU: "relu"}
@@ -55,6 +60,7 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
         for module in list(model.modules()):
             pack_chains(module)
         pack_linear_layers(model)
+        split_batches(model)
         keep_freed_memory()
     model.register_state_dict_pre_hook(refuse_to_save)
     return model
@@ -146,6 +152,35 @@ def pack_linear_layers(model: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child.weight, child.bias))
             elif isinstance(child, EfficientVMambaPointwiseConv):
                 setattr(module, name, PackedPointwiseConv(child))
+
+
+class BlocksOnParts(nn.Module):
+    """Blocks that take a large batch in parts, all blocks one part before the next, whose maps stay in the cache.
+
+    Args:
+        layers: the blocks.
+        widest: most channels of a map in a block.
+    """
+
+    def __init__(self, layers: nn.ModuleList, widest: int):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.widest = widest
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        batch_size, _, height, width = hidden_states.shape
+        part_size = max(1, WIDEST_MAP // (self.widest * height * width * hidden_states.element_size()))
+        if batch_size <= part_size:
+            return self.layers(hidden_states)
+        return torch.cat([self.layers(part) for part in hidden_states.split(part_size)])
+
+
+def split_batches(model: nn.Module) -> None:
+    config = model.config
+    stages = [module for module in model.modules() if isinstance(module, EfficientVMambaStage)]
+    for stage, hidden_size, block_type in zip(stages, config.hidden_sizes, config.block_types, strict=True):
+        widest = hidden_size * (2 * config.expand if block_type == "evss" else config.expand_ratio)
+        stage.layers = nn.ModuleList([BlocksOnParts(stage.layers, widest)])
 
 
 __all__ = ["optimize_for_inference"]

@@ -46,6 +46,23 @@ def test_logits_stay_the_same(shape):
         assert relative_error(optimized(images).logits, model(images).logits) < 3e-6
 
 
+def test_large_batches_are_taken_in_parts(monkeypatch):
+    """Hidden states are those of the whole batch nevertheless."""
+    model = with_statistics(EfficientVMambaForImageClassification(small_config()))
+    optimized = optimize_for_inference(model)
+    images = torch.randn(5, 3, 64, 96)
+    monkeypatch.setattr("modeling_evmamba.inference_evmamba.WIDEST_MAP", 250_000)  # 2.5 images in the first stage
+    sizes = []
+    first_stage = optimized.efficientvmamba.encoder.stages[0]
+    first_stage.layers[0].layers[1].register_forward_hook(lambda layer, inputs, output: sizes.append(len(output)))
+    with torch.no_grad():
+        actual, expected = (each(images, output_hidden_states=True) for each in (optimized, model))
+    assert sizes == [2, 2, 1]
+    assert relative_error(actual.logits, expected.logits) < 3e-6
+    for maps in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert relative_error(*maps) < 3e-6
+
+
 def test_block_types_in_other_stages():
     config = small_config(block_types=["inverted_residual", "evss", "inverted_residual", "evss"], use_bias=True)
     model = with_statistics(EfficientVMambaForImageClassification(config))
