@@ -1,8 +1,9 @@
-"""The augmentation of the authors' recipe, on Pillow and PyTorch alone.
+"""The augmentation of the authors' recipe: its settings, and what carries it out on Pillow and PyTorch alone.
 
-The authors trained with timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0), which needs
-torchvision, and that is not built for every machine. These are the same operations with the same distributions:
-where timm draws the same numbers, it makes the same pixels (MixUp: to rounding), and the tests compare them. What timm
+The authors trained with timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0), and where it can be
+imported, so do we (`augmentation_timm.py`; `augmentation_library.py` chooses). But it needs torchvision, which is not
+built for every machine, and what is here does not. These are the same operations with the same distributions: where
+timm draws the same numbers, it makes the same pixels (MixUp: to rounding), and the tests compare them. What timm
 offers beside the recipe is not here.
 
 All randomness comes from the generator that is passed in: an image is a function of its pixels and that generator.
@@ -189,8 +190,9 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}: a probability, from 0 to 1, is accepted")
 
 
-class TrainingTransform:
-    """A picture as training sees it: another part of it, and altered, each time.
+@dataclass(kw_only=True)
+class TransformSettings:
+    """What training does to a picture.
 
     Random resized crop (bicubic, antialiased), horizontal flip, negative, RandAugment, normalization, random erasing.
 
@@ -210,46 +212,50 @@ class TrainingTransform:
         ValueError: for values out of range. The message names them.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: tuple[int, int],
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
-        horizontal_flip: float,
-        random_invert: float,
-        rand_augment: str | None,
-        random_erasing: float,
-        image_mean: list[float],
-        image_std: list[float],
-    ):
-        if min(image_size) < 1:
-            raise ValueError(f"image_size is {image_size}: height and width of at least 1 are accepted")
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+    image_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    horizontal_flip: float
+    random_invert: float
+    rand_augment: str | None
+    random_erasing: float
+    image_mean: list[float]
+    image_std: list[float]
+
+    def __post_init__(self):
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size is {self.image_size}: height and width of at least 1 are accepted")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
-                f"crop_scale is {crop_scale}: the smallest and the largest share, above 0 and up to 1, are accepted"
+                f"crop_scale is {self.crop_scale}: the smallest and the largest share, above 0 and up to 1, are "
+                "accepted"
             )
-        if not 0 < crop_ratio[0] <= crop_ratio[1] < math.inf:
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
             raise ValueError(
-                f"crop_ratio is {crop_ratio}: the smallest and the largest ratio, both above 0, are accepted"
+                f"crop_ratio is {self.crop_ratio}: the smallest and the largest ratio, both above 0, are accepted"
             )
-        if len(image_mean) != 3 or not all(0 <= value <= 1 for value in image_mean):
-            raise ValueError(f"image_mean is {image_mean}: three values from 0 to 1 are accepted")
-        if len(image_std) != 3 or not all(value > 0 for value in image_std):
-            raise ValueError(f"image_std is {image_std}: three values above 0 are accepted")
-        check_probability("horizontal_flip", horizontal_flip)
-        check_probability("random_invert", random_invert)
-        check_probability("random_erasing", random_erasing)
-        self.image_size = image_size
-        self.crop_scale = crop_scale
-        self.crop_ratio = crop_ratio
-        self.horizontal_flip = horizontal_flip
-        self.random_invert = random_invert
-        self.rand_augment = None if rand_augment is None else RandAugment.parse(rand_augment)
-        self.random_erasing = random_erasing
-        self.image_mean = torch.tensor(image_mean)[:, None, None]  # (C, 1, 1)
-        self.image_std = torch.tensor(image_std)[:, None, None]
-        self.fill = tuple(round(255 * value) for value in image_mean)
+        if len(self.image_mean) != 3 or not all(0 <= value <= 1 for value in self.image_mean):
+            raise ValueError(f"image_mean is {self.image_mean}: three values from 0 to 1 are accepted")
+        if len(self.image_std) != 3 or not all(value > 0 for value in self.image_std):
+            raise ValueError(f"image_std is {self.image_std}: three values above 0 are accepted")
+        for name in ("horizontal_flip", "random_invert", "random_erasing"):
+            check_probability(name, getattr(self, name))
+        self.random_operations = None if self.rand_augment is None else RandAugment.parse(self.rand_augment)
+
+
+def check_mode(image: Image.Image) -> None:
+    if image.mode != "RGB":
+        raise ValueError(f"the image has the mode {image.mode}: RGB is accepted, convert it first")
+
+
+class TrainingTransform(TransformSettings):
+    """A picture as training sees it: another part of it, and altered, each time."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.mean = torch.tensor(self.image_mean)[:, None, None]  # (C, 1, 1)
+        self.std = torch.tensor(self.image_std)[:, None, None]
+        self.fill = tuple(round(255 * value) for value in self.image_mean)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """Turns an RGB image into normalized pixels (C, H, W), float32.
@@ -257,8 +263,7 @@ class TrainingTransform:
         Raises:
             ValueError: for images of other modes.
         """
-        if image.mode != "RGB":
-            raise ValueError(f"the image has the mode {image.mode}: RGB is accepted, convert it first")
+        check_mode(image)
         height, width = self.image_size
         # not `resize(box=...)`: its filter would see pixels around the part
         image = image.crop(random_crop_box(*image.size, self.crop_scale, self.crop_ratio, rng))
@@ -267,11 +272,11 @@ class TrainingTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < self.random_invert:
             image = ImageOps.invert(image)
-        if self.rand_augment is not None:
-            image = self.rand_augment(image, self.fill, rng)
+        if self.random_operations is not None:
+            image = self.random_operations(image, self.fill, rng)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
         pixel_values = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        pixel_values.sub_(self.image_mean).div_(self.image_std)
+        pixel_values.sub_(self.mean).div_(self.std)
         if rng.random() < self.random_erasing:
             erase_rectangle(pixel_values, rng)
         return pixel_values
@@ -300,10 +305,11 @@ def cut_mix(
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-class Mixing:
+@dataclass(kw_only=True)
+class MixingSettings:
     """MixUp or CutMix of a batch, every image with its counterpart from the other end, and label smoothing.
 
-    One share for all of a batch. In a batch of odd size, the image in the middle stays as it is.
+    One share for all of a batch.
 
     Args:
         mixup_alpha: of the Beta distribution of MixUp's shares; 0 for no MixUp.
@@ -317,21 +323,29 @@ class Mixing:
         ValueError: for values out of range. The message names them.
     """
 
-    def __init__(
-        self, *, mixup_alpha: float, cutmix_alpha: float, switch_prob: float, label_smoothing: float, num_labels: int
-    ):
-        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-            if not 0 <= alpha < math.inf:
-                raise ValueError(f"{name} is {alpha}: 0 (for none) or more is accepted")
-        if num_labels < 1:
-            raise ValueError(f"num_labels is {num_labels}: at least 1 is accepted")
-        check_probability("switch_prob", switch_prob)
-        check_probability("label_smoothing", label_smoothing)
-        self.mixup_alpha = mixup_alpha
-        self.cutmix_alpha = cutmix_alpha
-        self.switch_prob = switch_prob
-        self.label_smoothing = label_smoothing
-        self.num_labels = num_labels
+    mixup_alpha: float
+    cutmix_alpha: float
+    switch_prob: float
+    label_smoothing: float
+    num_labels: int
+
+    def __post_init__(self):
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: 0 (for none) or more is accepted")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}: at least 1 is accepted")
+        check_probability("switch_prob", self.switch_prob)
+        check_probability("label_smoothing", self.label_smoothing)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there is anything but label smoothing."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+
+class Mixing(MixingSettings):
+    """Mixes a batch. If its size is odd, the image in the middle stays as it is."""
 
     def __call__(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator

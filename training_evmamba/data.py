@@ -7,13 +7,14 @@ at any step.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from hub_scripts.errors import UserError
@@ -28,7 +29,6 @@ from hub_scripts.labeled_images import (
     StreamedImages,
     open_splits,
 )
-from training_evmamba.augmentation import TrainingTransform
 from training_evmamba.recipe import Recipe
 
 
@@ -37,6 +37,10 @@ UNREADABLE = -1  # label of a validation image that could not be read
 
 # What a random number is for: numbers of one purpose tell nothing about those of another
 ORDER, TRANSFORM, MIXING, STOCHASTIC_DEPTH, HOLD_OUT = range(5)
+
+
+# makes pixels (C, H, W) of an image, at random
+Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
 
 def create_rng(seed: int, purpose: int, *place: int) -> np.random.Generator:
@@ -207,7 +211,7 @@ class LabelReader:
 class SampleReader:
     """Reads and augments one image, or the next one that can be read."""
 
-    def __init__(self, class_names: list[str], transform: TrainingTransform, seed: int):
+    def __init__(self, class_names: list[str], transform: Transform, seed: int):
         self.read_label, self.transform, self.seed = LabelReader(class_names), transform, seed
 
     def __call__(self, candidates: Iterator[LabeledImage], place: tuple[int, ...]) -> Sample:
@@ -383,7 +387,7 @@ class ValidationImages(IterableDataset):
 def create_training_loader(
     data: TrainingData,
     recipe: Recipe,
-    transform: TrainingTransform,
+    transform: Transform,
     batch_size: int,
     start: int,
     process_index: int,

@@ -84,6 +84,12 @@ class Recipe:
     )
     num_workers: int = option("Data", "Processes that read and augment images, for each process that trains.", 4)
 
+    augmentation_library: Literal["auto", "timm", "pillow"] = option(
+        "Augmentation",
+        "`timm`, or `pillow` for our operators on Pillow and PyTorch. `auto` is timm where it can be imported, and in "
+        "a run that goes on what it began with.",
+        "auto",
+    )
     image_mean: list[float] | None = option(
         "Augmentation", "Of each channel, to normalize. Without it: the checkpoint's or ImageNet's.", None
     )

@@ -28,7 +28,7 @@ from hub_scripts.errors import UserError
 from hub_scripts.evaluation import Counts, Preprocessor
 from hub_scripts.hub import fetch_model
 from modeling_evmamba import EfficientVMambaForImageClassification
-from training_evmamba.augmentation import Mixing, TrainingTransform
+from training_evmamba.augmentation_library import choose_library, create_augmentation, describe_library
 from training_evmamba.checkpoints import Checkpoints, RunProgress, copy_averages, whole_folder
 from training_evmamba.data import (
     MIXING,
@@ -97,41 +97,11 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
     return accelerator
 
 
-def create_augmentation(recipe: Recipe, num_labels: int) -> tuple[TrainingTransform, Mixing]:
-    """What is done to an image, and then to a batch.
+def read_saved_recipe(output_dir: Path, resume: bool) -> Recipe | None:
+    """The recipe of the run that the folder holds; None where the run begins.
 
     Raises:
-        UserError: for a RandAugment that is not understood.
-    """
-    try:
-        transform = TrainingTransform(
-            image_size=(recipe.image_size, recipe.image_size),
-            crop_scale=recipe.crop_scale,
-            crop_ratio=recipe.crop_ratio,
-            horizontal_flip=recipe.horizontal_flip,
-            random_invert=recipe.random_invert,
-            rand_augment=recipe.rand_augment,
-            random_erasing=recipe.random_erasing,
-            image_mean=recipe.image_mean,
-            image_std=recipe.image_std,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    mix = Mixing(
-        mixup_alpha=recipe.mixup_alpha,
-        cutmix_alpha=recipe.cutmix_alpha,
-        switch_prob=recipe.mix_switch_prob,
-        label_smoothing=recipe.label_smoothing,
-        num_labels=num_labels,
-    )
-    return transform, mix
-
-
-def find_last_checkpoint(checkpoints: Checkpoints, recipe: Recipe, output_dir: Path, resume: bool) -> Path | None:
-    """Where the run goes on.
-
-    Raises:
-        UserError: where the folder holds something else than this run.
+        UserError: where the folder holds something else, or a run that is not to go on.
     """
     if output_dir.is_file():
         raise UserError(f"{output_dir} is a file, --output-dir is the folder of the run")
@@ -142,14 +112,16 @@ def find_last_checkpoint(checkpoints: Checkpoints, recipe: Recipe, output_dir: P
         return None
     if not resume:
         raise UserError(f"{output_dir} holds a run: go on with it by --resume auto, or choose another --output-dir")
-    changes = find_changes(create_recipe(read_values(str(path))), recipe)
+    return create_recipe(read_values(str(path)))
+
+
+def check_same_recipe(saved: Recipe, recipe: Recipe, output_dir: Path) -> None:
+    changes = find_changes(saved, recipe)
     if changes:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
         raise UserError(
             f"{output_dir} is a run with another recipe ({listed}): go on with the same, or start anew elsewhere"
         )
-    saved = checkpoints.list()
-    return saved[-1] if saved else None
 
 
 class TrainingRun:
@@ -174,11 +146,14 @@ class TrainingRun:
         with accelerator.local_main_process_first():
             checkpoint = None if recipe.model is None else fetch_model(recipe.model)
             self.data = open_data(recipe)
-        self.recipe = recipe = complete_recipe(recipe, checkpoint)
+        saved_recipe = read_saved_recipe(output_dir, resume)
+        recipe, timm_problem = choose_library(complete_recipe(recipe, checkpoint), saved_recipe)
+        if saved_recipe is not None:
+            check_same_recipe(saved_recipe, recipe, output_dir)
+        self.recipe = recipe
         self.checkpoints = Checkpoints(output_dir / CHECKPOINTS_NAME, recipe.keep_checkpoints)
-        last = find_last_checkpoint(self.checkpoints, recipe, output_dir, resume)
 
-        self.transform, self.mix = create_augmentation(recipe, len(self.data.class_names))
+        self.transform, self.mix = create_augmentation(recipe, len(self.data.class_names), self.piece_size)
         self.image_processor = create_image_processor(recipe)
         set_seed(recipe.seed)
         model = create_model(recipe, checkpoint, self.data.class_names)
@@ -198,11 +173,13 @@ class TrainingRun:
             class_names=self.data.class_names,
             num_processes=accelerator.num_processes,
         )
-        if last is not None:
-            self.resume_from(last)
+        if saved_recipe is not None and (checkpoints := self.checkpoints.list()):
+            self.resume_from(checkpoints[-1])
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.prepare_output()
+            reason = "" if timm_problem is None else f". timm cannot be imported: {timm_problem}"
+            console.print(f"Images are augmented by {escape(describe_library(recipe.augmentation_library) + reason)}")
         purge = {"tensorboard": {"purge_step": self.progress.step + 1}} if self.progress.step else {}
         accelerator.init_trackers(
             Path(recipe.name or output_dir.resolve()).name,
@@ -217,6 +194,11 @@ class TrainingRun:
     @property
     def bare_model(self) -> EfficientVMambaForImageClassification:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def piece_size(self) -> int:
+        """Images that a process computes at once."""
+        return self.recipe.batch_size // self.accelerator.num_processes // self.recipe.gradient_accumulation_steps
 
     def resume_from(self, checkpoint: Path) -> None:
         progress = self.checkpoints.read_progress(checkpoint)
@@ -405,7 +387,7 @@ class TrainingRun:
             self.data,
             self.recipe,
             Preprocessor(self.image_processor),
-            self.recipe.batch_size // accelerator.num_processes // self.recipe.gradient_accumulation_steps,
+            self.piece_size,
             accelerator.process_index,
             accelerator.num_processes,
         )

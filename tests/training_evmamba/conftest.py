@@ -42,6 +42,7 @@ def make_recipe(stripes):
             },
             "dataset": str(stripes),
             "image_size": 16,
+            "augmentation_library": "pillow",
             "epochs": 2,
             "warmup_epochs": 0.5,
             "batch_size": 8,

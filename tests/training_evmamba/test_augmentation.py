@@ -1,9 +1,11 @@
-"""Augmentation: the draws and the pixels of timm where that is installed, and what must hold everywhere."""
+"""Augmentation by our operators and by timm: what must hold for both, and that they agree. timm may be missing."""
 
 import math
 import pickle
 import random
 from functools import partial
+from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,10 +58,26 @@ def picture(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
     return Image.fromarray((noise + across + down).astype("uint8"))
 
 
+def import_timm():
+    """Skips the test where timm cannot be imported; a torchvision that does not fit raises more than ImportError."""
+    return pytest.importorskip("timm.data", exc_type=Exception)
+
+
+@pytest.fixture(params=["pillow", "timm"], scope="module")
+def library(request) -> SimpleNamespace:
+    """The two classes of a library: `transform` and `mixing`."""
+    if request.param == "pillow":
+        return SimpleNamespace(name="pillow", transform=TrainingTransform, mixing=Mixing)
+    import_timm()
+    from training_evmamba.augmentation_timm import TimmMixing, TimmTransform
+
+    return SimpleNamespace(name="timm", transform=TimmTransform, mixing=TimmMixing)
+
+
 @pytest.fixture
 def timm(monkeypatch):
     """timm.data, which needs torchvision, too."""
-    data = pytest.importorskip("timm.data")
+    data = import_timm()
     # timm relies on what Pillow up to version 12 does where no bit is kept: the image becomes black
     posterize = ImageOps.posterize
     monkeypatch.setattr(
@@ -177,25 +195,81 @@ def test_mixed_batches_are_those_of_timm(timm, shared_draws, monkeypatch, alphas
         torch.testing.assert_close(mixed, expected, rtol=0, atol=5e-7)  # rounding
 
 
-def transformed(image: Image.Image, seed: int = 0, **changes) -> torch.Tensor:
-    return TrainingTransform(**(RECIPE | changes))(image, np.random.default_rng(seed))
+@pytest.mark.parametrize(
+    "changes", [{}, {"rand_augment": "rand-m7-mstd1-inc1", "image_size": (48, 80)}, {"random_erasing": 0.0}], ids=str
+)
+def test_timm_does_what_the_authors_call_it_for(changes):
+    """In one piece and with timm's defaults where the authors' recipe says nothing."""
+    timm = import_timm()
+    from training_evmamba.augmentation_timm import TimmTransform, seeded
+
+    settings = RECIPE | changes
+    ours = TimmTransform(**settings)
+    theirs = timm.create_transform(
+        settings["image_size"],
+        is_training=True,
+        auto_augment=settings["rand_augment"],
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        re_prob=settings["random_erasing"],
+        re_mode="pixel",
+    )
+    results = []
+    for seed in range(40):
+        image = picture(seed=seed)
+        results.append(ours(image, np.random.default_rng(seed)))
+        with seeded(np.random.default_rng(seed)):
+            assert torch.equal(results[-1], theirs(image)), seed
+    assert not any(torch.equal(result, results[0]) for result in results[1:])
 
 
-def test_an_image_is_a_function_of_the_generator():
+class UnchangedGenerators:
+    """Fails where the process's random number generators are others at the end than at the beginning."""
+
+    def __enter__(self):
+        self.states = self.get_states()
+
+    def __exit__(self, *error):
+        before, after = self.states, self.get_states()
+        assert before[0] == after[0] and torch.equal(before[2], after[2])
+        np.testing.assert_equal(after[1], before[1])
+
+    def get_states(self):
+        return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+
+
+def transformed(library, image: Image.Image, seed: int = 0, **changes) -> torch.Tensor:
+    return library.transform(**(RECIPE | changes))(image, np.random.default_rng(seed))
+
+
+def test_an_image_is_a_function_of_the_generator(library):
     image = picture()
     before = image.tobytes()
-    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, again, other = transformed(image, 1), transformed(image, 1), transformed(image, 2)
+    np.random.standard_normal()  # which keeps a second number for later
+    with UnchangedGenerators():
+        first, again, other = (transformed(library, image, seed, random_invert=0.5) for seed in (1, 1, 2))
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    assert torch.equal(first, transformed(library, image, 1, random_invert=0.5))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert image.tobytes() == before
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-    assert np.array_equal(np.random.get_state()[1], states[2])
 
 
-def test_it_travels_to_other_processes():
-    transform = TrainingTransform(**RECIPE)
+def test_an_image_that_cannot_be_decoded_leaves_the_generators_alone(library):
+    file = BytesIO()
+    picture().save(file, "PNG")
+    image = Image.open(BytesIO(file.getvalue()[:3000]))
+    with UnchangedGenerators(), pytest.raises(OSError):
+        transformed(library, image)
+
+
+def test_it_travels_to_other_processes(library):
+    transform = library.transform(**RECIPE | {"random_invert": 0.5})
     copy = pickle.loads(pickle.dumps(transform))
-    assert torch.equal(copy(picture(), np.random.default_rng(3)), transform(picture(), np.random.default_rng(3)))
+    for seed in range(10):
+        expected = transform(picture(), np.random.default_rng(seed))
+        assert torch.equal(copy(picture(), np.random.default_rng(seed)), expected)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -206,15 +280,15 @@ def test_it_travels_to_other_processes():
     increasing=st.integers(0, 1),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_images_of_any_shape(width, height, image_size, increasing, seed):
+def test_images_of_any_shape(library, width, height, image_size, increasing, seed):
     image = picture(width, height)
     options = {"rand_augment": f"rand-m9-mstd5-n4-p1-inc{increasing}", "random_invert": 0.5}
-    pixel_values = transformed(image, seed, image_size=image_size, random_erasing=0.0, **options)
+    pixel_values = transformed(library, image, seed, image_size=image_size, random_erasing=0.0, **options)
     assert pixel_values.shape == (3, *image_size)
     assert pixel_values.dtype == torch.float32 and pixel_values.is_contiguous()
     pixels = pixel_values * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
-    assert transformed(image, seed, image_size=image_size, random_erasing=1.0, **options).isfinite().all()
+    assert transformed(library, image, seed, image_size=image_size, random_erasing=1.0, **options).isfinite().all()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -260,21 +334,21 @@ def test_where_no_random_crop_fits_it_is_central(size, box):
     assert random_crop_box(*size, (1.0, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)) == box
 
 
-def test_crops_do_not_see_what_is_around_them():
+def test_crops_do_not_see_what_is_around_them(library):
     """The filter of the resizing ends at the crop's border."""
     pixels = np.zeros((40, 120, 3), dtype="uint8")
     pixels[:, 40:80] = 255  # white, exactly where the central crop is
     options = {**PLAIN, "image_size": (16, 16)}
-    assert transformed(Image.fromarray(pixels), **options).min() == 1
+    assert transformed(library, Image.fromarray(pixels), **options).min() == 1
 
 
-def test_one_pixel():
+def test_one_pixel(library):
     color = (10, 200, 255)
-    pixel_values = transformed(Image.new("RGB", (1, 1), color), **PLAIN)
+    pixel_values = transformed(library, Image.new("RGB", (1, 1), color), **PLAIN)
     assert torch.equal(pixel_values, torch.tensor(color).div(255)[:, None, None].expand(3, 224, 224))
 
 
-def test_flips_and_negatives_are_as_frequent_as_asked():
+def test_flips_and_negatives_are_as_frequent_as_asked(library):
     image = picture(8, 8)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
     kinds = {
@@ -283,7 +357,7 @@ def test_flips_and_negatives_are_as_frequent_as_asked():
         "negative": 255 - pixels,
         "flipped negative": 255 - pixels.flip(2),
     }
-    transform = TrainingTransform(**PLAIN | {"image_size": (8, 8), "horizontal_flip": 0.3, "random_invert": 0.8})
+    transform = library.transform(**PLAIN | {"image_size": (8, 8), "horizontal_flip": 0.3, "random_invert": 0.8})
     rng, counts = np.random.default_rng(0), dict.fromkeys(kinds, 0)
     for _ in range(2000):
         result = transform(image, rng).mul(255).round()
@@ -294,9 +368,19 @@ def test_flips_and_negatives_are_as_frequent_as_asked():
         assert abs(counts[kind] / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000)
 
 
-def test_erased_rectangles():
+def test_operations_follow_on_the_negative(library):
+    """A negative is taken before RandAugment alters the image, after which it would be another."""
+    image = picture(40, 30)
+    options = PLAIN | {"image_size": (30, 40), "crop_ratio": (4 / 3, 4 / 3), "rand_augment": "rand-m7-n3-p1"}
+    always, never = (library.transform(**options | {"random_invert": probability}) for probability in (1.0, 0.0))
+    for seed in range(20):
+        negative = never(ImageOps.invert(image), np.random.default_rng(seed))
+        assert torch.equal(always(image, np.random.default_rng(seed)), negative)
+
+
+def test_erased_rectangles(library):
     image = Image.new("RGB", (64, 64))
-    transform = TrainingTransform(**PLAIN | {"image_size": (100, 80), "random_erasing": 0.25})
+    transform = library.transform(**PLAIN | {"image_size": (100, 80), "random_erasing": 0.25})
     rng = np.random.default_rng(0)
     areas, noise = [], []
     for _ in range(2000):
@@ -369,9 +453,9 @@ def test_notation():
         "original-mstd0.5",
     ],
 )
-def test_other_notations_are_refused(text):
+def test_other_notations_are_refused(library, text):
     with pytest.raises(ValueError, match=r"is not understood\. Accepted are 'rand' and") as error:
-        TrainingTransform(**RECIPE | {"rand_augment": text})
+        library.transform(**RECIPE | {"rand_augment": text})
     assert repr(text) in str(error.value)
 
 
@@ -394,15 +478,15 @@ def test_other_notations_are_refused(text):
         ("image_std", [0.2, 0.2, 0.0]),
     ],
 )
-def test_values_out_of_range_are_refused(name, value):
+def test_values_out_of_range_are_refused(library, name, value):
     with pytest.raises(ValueError, match=f"^{name} is .* accepted"):
-        TrainingTransform(**RECIPE | {name: value})
+        library.transform(**RECIPE | {name: value})
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_images_of_other_modes_are_refused(mode):
+def test_images_of_other_modes_are_refused(library, mode):
     with pytest.raises(ValueError, match=f"mode {mode}: RGB is accepted"):
-        transformed(Image.new(mode, (4, 4)))
+        transformed(library, Image.new(mode, (4, 4)))
 
 
 def distinct_batch(batch_size: int, height: int = 12, width: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -412,9 +496,11 @@ def distinct_batch(batch_size: int, height: int = 12, width: int = 10) -> tuple[
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 @pytest.mark.parametrize("alphas", [(0.2, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=str)
-def test_targets_are_the_shares_of_the_images(batch_size, alphas):
+def test_targets_are_the_shares_of_the_images(library, batch_size, alphas):
+    if library.name == "timm" and batch_size % 2:
+        pytest.skip("timm mixes an even number of images")
     options = {"mixup_alpha": alphas[0], "cutmix_alpha": alphas[1], "label_smoothing": 0.0, "num_labels": batch_size}
-    mixing = Mixing(**MIXING | options)
+    mixing = library.mixing(**MIXING | options)
     pixel_values, labels = distinct_batch(batch_size)
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -427,10 +513,10 @@ def test_targets_are_the_shares_of_the_images(batch_size, alphas):
     assert torch.equal(pixel_values, distinct_batch(batch_size)[0])  # the batch itself stays
 
 
-def test_both_kinds_are_mixed_and_as_frequent_as_asked():
+def test_both_kinds_are_mixed_and_as_frequent_as_asked(library):
     pixel_values, labels = distinct_batch(4, 32, 32)
     rng = np.random.default_rng(0)
-    mixing = Mixing(**MIXING | {"switch_prob": 0.3, "mixup_alpha": 1.0})
+    mixing = library.mixing(**MIXING | {"switch_prob": 0.3, "mixup_alpha": 1.0})
     cut, shares = 0, []
     for _ in range(1000):
         mixed, targets = mixing(pixel_values, labels, rng)
@@ -443,27 +529,27 @@ def test_both_kinds_are_mixed_and_as_frequent_as_asked():
     assert abs(np.mean(shares) - 0.5) < 0.05 and min(shares) < 0.02 and max(shares) > 0.98  # Beta(1, 1)
 
 
-def test_without_mixing_only_labels_are_smoothed():
+def test_without_mixing_only_labels_are_smoothed(library):
     pixel_values, labels = distinct_batch(3)
-    mixed, targets = Mixing(**MIXING | {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "num_labels": 5})(
-        pixel_values, labels, np.random.default_rng(0)
-    )
+    options = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "num_labels": 5}
+    mixed, targets = library.mixing(**MIXING | options)(pixel_values, labels, np.random.default_rng(0))
     assert torch.equal(mixed, pixel_values)
     torch.testing.assert_close(targets, torch.eye(5)[:3] * 0.9 + 0.02)
 
 
-def test_mixing_is_a_function_of_the_generator():
+def test_mixing_is_a_function_of_the_generator(library):
     batch = distinct_batch(6)
-    first, again, other = (Mixing(**MIXING)(*batch, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    with UnchangedGenerators():
+        first, again, other = (library.mixing(**MIXING)(*batch, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_mixing_keeps_the_dtype_of_images(dtype):
+def test_mixing_keeps_the_dtype_of_images(library, dtype):
     pixel_values, labels = distinct_batch(4)
     for seed in range(8):
-        mixed, targets = Mixing(**MIXING)(pixel_values.to(dtype), labels, np.random.default_rng(seed))
+        mixed, targets = library.mixing(**MIXING)(pixel_values.to(dtype), labels, np.random.default_rng(seed))
         assert (mixed.dtype, targets.dtype) == (dtype, torch.float32)
 
 
@@ -477,6 +563,6 @@ def test_mixing_keeps_the_dtype_of_images(dtype):
         ("num_labels", 0),
     ],
 )
-def test_settings_of_mixing_out_of_range_are_refused(name, value):
+def test_settings_of_mixing_out_of_range_are_refused(library, name, value):
     with pytest.raises(ValueError, match=f"^{name} is .* accepted"):
-        Mixing(**MIXING | {name: value})
+        library.mixing(**MIXING | {name: value})

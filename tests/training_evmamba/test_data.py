@@ -11,6 +11,7 @@ import torch
 from hub_scripts.errors import UserError
 from hub_scripts.evaluation import Preprocessor
 from hub_scripts.labeled_images import ImageFolder, SelectedImages
+from training_evmamba.augmentation_library import create_augmentation
 from training_evmamba.data import (
     MAX_UNREADABLE_IN_A_ROW,
     UNREADABLE,
@@ -21,7 +22,6 @@ from training_evmamba.data import (
     open_data,
 )
 from training_evmamba.network import complete_recipe, create_image_processor
-from training_evmamba.trainer import create_augmentation
 
 
 def to_rows(table: datasets.Dataset) -> list[dict]:
@@ -31,7 +31,7 @@ def to_rows(table: datasets.Dataset) -> list[dict]:
 
 def create_loader(data, recipe, batch_size=8, start=0, process=(0, 1)):
     recipe = complete_recipe(recipe, None)
-    transform, _ = create_augmentation(recipe, len(data.class_names))
+    transform, _ = create_augmentation(recipe, len(data.class_names), batch_size)
     return create_training_loader(data, recipe, transform, batch_size, start, *process)
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import datasets
@@ -160,6 +161,61 @@ def test_a_run_that_is_complete_can_be_resumed(make_recipe, tmp_path):
     shutil.rmtree(tmp_path / "run" / "model")
     assert train(make_recipe(), tmp_path / "run", resume=True) == results
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_the_library_is_said_and_saved(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "training_evmamba.augmentation_timm", None)  # as where timm is missing
+    recipe = make_recipe(augmentation_library="auto", epochs=1)
+    said = []
+    for output, resume in ((tmp_path / "run", False), (tmp_path / "run", True)):
+        console = Console(record=True, width=400, force_terminal=False, file=StringIO())
+        train(recipe, output, resume=resume, console=console)
+        said.append(console.export_text().splitlines()[0])
+    words = "Images are augmented by Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)."
+    assert said[0].startswith(words + " timm cannot be imported: ModuleNotFoundError: ")
+    assert said[1] == words[:-1]
+    assert read_values(str(tmp_path / "run" / "recipe.yaml"))["augmentation_library"] == "pillow"
+    text = load_card(str(tmp_path / "run" / "model")).text
+    assert words in text and "augmentation_library: pillow" in text
+    with pytest.raises(UserError, match="augmented by timm, which cannot be imported"):
+        train(make_recipe(augmentation_library="timm", epochs=1), tmp_path / "timm")
+    assert not (tmp_path / "timm").exists()
+
+
+def test_timm_augments_and_a_run_goes_on_with_it(make_recipe, tmp_path):
+    pytest.importorskip("timm.data", exc_type=Exception)
+    import timm
+
+    options = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "random_invert": 0.5, "random_erasing": 0.25}
+    options |= {"augmentation_library": "auto", "checkpoint_steps": 3, "keep_checkpoints": 20}
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    console = Console(record=True, width=400, force_terminal=False, file=StringIO())
+    train(make_recipe(**options), unbroken, console=console)
+    words = f"Images are augmented by timm {timm.__version__} (`create_transform` and `Mixup`)"
+    assert console.export_text().splitlines()[0] == words
+    assert words in load_card(str(unbroken / "model")).text
+    assert read_values(str(unbroken / "recipe.yaml"))["augmentation_library"] == "timm"
+
+    shutil.copytree(unbroken, resumed)
+    shutil.rmtree(resumed / "model")
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name > "step-0000003":
+            shutil.rmtree(checkpoint)
+    train(make_recipe(**options), resumed, resume=True)
+    assert_same_weights(resumed, unbroken)
+    assert losses(resumed) == losses(unbroken)
+
+    # images are the same in processes of their own, and others than those of our operators
+    train(make_recipe(**options, num_workers=2), tmp_path / "workers")
+    assert_same_weights(tmp_path / "workers", unbroken)
+    ours = make_recipe(**options | {"augmentation_library": "pillow"})
+    train(ours, tmp_path / "ours")
+    assert losses(tmp_path / "ours") != losses(unbroken)
+    with pytest.raises(UserError, match="augmentation_library was 'timm', is 'pillow'"):
+        train(ours, resumed, resume=True)
+    with pytest.raises(UserError, match="a process has 9 in each piece of a step"):
+        train(make_recipe(**options, batch_size=9), tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
 
 
 def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subprocess.CompletedProcess:

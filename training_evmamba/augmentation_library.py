@@ -1,0 +1,109 @@
+"""Which library augments images: timm, as the authors', where it can be imported, otherwise Pillow and PyTorch.
+
+The choice is made when a run begins, and saved with its recipe: the two draw other random numbers.
+"""
+
+import dataclasses
+
+import torch
+from accelerate.utils import gather_object
+
+from hub_scripts.errors import UserError
+from training_evmamba.augmentation import Mixing, MixingSettings, TrainingTransform, TransformSettings
+from training_evmamba.recipe import Recipe
+
+
+def find_timm_problem() -> str | None:
+    """Why timm cannot be imported; None where it can."""
+    try:
+        import training_evmamba.augmentation_timm  # noqa: F401
+    except Exception as error:  # a torchvision that was built for another PyTorch raises errors of several kinds
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def choose_library(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
+    """Completes a recipe that leaves the library open: by that of the run that goes on, or by timm where all processes
+    can import it.
+
+    Args:
+        recipe: of the run.
+        saved: the recipe that the run began with; None where it begins.
+
+    Returns:
+        the recipe, and why it is not timm that was chosen; None where there was no choice, or it is.
+
+    Raises:
+        UserError: where timm is called for and cannot be imported.
+    """
+    library = recipe.augmentation_library
+    if library == "auto" and saved is not None:
+        library = saved.augmentation_library
+    if library == "pillow":
+        return dataclasses.replace(recipe, augmentation_library=library), None
+    problem = next(filter(None, gather_object([find_timm_problem()])), None)
+    if library == "timm" and problem is not None:
+        way_out = (
+            "use --augmentation-library pillow"
+            if saved is None
+            else "start anew elsewhere: a run goes on with the library that it began with"
+        )
+        raise UserError(
+            f"images are to be augmented by timm, which cannot be imported ({problem}): install timm, and the "
+            f"torchvision that was built for PyTorch {torch.__version__}, or {way_out}"
+        )
+    return dataclasses.replace(recipe, augmentation_library="pillow" if problem else "timm"), problem
+
+
+def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tuple[TransformSettings, MixingSettings]:
+    """What is done to an image, and then to a batch.
+
+    Args:
+        recipe: with its library chosen.
+        num_labels: of the head.
+        batch_size: of what is mixed: the images of one process in one piece of the step.
+
+    Raises:
+        UserError: for a RandAugment that is not understood, and for batches that timm does not mix.
+    """
+    transform_class, mixing_class = TrainingTransform, Mixing
+    if recipe.augmentation_library == "timm":
+        from training_evmamba.augmentation_timm import TimmMixing, TimmTransform
+
+        transform_class, mixing_class = TimmTransform, TimmMixing
+    try:
+        transform = transform_class(
+            image_size=(recipe.image_size, recipe.image_size),
+            crop_scale=recipe.crop_scale,
+            crop_ratio=recipe.crop_ratio,
+            horizontal_flip=recipe.horizontal_flip,
+            random_invert=recipe.random_invert,
+            rand_augment=recipe.rand_augment,
+            random_erasing=recipe.random_erasing,
+            image_mean=recipe.image_mean,
+            image_std=recipe.image_std,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    mix = mixing_class(
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha,
+        switch_prob=recipe.mix_switch_prob,
+        label_smoothing=recipe.label_smoothing,
+        num_labels=num_labels,
+    )
+    if recipe.augmentation_library == "timm" and mix.mixes and batch_size % 2:
+        raise UserError(
+            f"timm mixes an even number of images, and a process has {batch_size} in each piece of a step: change "
+            "--batch-size or --gradient-accumulation-steps, or use --augmentation-library pillow"
+        )
+    return transform, mix
+
+
+def describe_library(library: str) -> str:
+    """What a library is, in words, with its version."""
+    if library == "timm":
+        import timm
+
+        return f"timm {timm.__version__} (`create_transform` and `Mixup`)"
+    return "Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)"
