@@ -335,6 +335,7 @@ class EfficientVMambaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["EfficientVMambaEVSSLayer", "EfficientVMambaInvertedResidualLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
     _can_record_outputs = {"hidden_states": EfficientVMambaStage}

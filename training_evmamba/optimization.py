@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import broadcast
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
@@ -104,6 +105,9 @@ class ExponentialMovingAverage:
     @staticmethod
     def tensors_of(model: nn.Module) -> list[torch.Tensor]:
         """Weights and statistics; of those that are spread over processes, the part of this process."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass leaves the outermost weights whole for the backward pass
         tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 

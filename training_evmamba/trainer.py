@@ -22,6 +22,8 @@ from huggingface_hub import constants
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from hub_scripts.errors import UserError
@@ -82,8 +84,8 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
         raise UserError(f"accelerate cannot do what the recipe asks for: {error}") from error
     if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
         raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("of FSDP, version 2 is needed: set fsdp_version to 2 in the configuration of accelerate")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        set_up_fsdp(accelerator, recipe)
     if len(accelerator.log_with) < len(recipe.report_to):
         raise UserError(
             f"not all trackers of {', '.join(recipe.report_to)} are installed: install them, or use --report-to none"
@@ -95,6 +97,28 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
             f"{recipe.gradient_accumulation_steps} pieces each: make it a multiple of {pieces}"
         )
     return accelerator
+
+
+def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Lets FSDP compute in the number formats that there are without it.
+
+    Raises:
+        UserError: for settings of accelerate that would fail later, or be left out.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("accelerate has FSDP for GPUs alone, and would leave it out here: start it without --use_fsdp")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError("of FSDP, version 2 is needed: give accelerate --fsdp_version 2")
+    if plugin.cpu_ram_efficient_loading:  # https://github.com/huggingface/accelerate/issues/3898
+        raise UserError(
+            "accelerate cannot load the statistics of batch norms on one process alone: give it "
+            "--fsdp_cpu_ram_efficient_loading false"
+        )
+    if recipe.compile:  # it would hide the hooks that gather the outermost weights from the evaluation
+        raise UserError("a network that is compiled cannot be spread by FSDP: use one of --compile and --use_fsdp")
+    # accelerate's policy would cast all weights, also of batch norms and scans; autocast chooses by operation
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def read_saved_recipe(output_dir: Path, resume: bool) -> Recipe | None:
@@ -162,10 +186,18 @@ class TrainingRun:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
-        # of DDP, about strides of sides of length 1; of the schedule, about the step that the loss scaling replaces
+        # of DDP, about strides of sides of length 1; of FSDP, about views, which nothing changes in place; of the
+        # schedule, about the step that the loss scaling replaces
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         warnings.filterwarnings("ignore", ".*optimizer.step.. has been overridden")
-        self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
+        try:
+            self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
+        except ValueError as error:
+            raise UserError(
+                f"accelerate cannot prepare the network: {error} With FSDP, --fsdp_transformer_layer_cls_to_wrap "
+                "names the classes of its blocks"
+            ) from error
         self.schedule = create_schedule(self.optimizer.optimizer, recipe, self.num_steps, steps_per_epoch)
         self.ema = ExponentialMovingAverage(self.bare_model, recipe.ema_decay)
         self.progress = RunProgress(
@@ -344,7 +376,9 @@ class TrainingRun:
                 create_rng(recipe.seed, MIXING, *place),
             )
             with accelerator.accumulate(self.model):
-                loss = F.cross_entropy(self.model(pixel_values).logits, targets)
+                with accelerator.autocast():  # which accelerate does for us only without FSDP
+                    logits = self.model(pixel_values).logits.float()
+                loss = F.cross_entropy(logits, targets)
                 losses.append(loss.detach())
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -354,6 +388,7 @@ class TrainingRun:
         self.schedule.step()
         self.progress.step, self.progress.top1 = step + 1, None
         self.ema.update(self.bare_model, self.progress.step)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return torch.stack(losses).mean(), norm.detach(), unreadable
 
     def check(self, batch: Batch) -> Batch:

@@ -14,7 +14,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -232,6 +233,32 @@ def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subpr
     )
 
 
+def launch_fsdp(recipe, output_dir: Path) -> None:
+    """Trains, or goes on, on two processes that share the weights."""
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(dump_recipe(recipe))
+    spread = ["--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    options = ["--use_fsdp", *spread, "--fsdp_cpu_ram_efficient_loading", "false", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]
+    ended = subprocess.run(
+        [*command, str(Path(__file__).with_name("train_by_fsdp.py")), str(path), str(output_dir)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def go_back(output_dir: Path, copy: Path, step: int) -> None:
+    """A copy of a run as it was after an earlier checkpoint."""
+    shutil.copytree(output_dir, copy)
+    shutil.rmtree(copy / "model")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{step:07}":
+            shutil.rmtree(checkpoint)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path):
     exact = make_recipe(freeze_batch_norm=True, drop_path_rate=0.0)
@@ -255,11 +282,7 @@ def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
     recipe = make_recipe(mixup_alpha=0.2, cutmix_alpha=1.0, checkpoint_steps=3, keep_checkpoints=20)
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     assert launch(2, recipe, unbroken).returncode == 0
-    shutil.copytree(unbroken, resumed)
-    shutil.rmtree(resumed / "model")
-    for checkpoint in (resumed / "checkpoints").iterdir():
-        if checkpoint.name > "step-0000003":
-            shutil.rmtree(checkpoint)
+    go_back(unbroken, resumed, step=3)
     ended = launch(2, recipe, resumed, "--resume", "auto")
     assert ended.returncode == 0, ended.stderr
     assert_same_weights(resumed, unbroken)
@@ -271,6 +294,61 @@ def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
     ended = launch(1, recipe, resumed, "--resume", "auto")
     assert ended.returncode == 1
     assert "the run has used 2 processes, now there are 1" in ended.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_weights_learn_like_one(make_recipe, tmp_path):
+    recipe = make_recipe(
+        freeze_batch_norm=True, drop_path_rate=0.0, gradient_accumulation_steps=2, max_grad_norm=0.5, layer_decay=0.5
+    )
+    train(recipe, tmp_path / "one")
+    launch_fsdp(recipe, tmp_path / "shared")
+    logs = [read_log(tmp_path / name) for name in ("one", "shared")]
+    for one, shared in zip(*logs, strict=True):
+        assert {**shared, "images_per_second": 0} == pytest.approx({**one, "images_per_second": 0}, rel=1e-5)
+    for name in ("model.safetensors", "ema.safetensors"):
+        one, shared = (
+            load_file(tmp_path / each / "checkpoints" / "step-0000010" / name) for each in ("one", "shared")
+        )
+        torch.testing.assert_close(shared, one, rtol=1e-4, atol=1e-6)
+    model = EfficientVMambaForImageClassification.from_pretrained(tmp_path / "shared" / "model")
+    torch.testing.assert_close(dict(model.state_dict()), shared, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_weights_resume_to_the_same(make_recipe, tmp_path):
+    machine = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    recipe = make_recipe(**machine, frozen_stages=1, mixup_alpha=0.2, checkpoint_steps=3, keep_checkpoints=20)
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    launch_fsdp(recipe, unbroken)
+    go_back(unbroken, resumed, step=3)
+    launch_fsdp(recipe, resumed)
+    assert_same_weights(resumed, unbroken)
+    assert losses(resumed) == losses(unbroken)
+
+
+@pytest.mark.parametrize(
+    "distributed_type, version, efficient, message",
+    [
+        (DistributedType.NO, "2", "false", "for GPUs alone, and would leave it out here"),
+        (DistributedType.MULTI_GPU, "1", "false", "give accelerate --fsdp_version 2"),
+        (DistributedType.MULTI_GPU, "2", "true", "give it --fsdp_cpu_ram_efficient_loading false"),
+        (DistributedType.MULTI_GPU, "2", "false", "use one of --compile and --use_fsdp"),
+    ],
+)
+def test_sharing_of_weights_that_cannot_be(
+    make_recipe, tmp_path, monkeypatch, distributed_type, version, efficient, message
+):
+    settings = {"FSDP_VERSION": version, "FSDP_CPU_RAM_EFFICIENT_LOADING": efficient}
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **settings}.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True).distributed_type = distributed_type
+    try:
+        with pytest.raises(UserError, match=message):
+            TrainingRun(make_recipe(compile=True), tmp_path / "run", resume=False, console=Console(quiet=True))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_fine_tuning_keeps_the_head_of_the_same_classes(make_recipe, tmp_path):

@@ -1,0 +1,36 @@
+"""Trains by accelerate's FSDP on CPUs, or goes on. A test gives it to `accelerate launch`, with recipe and folder."""
+
+import sys
+from pathlib import Path
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from rich.console import Console
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from training_evmamba.recipe import create_recipe, read_values
+from training_evmamba.trainer import TrainingRun
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Every weight is spread over both processes, and each block gathers its own."""
+    for name, weight in model.named_parameters():
+        assert isinstance(weight, DTensor), name
+        assert weight.placements == (Shard(0),), name
+        assert weight.device_mesh.size() == 2, name
+    blocks = [block for stage in model.efficientvmamba.encoder.stages for block in stage.layers]
+    assert all(isinstance(module, FSDPModule) for module in (model, *blocks))
+
+
+def main(recipe: Path, output_dir: Path) -> None:
+    # accelerate asks for nothing else before it takes the processes for ones that FSDP is for
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    run = TrainingRun(create_recipe(read_values(str(recipe))), output_dir, resume=True, console=Console(quiet=True))
+    check_sharding(run.model)
+    run.train()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
