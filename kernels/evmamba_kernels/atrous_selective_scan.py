@@ -16,6 +16,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .atrous_selective_scan_torch import atrous_selective_scan_torch
 
@@ -182,7 +183,7 @@ def atrous_selective_scan(
 
     Returns:
         The map y, (B, H, W, D), in the dtype of `hidden_states`. The recurrence runs in float32, in float64 for
-        float64 maps.
+        float64 maps. In forward-mode differentiation it is PyTorch's, whichever the backend.
 
     Raises:
         ValueError: for shapes that do not fit together, an empty map, tensors on several devices, an unknown backend
@@ -193,9 +194,14 @@ def atrous_selective_scan(
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     check_arguments(*arguments)
     choice = choose_backend_once(hidden_states.device.type, hidden_states.dtype, backend)
-    if choice.backend == "torch":
+    if choice.backend == "torch" or in_forward_mode():
         return atrous_selective_scan_torch(*arguments)
     return scan_operator(*arguments, choice.backend)
+
+
+def in_forward_mode() -> bool:
+    """Whether PyTorch differentiates in forward mode (`torch.func.jvp`): it would take our operators for constants."""
+    return forward_ad._current_level >= 0
 
 
 def check_arguments(

@@ -13,7 +13,6 @@ Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -539,7 +538,7 @@ class Call(NamedTuple):
 
     u: torch.Tensor  # (B, H, W, D), channels dense
     parameters: list[torch.Tensor]  # dense
-    work: dict[str, int]
+    work: dict[str, int | torch.Tensor]
 
 
 def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
@@ -554,17 +553,13 @@ def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
     num_splits = min(num_splits, math.ceil(channels / LANES))
     work = {
         "num_jobs": batch_size * NUM_GROUPS * num_splits,
-        "u": u.data_ptr(),
+        "u": u,
         **Strides(*u.stride()[:3])._asdict(),
         **Sizes(height, width, channels, rank, state_size, projected)._asdict(),
         "num_splits": num_splits,
-        **addresses(Parameters._fields, parameters),
+        **dict(zip(Parameters._fields, parameters, strict=True)),
     }
     return Call(u, parameters, work)
-
-
-def addresses(names: Iterable[str], tensors: Iterable[torch.Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def forward(
@@ -578,7 +573,7 @@ def forward(
     """The operator in float32, returned in the dtype of `hidden_states`."""
     call = prepare((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
-    run_jobs(compiled_kernel(scan_jobs), SCAN_WORK, call.work | {"y": y.data_ptr()})
+    run_jobs(compiled_kernel(scan_jobs), SCAN_WORK, call.work | {"y": y})
     return y.to(hidden_states.dtype)
 
 
@@ -604,7 +599,7 @@ def backward(
     grad_weight, *grad_others = torch.empty_like(weight), *(u.new_empty(batch_size, *other.shape) for other in others)
     outputs = (grad, grad_u, grad_projected, grad_weight, *grad_others)
     names = ADJOINT_WORK.names[-len(outputs) :]
-    run_jobs(compiled_kernel(adjoint_jobs), ADJOINT_WORK, work | addresses(names, outputs))
+    run_jobs(compiled_kernel(adjoint_jobs), ADJOINT_WORK, work | dict(zip(names, outputs, strict=True)))
 
     grad_projected = grad_projected.sum(dim=2)[..., : weight.shape[1]]  # (B, K, rows, columns, R + 2N)
     for k in range(NUM_GROUPS):

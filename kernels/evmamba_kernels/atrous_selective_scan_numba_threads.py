@@ -11,8 +11,11 @@ from it, called by each of a few threads:
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from hashlib import blake2b
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
@@ -91,48 +94,78 @@ def add_atomically(builder, pointer, field):
 
 
 @cache
+def digest_of_sources() -> str:
+    """Of the files that kernels are compiled from. Numba's cache knows of a kernel's own file only."""
+    digest = blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*_numba*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
 def compiled_kernel(do_jobs: Callable) -> CFunc:
     """A function that claims jobs until none is left, for C callers: no Python between threads and jobs."""
-    return cfunc(types.void(types.voidptr), cache=True, boundscheck=False, error_model="numpy")(do_jobs)
+    do_jobs.__qualname__ = f"{do_jobs.__name__}_{digest_of_sources()}"  # part of its name in the cache
+    compile_with = partial(cfunc, types.void(types.voidptr), boundscheck=False, error_model="numpy")
+    try:
+        return compile_with(cache=True)(do_jobs)
+    except Exception as error:  # Numba raises what it meets: a read-only or full disk, a file that is cut short
+        warnings.warn(
+            f"the compiled CPU kernel {do_jobs.__name__} cannot be kept for the next process, which will compile it "
+            f"again for some seconds ({error}). The environment variable NUMBA_CACHE_DIR names a folder to keep it in",
+            stacklevel=2,
+        )
+        return compile_with()(do_jobs)
 
 
-def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int]) -> None:
+def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float | torch.Tensor]) -> None:
     """Calls `kernel` with a pointer to its work in `torch.get_num_threads()` threads, which share the jobs.
 
-    The work is a record of `fields` that begins with `COUNTERS`. Any number of Python threads may call at once.
+    The work is a record of `fields`, the addresses of tensors among them, that begins with `COUNTERS`. Any number of
+    Python threads may call at once.
 
     Raises:
         MemoryError: where jobs were left undone, as a thread got no memory.
     """
-    work = np.array([tuple(fields.get(name, 0) for name in record_type.names)], record_type)
+    values = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
+    work = np.array([tuple(values.get(name, 0) for name in record_type.names)], record_type)
     num_threads = min(torch.get_num_threads(), fields["num_jobs"])
     if num_threads == 1:
         kernel.ctypes(work.ctypes.data)
     elif openmp is not None:
         openmp.GOMP_parallel(kernel.ctypes, work.ctypes.data, num_threads, 0)
     else:
-        run_in_workers(kernel, work.ctypes.data, num_threads)
+        run_in_workers(kernel, work, fields, num_threads)
     if work["jobs_done"] != fields["num_jobs"]:
         raise MemoryError(f"the CPU kernel finished {work['jobs_done'][0]} of {fields['num_jobs']} jobs")
 
 
-def run_in_workers(kernel: CFunc, pointer: int, num_threads: int) -> None:
-    """Calls `kernel` with the pointer in this thread and in threads of our own."""
+def run_in_workers(kernel: CFunc, work: np.ndarray, fields: dict, num_threads: int) -> None:
+    """Calls `kernel` with a pointer to `work` in this thread and in threads of our own.
+
+    Each thread holds on to the work and its tensors: an exception, such as an interrupt from the keyboard, takes this
+    one out of its wait while others still compute.
+    """
     while len(workers) < num_threads - 1:
         worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-scan-{len(workers)}", daemon=True)
-        workers.append(worker)
         worker.start()
+        workers.append(worker)
 
     done = SimpleQueue()
-    for _ in range(num_threads - 1):
-        calls.put((kernel, pointer, done))
-    kernel.ctypes(pointer)
-    for _ in range(num_threads - 1):
-        done.get()
+    try:
+        for _ in range(num_threads - 1):
+            calls.put((kernel, work, fields, done))
+        kernel.ctypes(work.ctypes.data)
+        for _ in range(num_threads - 1):
+            done.get()
+    except BaseException:
+        work["next_job"] = work["num_jobs"]  # nobody begins another job
+        raise
 
 
 def wait_for_work(queue: SimpleQueue) -> None:
     while True:
-        kernel, pointer, done = queue.get()
-        kernel.ctypes(pointer)
+        kernel, work, fields, done = queue.get()
+        kernel.ctypes(work.ctypes.data)
         done.put(None)
+        del kernel, work, fields, done  # not kept until the next call

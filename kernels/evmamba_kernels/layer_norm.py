@@ -7,7 +7,7 @@ kernels that read the maps once. With gradients, on other devices and in compile
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import NAMESPACE, choose_backend
+from .atrous_selective_scan import NAMESPACE, choose_backend, in_forward_mode
 
 
 def layer_norm_gated(
@@ -26,11 +26,13 @@ def layer_norm_gated(
         (..., D), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: where `gate` has another shape.
+        ValueError: where shapes do not fit together, or tensors lie on several devices.
     """
-    if gate.shape != hidden_states.shape:
-        shapes = tuple(hidden_states.shape), tuple(gate.shape)
-        raise ValueError("gate must have the shape of hidden_states, {}, got {}".format(*shapes))
+    if hidden_states.ndim < 2:
+        raise ValueError(f"hidden_states must have the shape (..., D), got {tuple(hidden_states.shape)}")
+    check_argument("gate", gate, hidden_states, hidden_states.shape)
+    check_argument("weight", weight, hidden_states, hidden_states.shape[-1:])
+    check_argument("bias", bias, hidden_states, hidden_states.shape[-1:])
     tensors = (hidden_states, gate, weight, bias)
     if is_for_cpu_kernel(tensors):
         return gated_operator(*tensors, eps)
@@ -50,19 +52,33 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
         (B, D), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: where `hidden_states` is no map.
+        ValueError: where `hidden_states` is no map, shapes do not fit together, or tensors lie on several devices.
     """
     if hidden_states.ndim != 4:
         raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
+    check_argument("weight", weight, hidden_states, hidden_states.shape[-1:])
+    check_argument("bias", bias, hidden_states, hidden_states.shape[-1:])
     tensors = (hidden_states, weight, bias)
     if is_for_cpu_kernel(tensors):
         return mean_operator(*tensors, eps)
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
 
 
+def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape {tuple(shape)} for hidden_states {tuple(hidden_states.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.device != hidden_states.device:
+        raise ValueError(f"{name} must be on {hidden_states.device}, like hidden_states, got {tensor.device}")
+
+
 def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether no gradient is asked for, and the scan of such maps runs in CPU kernels too."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    """Whether no derivative is asked for, and the scan of such maps runs in CPU kernels too."""
+    if torch.compiler.is_compiling() or in_forward_mode():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     hidden_states = tensors[0]
     if any(tensor.dtype != torch.float32 for tensor in tensors) or hidden_states.numel() == 0:

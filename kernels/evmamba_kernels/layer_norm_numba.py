@@ -170,11 +170,11 @@ def gated(
         "channels": channels,
         "row_stride": x.stride(0),
         "gate_stride": gate.stride(0),
-        "hidden_states": x.data_ptr(),
-        "gate": gate.data_ptr(),
-        "weight": weight.data_ptr(),
-        "bias": bias.data_ptr(),
-        "out": out.data_ptr(),
+        "hidden_states": x,
+        "gate": gate,
+        "weight": weight,
+        "bias": bias,
+        "out": out,
         "eps": eps,
     }
     run_jobs(compiled_kernel(gated_jobs), GATED_WORK, work)
@@ -199,8 +199,8 @@ def mean(
         "num_rows": num_rows,
         "channels": channels,
         "row_stride": x.stride(0),
-        "hidden_states": x.data_ptr(),
-        "sums": sums.data_ptr(),
+        "hidden_states": x,
+        "sums": sums,
         "eps": eps,
     }
     run_jobs(compiled_kernel(mean_jobs), MEAN_WORK, work)

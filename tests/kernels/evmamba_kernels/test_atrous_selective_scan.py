@@ -129,6 +129,21 @@ def test_random_shapes_against_the_reference(backend, shape, state_size, rank, s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode(backend):
+    """Derivatives are those of the PyTorch form, also of several maps at once."""
+    u, *others = random_arguments(2, 3, 4, 5, 3, 2, dtype=torch.float32)
+    tangent = torch.randn_like(u)
+
+    def scan(u, backend):
+        return atrous_selective_scan(u, *others, backend=backend)
+
+    _, expected = torch.func.jvp(lambda u: scan(u, "torch"), (u,), (tangent,))
+    assert relative_error(torch.func.jvp(lambda u: scan(u, backend), (u,), (tangent,))[1], expected) < 1e-6
+    _, batched = torch.func.jvp(torch.func.vmap(lambda u: scan(u[None], backend)[0]), (u,), (tangent,))
+    assert relative_error(batched, expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_the_recurrence_in_float32(backend):
     arguments = random_arguments(1, *sized((12, 12), (5, 4)), sized(8, 3), dtype=torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):

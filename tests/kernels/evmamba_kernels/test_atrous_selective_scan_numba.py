@@ -1,9 +1,18 @@
 """The CPU kernels: vector functions, threads, processes, memory."""
 
+import ctypes
+import gc
 import os
+import shutil
 import subprocess
 import sys
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, current_thread, main_thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +160,60 @@ def test_undone_jobs_are_an_error(num_threads):
     assert kernels.forward(*arguments()).isfinite().all()
 
 
+@pytest.fixture
+def own_threads(monkeypatch):
+    """Two threads, one of them our own and new."""
+    monkeypatch.setattr(threads, "openmp", None)
+    monkeypatch.setattr(threads, "calls", SimpleQueue())
+    monkeypatch.setattr(threads, "workers", [])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_interrupt_frees_no_memory_in_use(own_threads):
+    """Ctrl-C takes the calling thread away while another still computes: its memory must stay, but not for long."""
+    computing, interrupted, finished = Event(), Event(), Event()
+    counters = []
+
+    def do_jobs(pointer):
+        if current_thread() is main_thread():
+            computing.wait(10)
+            raise KeyboardInterrupt
+        computing.set()
+        interrupted.wait(10)
+        counters.extend(np.ctypeslib.as_array((ctypes.c_int64 * 3).from_address(pointer)).tolist())
+        finished.set()
+
+    u = torch.zeros(4)
+    memory = weakref.ref(u)
+    with pytest.raises(KeyboardInterrupt):
+        threads.run_jobs(SimpleNamespace(ctypes=do_jobs), kernels.SCAN_WORK, {"num_jobs": 8, "u": u})
+    del u
+    gc.collect()
+    assert memory() is not None
+    interrupted.set()
+    assert finished.wait(10)
+    assert counters == [8, 0, 8]  # no further job is claimed
+    for _ in range(100):
+        if memory() is None:
+            break
+        time.sleep(0.01)
+    assert memory() is None
+
+
+def test_a_thread_that_cannot_start_is_tried_again(own_threads, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            kernels.forward(*arguments())
+    assert kernels.forward(*arguments()).isfinite().all()
+
+
 def test_the_form_for_processors_without_avx512():
     script = """
 import sys, torch
@@ -224,3 +287,42 @@ print(threads.compiled_kernel(kernels.scan_jobs).cache_hits)
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "1", run.stderr
+
+
+# in a folder with a copy of the kernels
+USE_CACHE = """
+import torch
+from evmamba_kernels import layer_norm_mean, layer_norm_numba
+from evmamba_kernels.atrous_selective_scan_numba_threads import compiled_kernel
+x, weight, bias = torch.randn(1, 3, 2, 20), torch.randn(20), torch.randn(20)
+expected = torch.nn.functional.layer_norm(x, (20,), weight, bias).mean(dim=(1, 2))
+torch.testing.assert_close(layer_norm_mean(x, weight, bias, 1e-5), expected)
+print(compiled_kernel(layer_norm_numba.mean_jobs).cache_hits)
+"""
+
+
+def use_cache(folder: Path) -> subprocess.CompletedProcess:
+    variables = os.environ | {"PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", USE_CACHE]
+    run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def test_a_change_of_any_source_is_compiled(tmp_path):
+    copy = tmp_path / "evmamba_kernels"
+    shutil.copytree(Path(kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert [use_cache(tmp_path).stdout for _ in range(2)] == ["0\n", "1\n"]
+    with (copy / "atrous_selective_scan_numba_simd.py").open("a") as file:
+        file.write("# a change\n")
+    assert use_cache(tmp_path).stdout == "0\n"
+
+
+def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path):
+    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "evmamba_kernels")
+    use_cache(tmp_path)
+    for file in (tmp_path / "cache").rglob("*mean_jobs*.nbc"):
+        file.write_bytes(b"")  # as after a loss of power
+    run = use_cache(tmp_path)
+    assert run.stdout == "0\n"
+    assert "the compiled CPU kernel mean_jobs cannot be kept for the next process" in run.stderr
