@@ -43,7 +43,8 @@ CHAINS = {
 def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVMambaPreTrainedModel:
     """A copy of a model for inference alone: the same outputs to rounding, sooner.
 
-    The copy is in evaluation mode, computes no gradients, and cannot be saved. `model` stays as it is.
+    The copy is in evaluation mode, computes no gradients, and cannot be saved; packed weights stay on their device in
+    their dtype. `model` stays as it is.
 
     Args:
         model: any of the models of this package, on any device. Weights are packed for CPUs, in float32.
@@ -62,7 +63,9 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
         pack_linear_layers(model)
         split_batches(model)
         keep_freed_memory()
-    model.register_state_dict_pre_hook(refuse_to_save)
+    for module in model.modules():  # also its parts: their names and weights are others
+        module.register_state_dict_pre_hook(refuse_to_save)
+    model.register_forward_pre_hook(refuse_gradients, with_kwargs=True)
     return model
 
 
@@ -75,11 +78,21 @@ def fold_batch_norms(model: nn.Module) -> None:
                 setattr(module, batch_norm, nn.Identity())
 
 
-def refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def refuse_to_save(*_) -> None:
     raise RuntimeError(
-        "this model was optimized for inference and cannot be saved: save the one that it was made from, "
-        "and call optimize_for_inference after loading"
+        "this model was optimized for inference and can neither be saved nor copied: take the one that it was made "
+        "from, and call optimize_for_inference afterwards"
     )
+
+
+def refuse_gradients(module: nn.Module, arguments: tuple, named_arguments: dict) -> None:
+    if torch.is_grad_enabled() and any(
+        isinstance(each, torch.Tensor) and each.requires_grad for each in (*arguments, *named_arguments.values())
+    ):
+        raise RuntimeError(
+            "this model was optimized for inference and computes no gradients, but its input requires them: use the "
+            "model that it was made from, or torch.no_grad()"
+        )
 
 
 def keep_freed_memory() -> None:
@@ -91,7 +104,21 @@ def keep_freed_memory() -> None:
     torch.empty(30 * 2**20, dtype=torch.uint8)
 
 
-class PackedLinear(nn.Module):
+class Packed(nn.Module):
+    """A layer whose weights lie as oneDNN wants them: nothing else can read them."""
+
+    def __reduce_ex__(self, protocol: int) -> None:  # for pickle and copy
+        refuse_to_save()
+
+    def check_dtype(self, hidden_states: torch.Tensor) -> None:
+        if hidden_states.dtype != torch.float32:
+            raise TypeError(
+                f"this model was optimized for inference in float32, got {hidden_states.dtype}: convert the model "
+                "that it was made from, or leave autocast"
+            )
+
+
+class PackedLinear(Packed):
     """A linear layer with the activation behind it, in oneDNN."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"):
@@ -101,6 +128,7 @@ class PackedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.check_dtype(hidden_states)
         return torch.ops.mkldnn._linear_pointwise.default(
             hidden_states, self.packed_weight, self.bias, self.activation, [], "none"
         )
@@ -116,7 +144,7 @@ class PackedPointwiseConv(PackedLinear):
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PackedConv2d(nn.Module):
+class PackedConv2d(Packed):
     """A convolution with the activation behind it, in oneDNN."""
 
     def __init__(self, convolution: nn.Conv2d, activation: str):
@@ -127,6 +155,7 @@ class PackedConv2d(nn.Module):
         self.activation = activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H', W')
+        self.check_dtype(hidden_states)
         return torch.ops.mkldnn._convolution_pointwise.default(
             hidden_states, self.packed_weight, self.bias, *self.geometry, self.activation, [], "none"
         )

@@ -1,5 +1,8 @@
 """Models optimized for inference: the same outputs, and nothing else."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -98,11 +101,41 @@ def test_the_model_stays_as_it_is():
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_optimized_models_refuse_to_be_saved(tmp_path):
+def save(model: nn.Module, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        save,
+        lambda model, folder: save(model.efficientvmamba, folder),
+        lambda model, folder: torch.save(model, folder / "model.pt"),
+        lambda model, folder: copy.deepcopy(model),
+        lambda model, folder: optimize_for_inference(model),
+    ],
+    ids=["save", "save a part", "pickle", "copy", "optimize again"],
+)
+def test_optimized_models_refuse_to_be_saved_or_copied(use, tmp_path):
     optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()))
-    with pytest.raises(RuntimeError, match="save the one that it was made from"):
-        optimized.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="neither be saved nor copied: take the one that it was made from"):
+        use(optimized, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_optimized_models_do_not_compute_is_refused():
+    optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()))
+    images = torch.randn(1, 3, 64, 64)
+    assert not optimized(pixel_values=images).logits.requires_grad
+    with pytest.raises(RuntimeError, match="computes no gradients, but its input requires them"):
+        optimized(pixel_values=images.requires_grad_())
+    with torch.no_grad():
+        assert optimized(images).logits.isfinite().all()
+        with (
+            pytest.raises(TypeError, match=r"optimized for inference in float32, got torch\.bfloat16"),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            optimized(images)
 
 
 def test_other_models_are_refused():
