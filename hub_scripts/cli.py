@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
@@ -218,8 +219,10 @@ def push(
 ) -> None:
     """Uploads a model to the Hub: weights, configuration, image processor, card and the network's code, in one commit.
 
-    A README.md in the folder is the card; without one, a card is rendered. When an upload breaks off, the repository
-    is as it was, and the same command completes it. Log in with `hf auth login` or set `HF_TOKEN`.
+    A README.md in the folder is the card; without one, a card is rendered. Earlier weights that would be loaded in
+    place of these are deleted in the repository, variants like `model.fp16.safetensors` and all other files stay. When
+    an upload breaks off, the repository is as it was, and the same command completes it. Log in with `hf auth login`
+    or set `HF_TOKEN`.
 
     Examples:
 
@@ -240,7 +243,7 @@ def push(
         )
     files = job.collect_files(model_dir, repo_id, details)
     if dry_run:
-        show_files(repo_id, files)
+        show_files(repo_id, files, job.WEIGHTS_PATTERNS)
     else:
         report_upload(
             job.push(repo_id, files, message=message, private=private, revision=revision, create_pr=create_pr)
@@ -478,6 +481,7 @@ def evaluate(
             help="JSON file for the results. An interrupted evaluation with the same file goes on where it was.",
             show_default=False,
         ),
+            resolve_path=True,  # the file is replaced: a link to it is to stay one
     ] = None,
     update_card: Annotated[
         bool, typer.Option("--update-card", help="Write the results into the metadata of the model's card.")
@@ -555,7 +559,7 @@ def push_conversion(
     source: str, conversion, model_dir: Path, repo_id: str, private: bool, dry_run: bool = False
 ) -> None:
     """Uploads a converted checkpoint, with the manifest's card where it is one of the manifest's."""
-    from hub_scripts.push import collect_files, push
+    from hub_scripts.push import WEIGHTS_PATTERNS, collect_files, push
     from hub_scripts.republish import find_checkpoint, write_card
 
     checkpoint = find_checkpoint(source)
@@ -563,13 +567,13 @@ def push_conversion(
         write_card(checkpoint, conversion, model_dir, repo_id)
     files = collect_files(model_dir, repo_id)
     if dry_run:
-        show_files(repo_id, files)
+        show_files(repo_id, files, WEIGHTS_PATTERNS)
     else:
         report_upload(push(repo_id, files, message=UPLOAD_MESSAGE, private=private))
 
 
-def show_files(repo_id: str, files: dict) -> None:
-    """What a dry run would upload: paths, sizes in bytes, and the card."""
+def show_files(repo_id: str, files: dict, replaced: Sequence[str] = ()) -> None:
+    """What would be uploaded: paths, sizes in bytes, and the card; and patterns of the names that would be deleted."""
     table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
     sizes = {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -582,6 +586,8 @@ def show_files(repo_id: str, files: dict) -> None:
     console.print(table)
     card = files["README.md"]
     console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
+    if replaced:
+        console.print(f"Other files of these names would be deleted in the repository: {', '.join(replaced)}")
 
 
 def report_upload(result) -> None:

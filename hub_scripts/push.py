@@ -1,6 +1,7 @@
 """`evmamba push`: a folder that `save_pretrained` wrote becomes a repository on the Hub, with card and code."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -15,6 +16,17 @@ from hub_scripts.card import EVAL_RESULTS_FOLDER, CardDetails, load_card, render
 from hub_scripts.errors import UserError
 from hub_scripts.hub import Files, Upload, check_repo_id, upload
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
+
+
+# What `from_pretrained` loads unless it is asked for a variant: those, like model.fp16.safetensors, have other names.
+WEIGHTS_PATTERNS = [
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
+    "pytorch_model.bin.index.json",
+]
 
 
 def find_model_class(model_dir: Path, config: EfficientVMambaConfig) -> type[EfficientVMambaPreTrainedModel]:
@@ -120,8 +132,7 @@ def collect_files(model_dir: Path, repo_id: str, details: CardDetails | None = N
 
 def is_stale(name: str) -> bool:
     """Weights of an earlier upload, of another sharding or format: `from_pretrained` might prefer them."""
-    weights = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-    return "/" not in name and name.startswith(("model", "pytorch_model")) and name.endswith(weights)
+    return any(fnmatchcase(name, pattern) for pattern in WEIGHTS_PATTERNS)
 
 
 def push(

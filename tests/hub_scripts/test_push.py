@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,38 @@ def test_shards_replace_one_file_and_back(evmamba, hub, tmp_path):
 
     assert evmamba("push", DIGITS, REPO_ID)[0] == 0
     assert [name for name in hub.repos["model", REPO_ID].files() if "safetensors" in name] == ["model.safetensors"]
+
+
+def test_only_weights_that_would_be_loaded_in_place_of_the_new_ones_are_deleted(evmamba, hub):
+    stale = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00001.bin",
+        "pytorch_model.bin.index.json",
+    ]
+    kept = [
+        "model.fp16.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.fp16.bin",
+        "model_quantized.safetensors",
+        "onnx/model.safetensors",
+        "training_args.bin",
+    ]
+    hub.create(REPO_ID, dict.fromkeys(["model.safetensors", *stale, *kept], b"earlier"))
+    assert evmamba("push", DIGITS, REPO_ID)[0] == 0
+    files = hub.repos["model", REPO_ID].files()
+    assert files["model.safetensors"] == (DIGITS / "model.safetensors").read_bytes()
+    assert not files.keys() & set(stale)
+    assert files.keys() >= set(kept)
+
+    shown = evmamba("push", DIGITS, REPO_ID, "--dry-run")[1]
+    (line,) = [line for line in shown.splitlines() if line.startswith("Other files of these names would be deleted")]
+    patterns = line.partition(": ")[2].split(", ")
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in stale)
+    assert not any(fnmatch(name, pattern) for pattern in patterns for name in kept)
 
 
 def test_backbone(evmamba, hub, tmp_path):
