@@ -17,6 +17,7 @@ from huggingface_hub import (
 )
 
 from hub_scripts.errors import UserError
+from hub_scripts.files import write_whole
 from hub_scripts.hub import explained, upload
 from hub_scripts.info import MACS_CONVENTION, find_variant, measure_size
 from modeling_evmamba import (
@@ -194,7 +195,11 @@ def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
 
 
 def update_card(model: str, card: ModelCard, results: list[EvalResult]) -> None:
-    """Writes results into the card of a model, in its folder or, as one commit, in its repository on the Hub."""
+    """Writes results into the card of a model, in its folder or, as one commit, in its repository on the Hub.
+
+    Raises:
+        UserError: where the files cannot be written or uploaded.
+    """
     folder = Path(model)
     is_local = folder.is_dir()
     add_results(card, results, folder.resolve().name if is_local else model.rpartition("/")[2])
@@ -203,5 +208,4 @@ def update_card(model: str, card: ModelCard, results: list[EvalResult]) -> None:
         upload(model, files, "Add evaluation results")
         return
     for path, content in files.items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_bytes(content)
+        write_whole(folder / path, content)

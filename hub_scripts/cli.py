@@ -1,9 +1,10 @@
 """The command line `evmamba`: arguments and help of every command. Jobs are imported when their command runs."""
 
 import json
+import os
 import sys
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
@@ -480,8 +481,8 @@ def evaluate(
         typer.Option(
             help="JSON file for the results. An interrupted evaluation with the same file goes on where it was.",
             show_default=False,
-        ),
             resolve_path=True,  # the file is replaced: a link to it is to stay one
+        ),
     ] = None,
     update_card: Annotated[
         bool, typer.Option("--update-card", help="Write the results into the metadata of the model's card.")
@@ -504,11 +505,12 @@ def evaluate(
 
     from hub_scripts import card as cards
     from hub_scripts import evaluation as job
+    from hub_scripts.files import write_whole
     from hub_scripts.hub import fetch_model
     from hub_scripts.labeled_images import open_dataset
 
-    if output is not None and output.is_dir():
-        raise UserError(f"{output} is a folder, --output is a file for the results")
+    if output is not None and os.path.exists(output) and not os.path.isfile(output):  # of any name
+        raise UserError(f"{output} is a folder or a device, --output is a file for the results")
     logging.disable_progress_bar()
     names = {} if label_map is None else job.read_label_map(label_map)
     processes = job.join_processes()
@@ -547,11 +549,11 @@ def evaluate(
     commit = None if Path(model).is_dir() else folder.name  # downloads lie in folders that are called after it
     results = {"model": model, "model_revision": commit, **evaluation.finish()}
     if processes.is_main_process:
+        show_results(results)
         if output is not None:
-            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_whole(output, (json.dumps(results, indent=2) + "\n").encode())
         if card is not None:
             cards.update_card(model, card, cards.to_eval_results(results))
-        show_results(results)
     evaluation.discard_progress()
 
 
@@ -584,10 +586,10 @@ def show_files(repo_id: str, files: dict, replaced: Sequence[str] = ()) -> None:
     table.add_section()
     table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
     console.print(table)
-    card = files["README.md"]
-    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
     if replaced:
         console.print(f"Other files of these names would be deleted in the repository: {', '.join(replaced)}")
+    card = files["README.md"]
+    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
 
 
 def report_upload(result) -> None:

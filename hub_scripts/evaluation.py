@@ -6,12 +6,12 @@ evaluation goes on.
 """
 
 import json
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
 
 # the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
@@ -28,6 +28,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import modeling_evmamba  # noqa: F401, tells the Auto classes of the model
 from hub_scripts.convert import IMAGENET_LABELS
 from hub_scripts.errors import UserError
+from hub_scripts.files import write_whole
 from hub_scripts.labeled_images import LabeledImage, LabeledImages
 
 
@@ -231,22 +232,19 @@ class Evaluation:
         return None if self.dataset.num_images is None else len(range(index, self.dataset.num_images, number))
 
     def load_progress(self) -> Counts | None:
-        if self.progress_file is None or not self.progress_file.is_file():
+        if self.progress_file is None:
             return None
         try:
             with safe_open(self.progress_file, framework="pt") as file:
                 if file.metadata()["settings"] != self.settings:
                     return None
                 return Counts(file.get_tensor("confusion"), file.get_tensor("sums"))
-        except SafetensorError:
+        except (OSError, SafetensorError):  # there is none, or it is damaged
             return None
 
     def save_progress(self) -> None:
         if self.progress_file is not None:
-            self.progress_file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.progress_file.with_name(f"{self.progress_file.name}.new")
-            save_file(vars(self.counts), partial, metadata={"settings": self.settings})
-            os.replace(partial, self.progress_file)
+            write_whole(self.progress_file, save(vars(self.counts), metadata={"settings": self.settings}))
 
     def find_index(self, image: LabeledImage) -> int:
         """The model's index of an image's label."""
@@ -280,7 +278,12 @@ class Evaluation:
 
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
-        """Evaluates, yielding the number of images of each batch. What was counted is kept when it breaks off."""
+        """Evaluates, yielding the number of images of each batch. What was counted is kept when it breaks off.
+
+        Raises:
+            UserError: for images and labels that cannot be used, and where the progress cannot be saved.
+        """
+        self.save_progress()  # a disk that cannot be written shows before the work
         begin, saved = None, time.monotonic()
         try:
             for pixel_values, labels in self.load_batches():
@@ -295,7 +298,8 @@ class Evaluation:
                 yield len(labels)
         finally:
             self.seconds = 0.0 if begin is None else time.monotonic() - begin
-            self.save_progress()
+            with suppress(UserError):  # neither the results nor what broke it off are to be lost for a full disk
+                self.save_progress()
 
     def finish(self) -> dict:
         """Adds up the counts of all processes; each gets the results.

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from transformers.utils import logging
 
 from hub_scripts.errors import UserError
 from hub_scripts.evaluation import Counts, Preprocessor
+from hub_scripts.files import partial_name, write_whole
 from hub_scripts.hub import fetch_model
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import choose_library, create_augmentation, describe_library
@@ -254,11 +254,11 @@ class TrainingRun:
         """Writes the recipe, and takes back what the log says beyond the checkpoint."""
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(self.output_dir / RECIPE_NAME, dump_recipe(self.recipe))
+            write_whole(self.output_dir / RECIPE_NAME, dump_recipe(self.recipe).encode())
             self.checkpoints.folder.mkdir(exist_ok=True)
             self.checkpoints.clean_up()
             kept = [record for record in self.read_log() if record["step"] <= self.progress.step]
-            write_whole(self.output_dir / LOG_NAME, "".join(json.dumps(record) + "\n" for record in kept))
+            write_whole(self.output_dir / LOG_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
         except OSError as error:
             raise UserError(f"{self.output_dir} cannot be written: {error}") from error
 
@@ -521,15 +521,3 @@ class TrainingLog:
         run.log(record)
         self.restart()
         return f"loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
-
-
-def partial_name(path: Path) -> str:
-    """The name of a file while it is being written."""
-    return f".{path.name}.partial"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file, so that it is the old or the new one at any moment."""
-    partial = path.with_name(partial_name(path))
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -135,6 +135,48 @@ def test_counts():
     assert counts.sums[0].item() == pytest.approx(F.cross_entropy(logits, labels).item() * 200, rel=1e-6)
 
 
+@pytest.fixture
+def at_second_batch(monkeypatch):
+    """Lets something happen once while the second batch is being counted."""
+    cross_entropy, calls = F.cross_entropy, []
+
+    def prepare(action) -> None:
+        def count_and_act(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 2:
+                action()
+            return cross_entropy(*args, **kwargs)
+
+        monkeypatch.setattr(F, "cross_entropy", count_and_act)
+
+    return prepare
+
+
+@pytest.mark.parametrize("output", ["file/results.json", "r" * 250, "r" * 300], ids=["folder", "name", "long"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(evmamba, few_digits, tmp_path, output):
+    (tmp_path / "file").touch()
+    first = sorted(few_digits.glob("0/*.png"))[0]
+    first.write_bytes(b"no image")
+    code, out, err = evmamba("evaluate", DIGITS, "--dataset", few_digits, "--output", tmp_path / output)
+    assert (code, out) == (1, "")
+    assert f"{output}.progress-0-of-1 cannot be written" in err and str(first) not in err
+
+
+def test_what_broke_it_off_is_told_where_nothing_can_be_saved_any_more(evmamba, few_digits, tmp_path, at_second_batch):
+    last = sorted(few_digits.glob("9/*.png"))[-1]
+    last.write_bytes(b"no image")
+
+    def spoil() -> None:
+        path = tmp_path / "results.json.progress-0-of-1"
+        path.unlink()
+        path.mkdir()
+
+    at_second_batch(spoil)
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and f"{last}: it is not an image" in err
+
+
 # Labels
 
 
@@ -250,14 +292,45 @@ def test_results_in_a_card(evmamba, few_digits, tmp_path):
     assert not (tmp_path / "model" / ".eval_results").exists()
 
 
-def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, digit_images, few_digits, tmp_path):
-    assert evmamba("push", DIGITS, "someone/digits")[0] == 0
-    dataset = load_dataset("imagefolder", data_dir=str(few_digits), split="train")
-    dataset.to_parquet(tmp_path / "data.parquet")
+def test_results_and_card_are_replaced_as_a_whole(evmamba, few_digits, tmp_path):
+    """Who has opened an older file goes on reading it, and links stay links."""
+    shutil.copytree(DIGITS, tmp_path / "model")
+    (tmp_path / "elsewhere.json").write_text("old")
+    (tmp_path / "results.json").symlink_to(tmp_path / "elsewhere.json")
+    arguments = ["--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
+    with (tmp_path / "elsewhere.json").open() as old_results, (tmp_path / "model" / "README.md").open() as old_card:
+        results = evaluate(evmamba, tmp_path / "model", *arguments)
+        assert old_results.read() == "old"
+        assert old_card.read() == (DIGITS / "README.md").read_text()
+    assert (tmp_path / "results.json").is_symlink()
+    assert json.loads((tmp_path / "elsewhere.json").read_text()) == results
+    assert "few" in (tmp_path / "model" / "README.md").read_text()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.fixture
+def hub_data(hub, few_digits, tmp_path) -> str:
+    """A dataset of the Hub, of seven digits of every class."""
+    load_dataset("imagefolder", data_dir=str(few_digits), split="train").to_parquet(tmp_path / "data.parquet")
     hub.create("someone/data", {"test.parquet": (tmp_path / "data.parquet").read_bytes()}, kind="dataset")
+    return "someone/data"
+
+
+def test_results_are_shown_before_a_card_fails(evmamba, hub_data, tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "model")
+    (tmp_path / "model" / ".eval_results").touch()  # where a folder is needed
+    arguments = ["--dataset", hub_data, "--output", tmp_path / "results.json", "--update-card"]
+    code, out, err = evmamba("evaluate", tmp_path / "model", *arguments)
+    assert code == 1 and "100.00%" in out
+    assert "data.yaml cannot be written" in err.splitlines()[-1] and "Traceback" not in err
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 70
+
+
+def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, hub_data, tmp_path):
+    assert evmamba("push", DIGITS, "someone/digits")[0] == 0
     before = len(hub.repos["model", "someone/digits"].history)
 
-    arguments = ["--dataset", "someone/data", "--output", tmp_path / "results.json", "--update-card"]
+    arguments = ["--dataset", hub_data, "--output", tmp_path / "results.json", "--update-card"]
     results = evaluate(evmamba, "someone/digits", *arguments)
     assert (results["images"], results["dataset_split"]) == (70, "test")
     assert results["model_revision"] in hub.repos["model", "someone/digits"].commits
@@ -289,7 +362,8 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, digit_images, few_digits
         ([DIGITS, "--dataset", "DATA", "--label-map", "missing.json"], "missing.json cannot be read as JSON"),
         ([DIGITS.parent, "--dataset", "DATA"], "cannot be loaded as an image classifier"),
         (["MODEL", "--dataset", "DATA", "--update-card"], "holds no README.md"),
-        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is a folder, --output is a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is a folder or a device, --output is a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is a folder or a device, --output is a file"),
         (["someone/missing", "--dataset", "DATA"], "neither a path here nor a repository on the Hub"),
     ],
 )
@@ -321,12 +395,14 @@ def test_images_of_different_sizes(evmamba, few_digits, tmp_path):
     assert evaluate(evmamba, *arguments, "--batch-size", 1)["images"] == 71
 
 
-def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path):
+@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no right")])
+def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path, action, message):
     assert evmamba("push", DIGITS, "someone/digits")[0] == 0
-    hub.faults = [Fault("commit", "hang up")]
+    hub.faults = [Fault("commit", action)]
     arguments = ["someone/digits", "--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
-    code, _, err = evmamba("evaluate", *arguments)
-    assert code == 1 and "the connection broke off" in err
+    code, out, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "100.00%" in out and message in err.splitlines()[-1] and err.count("Error:") == 1
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 70
     code, out, err = evmamba("evaluate", *arguments)
     assert code == 0 and "Going on after 70 images" in err and "100.00%" in out
     assert json.loads((tmp_path / "results.json").read_text())["images_per_second"] is None
