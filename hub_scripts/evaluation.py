@@ -6,13 +6,14 @@ evaluation goes on.
 """
 
 import json
+import math
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -117,10 +118,30 @@ class Preprocessor:
 
 @dataclass
 class Counts:
-    """What is known of the images so far."""
+    """What is known of the images so far.
 
-    confusion: torch.Tensor  # (classes, classes) int64: rows are the dataset's labels, columns the predictions
-    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, right among five
+    All of it is one tensor, to which one call adds a batch: whenever Ctrl-C comes, the batch is in it or is not.
+    """
+
+    table: torch.Tensor  # (classes * classes + 2,) float64: the confusion matrix row by row, then the two sums
+
+    @classmethod
+    def start(cls, num_classes: int) -> "Counts":
+        return cls(torch.zeros(num_classes**2 + 2, dtype=torch.float64))
+
+    @property
+    def num_classes(self) -> int:
+        return math.isqrt(len(self.table) - 2)
+
+    @property
+    def confusion(self) -> torch.Tensor:
+        """(classes, classes) int64: rows are the dataset's labels, columns the predictions."""
+        return self.table[:-2].view(self.num_classes, self.num_classes).long()
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """(2,) float64: the losses, and how many images have the label among the first five predictions."""
+        return self.table[-2:]
 
     @property
     def num_images(self) -> int:
@@ -129,16 +150,16 @@ class Counts:
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Counts a batch: logits (B, classes), labels (B,)."""
         logits, labels = logits.cpu().double(), labels.cpu()
-        top5 = logits.topk(min(5, len(self.confusion)), dim=-1).indices
-        self.confusion.index_put_((labels, top5[:, 0]), torch.ones_like(labels), accumulate=True)
-        self.sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        self.sums[1] += (top5 == labels[:, None]).sum()
+        top5 = logits.topk(min(5, self.num_classes), dim=-1).indices
+        sums = torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (top5 == labels[:, None]).sum()])
+        places = torch.cat([labels * self.num_classes + top5[:, 0], torch.tensor([-2, -1])])
+        self.table.index_put_((places,), torch.cat([torch.ones(len(labels)), sums]), accumulate=True)
 
     def add_up(self, device: torch.device) -> "Counts":
         """The counts of all processes together. To be called by each, with its device."""
         from accelerate.utils import reduce
 
-        return Counts(*(reduce(tensor.to(device), "sum").cpu() for tensor in vars(self).values()))
+        return Counts(reduce(self.table.to(device), "sum").cpu())
 
     def summarize(self) -> dict[str, int | float]:
         """The number of images, which must not be 0, shares of right ones, and the mean loss."""
@@ -220,9 +241,7 @@ class Evaluation:
         parts = [dataset.name, dataset.num_images, dataset.revision, dataset.config, dataset.split]
         # an evaluation only goes on where these are the same
         self.settings = json.dumps([str(folder.resolve()), weights, *parts, dtype, label_map])
-        self.counts = self.load_progress() or Counts(
-            torch.zeros((self.model.config.num_labels,) * 2, dtype=torch.int64)
-        )
+        self.counts = self.load_progress() or Counts.start(self.model.config.num_labels)
         self.num_resumed, self.seconds = self.counts.num_images, 0.0
 
     @property
@@ -238,7 +257,7 @@ class Evaluation:
             with safe_open(self.progress_file, framework="pt") as file:
                 if file.metadata()["settings"] != self.settings:
                     return None
-                return Counts(file.get_tensor("confusion"), file.get_tensor("sums"))
+                return Counts(file.get_tensor("table"))
         except (OSError, SafetensorError):  # there is none, or it is damaged
             return None
 

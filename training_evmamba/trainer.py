@@ -416,8 +416,8 @@ class TrainingRun:
         """
         if self.data.validation is None:
             return None
-        accelerator, model, num_classes = self.accelerator, self.bare_model, len(self.data.class_names)
-        counts = Counts(torch.zeros((num_classes, num_classes), dtype=torch.int64))
+        accelerator, model = self.accelerator, self.bare_model
+        counts = Counts.start(len(self.data.class_names))
         loader = create_validation_loader(
             self.data,
             self.recipe,

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,11 +121,11 @@ def test_counts():
     """Against sums over single images."""
     torch.manual_seed(0)
     logits, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
-    counts = Counts(torch.zeros(7, 7, dtype=torch.int64))
+    counts = Counts.start(7)
     for batch in torch.arange(200).split(48):
         counts.add(logits[batch], labels[batch])
     predictions = logits.argmax(dim=-1)
-    assert counts.num_images == 200
+    assert (counts.num_images, counts.num_classes) == (200, 7)
     assert counts.confusion.diag().sum() == (predictions == labels).sum()
     for label in range(7):
         for prediction in range(7):
@@ -133,6 +134,34 @@ def test_counts():
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
     assert counts.sums[1] == (ranks < 5).sum() < 200
     assert counts.sums[0].item() == pytest.approx(F.cross_entropy(logits, labels).item() * 200, rel=1e-6)
+
+
+def test_a_batch_counts_as_a_whole_or_not(monkeypatch):
+    """Ctrl-C before each line that counts, one after the other."""
+    logits, labels = torch.eye(7)[:4], torch.arange(4)
+
+    def interrupt(frame, event, _):
+        nonlocal num_lines
+        if frame.f_code is Counts.add.__code__ and event == "line":
+            num_lines -= 1
+            if num_lines == 0:
+                raise KeyboardInterrupt
+        return interrupt
+
+    outcomes = []
+    for line in range(1, 100):
+        counts, num_lines, trace = Counts.start(7), line, sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            counts.add(logits, labels)
+        except KeyboardInterrupt:
+            outcomes.append((counts.num_images, counts.sums[1].item()))
+        else:
+            break
+        finally:
+            sys.settrace(trace)
+    assert len(outcomes) > 3 and set(outcomes) <= {(0, 0), (4, 4)}
+    assert (counts.num_images, counts.sums[1].item()) == (4, 4)
 
 
 @pytest.fixture
@@ -150,6 +179,20 @@ def at_second_batch(monkeypatch):
         monkeypatch.setattr(F, "cross_entropy", count_and_act)
 
     return prepare
+
+
+def test_ctrl_c_while_a_batch_is_counted(evmamba, few_digits, tmp_path, at_second_batch):
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--output"]
+    expected = evaluate(evmamba, *arguments, tmp_path / "expected.json")
+    at_second_batch(lambda: os.kill(os.getpid(), signal.SIGINT))
+    code, out, _ = evmamba("evaluate", *arguments, tmp_path / "results.json")
+    assert code != 0 and "top-1" not in out
+    code, _, err = evmamba("evaluate", *arguments, tmp_path / "results.json")
+    assert code == 0 and "Going on after 8 images" in err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+    ignored = {"images_per_second": None, "loss": None}
+    assert {**results, **ignored} == {**expected, **ignored}
 
 
 @pytest.mark.parametrize("output", ["file/results.json", "r" * 250, "r" * 300], ids=["folder", "name", "long"])
