@@ -70,14 +70,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        replaced = target.with_name(f".{target.name}.replaced.partial")
         if target.exists():
-            replaced = target.with_name(f".{target.name}.replaced.partial")
-            shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
+            shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
-            partial.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(target)
+        partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)  # also what a run left that was killed between the two
     except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's writer raises the last
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{target} cannot be written: {error}") from error

@@ -131,6 +131,11 @@ def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
         (folder / "config.json").write_text("3")
     assert (target / "config.json").read_text() == "3"
     assert os.listdir(tmp_path) == ["model"]
+    target.rename(tmp_path / ".model.replaced.partial")  # as where a run is killed between the two renames
+    with whole_folder(target) as folder:
+        (folder / "config.json").write_text("4")
+    assert (target / "config.json").read_text() == "4"
+    assert os.listdir(tmp_path) == ["model"]
 
 
 FULL_DISK = """
