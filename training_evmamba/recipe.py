@@ -216,8 +216,11 @@ def get_kinds(annotation: Any) -> set:
 def coerce(name: str, value: Any) -> Any:
     """A value as the type of its field: YAML reads 1e-3 as a text, and 1 as an int."""
     kinds = get_kinds(next(each.type for each in dataclasses.fields(Recipe) if each.name == name))
-    if value == NONE and type(None) in kinds:
-        return None
+    if value in (NONE, [NONE]):
+        if type(None) in kinds:
+            return None
+        if list[str] in kinds:
+            return []
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)
@@ -287,7 +290,7 @@ def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
         raise UserError("`network` holds fields of EfficientVMambaConfig, like {depths: [1, 1, 1, 1]}")
     # the command line's choice of one of the two kinds of network replaces the other
     for chosen, other in (("model", "variant"), ("variant", "model")):
-        if chosen in overrides and other not in overrides:
+        if overrides.get(chosen) not in (None, NONE) and other not in overrides:
             values.pop(other, None)
     return create_recipe({**values, **overrides, "network": network[0] | network[1]})
 

@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -29,20 +30,41 @@ def parse_fields(text: str) -> dict[str, Any]:
     return fields
 
 
+def parse_number_or_none(text: str, kind: type) -> Any:
+    try:
+        return text if text == NONE else kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a valid {kind.__name__} nor `{NONE}`") from None
+
+
 def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
-    """The command line's option for a field of the recipe. An option that is not given is None."""
-    (kind,) = get_kinds(field.type) - {type(None)}
+    """The command line's option for a field of the recipe. An option that is not given is None.
+
+    Where the field may be none, the option takes the word, which `coerce` understands.
+    """
+    kinds = get_kinds(field.type)
+    may_be_none = type(None) in kinds
+    (kind,) = kinds - {type(None)}
+    number = float if kind == list[float] else kind
+    parser, metavar = None, None
+    if kind == dict[str, Any]:
+        kind, parser, metavar = dict, parse_fields, "YAML"
+    elif may_be_none and number in (int, float):
+        parser, metavar = partial(parse_number_or_none, kind=number), f"<{number.__name__}|{NONE}>"
+    elif may_be_none and get_origin(kind) is Literal:
+        kind = Literal[(*get_args(kind), NONE)]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = "" if default in (None, {}) else f" \\[{default}]"
     option = typer.Option(
         help=field.metadata["help"] + shown,
         rich_help_panel=field.metadata["group"],
         show_default=False,
-        parser=parse_fields if kind == dict[str, Any] else None,
-        metavar="YAML" if kind == dict[str, Any] else None,
+        parser=parser,
+        metavar=metavar,
     )
-    annotation = Annotated[(dict if kind == dict[str, Any] else kind) | None, option]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def with_recipe_options(command: Callable) -> Callable:
@@ -56,8 +78,7 @@ def with_recipe_options(command: Callable) -> Callable:
 
 def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
     """What the command line says about the recipe."""
-    given = {name: value for name, value in values.items() if value is not None and value != []}
-    return {name: [] if value == [NONE] else value for name, value in given.items()}
+    return {name: value for name, value in values.items() if value is not None and value != []}
 
 
 @with_recipe_options

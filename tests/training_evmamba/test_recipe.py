@@ -69,6 +69,7 @@ def test_the_command_line_comes_before_the_file():
     assert recipe.network == {**load_recipe("digits", {}).network, "state_size": 4}
     assert load_recipe("tiny", {"model": "someone/flowers"}).variant is None
     assert load_recipe("tiny", {"variant": "small"}).variant == "small"
+    assert load_recipe("tiny", {"model": "none"}).variant == "tiny"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ import re
 
 import pytest
 import torch
+import typer
+import yaml
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from typer.testing import CliRunner
@@ -11,8 +13,8 @@ from hub_scripts.card import load_card
 from hub_scripts.cli import app
 from hub_scripts.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
-from training_evmamba.recipe import Recipe, dump_recipe, load_recipe
-from training_evmamba.train import find_overrides
+from training_evmamba.recipe import Recipe, dump_recipe, get_kinds, load_recipe
+from training_evmamba.train import find_overrides, with_recipe_options
 from training_evmamba.trainer import TrainingRun
 
 
@@ -59,16 +61,34 @@ def test_options_replace_values_of_the_recipe(run):
 
 
 def test_options_that_are_not_given_change_nothing():
-    assert find_overrides({"epochs": None, "image_mean": [], "compile": False, "report_to": ["none"]}) == {
-        "compile": False,
-        "report_to": [],
-    }
+    assert find_overrides({"epochs": None, "image_mean": [], "compile": False}) == {"compile": False}
+
+
+def test_none_takes_back_what_a_recipe_says(tmp_path):
+    numbers = {"image_size": 64, "crop_pct": 0.9, "images_per_epoch": 100, "checkpoint_steps": 5}
+    lists = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "report_to": ["tensorboard"]}
+    texts = {"variant": "small", "rand_augment": "rand-m5", "validation_split": "val", "license": "mit"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(numbers | lists | texts))
+    given = {}
+    app = typer.Typer()
+    app.command()(with_recipe_options(lambda **values: given.update(values)))
+    names = {field.name for field in dataclasses.fields(Recipe) if type(None) in get_kinds(field.type)}
+    assert {*numbers, *lists, *texts} - names == {"report_to"}
+    options = [f"--{name.replace('_', '-')}=none" for name in sorted(names | {"report_to"})]
+    ended = CliRunner().invoke(app, options)
+    assert ended.exit_code == 0, ended.output
+    recipe = load_recipe(str(path), find_overrides(given))
+    assert {name: getattr(recipe, name) for name in names} == dict.fromkeys(names)
+    assert recipe.report_to == []
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--network=[1]"], "give YAML"),
+        (["--image-size=large"], "'large' is neither a valid int nor `none`"),
+        (["--image-mean=none", "--image-mean=half"], "'half' is neither a valid float nor `none`"),
         (["--epochs=0"], "`epochs` must be positive"),
         (["--recipe=gigantic"], "there is no recipe gigantic: give a YAML file or one of base, digits"),
         (["--push-to=nobody"], "names no owner"),
