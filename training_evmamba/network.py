@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -121,3 +123,21 @@ def create_model(
     if recipe.frozen_stages > model.config.num_stages:
         raise UserError(f"`frozen_stages` is {recipe.frozen_stages}, the network has {model.config.num_stages} stages")
     return model
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norms in training normalize by the batch, but do not count it for their running statistics.
+
+    For activations that are computed a second time, whose batch has been counted. They must save the same tensors for
+    the backward pass as at the first time, so `track_running_stats` stays.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    counts = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches) in zip(norms, counts, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches

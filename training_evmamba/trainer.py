@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from training_evmamba.data import (
     create_validation_loader,
     open_data,
 )
-from training_evmamba.network import complete_recipe, create_image_processor, create_model
+from training_evmamba.network import complete_recipe, create_image_processor, create_model, statistics_kept
 from training_evmamba.optimization import (
     ExponentialMovingAverage,
     create_optimizer,
@@ -183,7 +184,9 @@ class TrainingRun:
         model = create_model(recipe, checkpoint, self.data.class_names)
         freeze(model, recipe)
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # torch.compile takes no contexts, and computes statistics once by itself
+            contexts = {} if recipe.compile else {"context_fn": lambda: (nullcontext(), statistics_kept(model))}
+            model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
         # of DDP, about strides of sides of length 1; of FSDP, about views, which nothing changes in place; of the

@@ -115,6 +115,17 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make_recipe, tmp
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+def test_gradient_checkpointing_counts_a_batch_once_for_the_statistics(make_recipe, tmp_path):
+    train(make_recipe(), tmp_path / "whole")
+    train(make_recipe(gradient_checkpointing=True), tmp_path / "checkpointed")
+    last = Path("checkpoints", "step-0000010", "model.safetensors")
+    expected, actual = (load_file(tmp_path / name / last) for name in ("whole", "checkpointed"))
+    statistics = [name for name in expected if "running_" in name or "num_batches" in name]
+    assert any(name.endswith("running_var") for name in statistics)
+    for name in statistics:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
 def test_bfloat16(make_recipe, tmp_path):
     train(make_recipe(), tmp_path / "float32")
     train(make_recipe(mixed_precision="bf16"), tmp_path / "bfloat16")
