@@ -137,7 +137,8 @@ def read_saved_recipe(output_dir: Path, resume: bool) -> Recipe | None:
         return None
     if not resume:
         raise UserError(f"{output_dir} holds a run: go on with it by --resume auto, or choose another --output-dir")
-    return create_recipe(read_values(str(path)))
+    # recipes from before the field was there are of runs that Pillow augmented
+    return create_recipe({"augmentation_library": "pillow", **read_values(str(path))})
 
 
 def check_same_recipe(saved: Recipe, recipe: Recipe, output_dir: Path) -> None:

@@ -168,6 +168,14 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_weights(make_recipe,
     assert not list(killed.rglob(".*"))
 
 
+def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, tmp_path):
+    train(make_recipe(), tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(path.read_text().replace("augmentation_library: pillow\n", ""))
+    train(make_recipe(augmentation_library="auto"), tmp_path / "run", resume=True)
+    assert read_values(str(path))["augmentation_library"] == "pillow"
+
+
 def test_a_run_that_is_complete_can_be_resumed(make_recipe, tmp_path):
     results = train(make_recipe(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
