@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
+from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from rich.console import Console
 from rich.markup import escape
@@ -62,6 +63,7 @@ CURVES_NAME = "training_curves.png"
 TRACKERS_NAME = "trackers"
 CHECKPOINTS_NAME = "checkpoints"
 MODEL_NAME = "model"
+LOCK_NAME = ".lock"
 
 
 def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
@@ -122,17 +124,51 @@ def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
+@contextmanager
+def only_run(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps other runs out of the output folder. The system takes the lock back from a process that is killed.
+
+    To be called by all processes of a run, of which the main one holds the lock.
+
+    Raises:
+        UserError: in all processes, where another run has the folder or it cannot be written.
+    """
+    if output_dir.is_file():
+        raise UserError(f"{output_dir} is a file, --output-dir is the folder of the run")
+    path = output_dir / LOCK_NAME
+    lock, is_new, problem = FileLock(path, timeout=0), not output_dir.exists(), None
+    if accelerator.is_main_process:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            problem = f"another run writes to {output_dir}: wait for its end, or choose another --output-dir"
+        except OSError as error:
+            problem = f"{output_dir} cannot be written: {error}"
+    if problem := next(filter(None, gather_object([problem])), None):
+        raise UserError(problem)
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            with suppress(OSError):  # of Windows, where releasing removes it
+                path.unlink()
+            lock.release()
+            if is_new:
+                with suppress(OSError):  # of a folder that the run has written to
+                    output_dir.rmdir()
+
+
 def read_saved_recipe(output_dir: Path, resume: bool) -> Recipe | None:
     """The recipe of the run that the folder holds; None where the run begins.
 
     Raises:
         UserError: where the folder holds something else, or a run that is not to go on.
     """
-    if output_dir.is_file():
-        raise UserError(f"{output_dir} is a file, --output-dir is the folder of the run")
     path = output_dir / RECIPE_NAME
     if not path.is_file():
-        if output_dir.exists() and any(each.name != partial_name(path) for each in output_dir.iterdir()):
+        written = {each.name for each in output_dir.iterdir()} if output_dir.exists() else set()
+        if written - {LOCK_NAME, partial_name(path)}:
             raise UserError(f"{output_dir} holds files that are of no run: choose another --output-dir")
         return None
     if not resume:
@@ -168,7 +204,15 @@ class TrainingRun:
 
     def __init__(self, recipe: Recipe, output_dir: Path, *, resume: bool, console: Console):
         self.output_dir, self.console = output_dir, console
-        self.accelerator = accelerator = create_accelerator(recipe, output_dir)
+        self.accelerator = create_accelerator(recipe, output_dir)
+        with ExitStack() as lock:
+            lock.enter_context(only_run(output_dir, self.accelerator))
+            self.set_up(recipe, resume)
+            self.lock = lock.pop_all()  # until the training ends
+
+    def set_up(self, recipe: Recipe, resume: bool) -> None:
+        """Makes all that training needs, and puts it where the last checkpoint is."""
+        output_dir, accelerator = self.output_dir, self.accelerator
         with accelerator.local_main_process_first():
             checkpoint = None if recipe.model is None else fetch_model(recipe.model)
             self.data = open_data(recipe)
@@ -215,7 +259,8 @@ class TrainingRun:
         if accelerator.is_main_process:
             self.prepare_output()
             reason = "" if timm_problem is None else f". timm cannot be imported: {timm_problem}"
-            console.print(f"Images are augmented by {escape(describe_library(recipe.augmentation_library) + reason)}")
+            library = describe_library(recipe.augmentation_library)
+            self.console.print(f"Images are augmented by {escape(library + reason)}")
         purge = {"tensorboard": {"purge_step": self.progress.step + 1}} if self.progress.step else {}
         accelerator.init_trackers(
             Path(recipe.name or output_dir.resolve()).name,
@@ -306,12 +351,20 @@ class TrainingRun:
             else "There is no checkpoint yet"
         )
 
-    def train(self) -> dict[str, float | int | None]:
+    def train(self) -> dict[str, float | int] | None:
         """Trains to the end and writes the model.
 
         Returns:
-            images of the evaluation, top1, top5 and loss of the model.
+            images of the evaluation, top1, top5 and loss of the model; None without validation images.
         """
+        with self.lock:
+            results = self.take_steps()
+            self.export(results)
+            self.accelerator.end_training()
+        return results
+
+    def take_steps(self) -> dict[str, float | int] | None:
+        """The steps that are left, with their evaluations and checkpoints. Returns the last results."""
         recipe, accelerator = self.recipe, self.accelerator
         loader = create_training_loader(
             self.data,
@@ -358,10 +411,7 @@ class TrainingRun:
                 if saves:
                     self.save()
                     log.restart()  # the time was not spent on training
-            results = results or self.evaluate()  # of a run that was complete already
-        self.export(results)
-        accelerator.end_training()
-        return results
+            return results or self.evaluate()  # of a run that was complete already
 
     def take_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """One step of the optimizer. Returns this process's loss, the gradient's norm, and unreadable images."""

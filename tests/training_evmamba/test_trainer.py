@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -29,10 +31,13 @@ from training_evmamba.recipe import create_recipe, dump_recipe, read_values
 from training_evmamba.trainer import TrainingRun
 
 
-def train(recipe, output_dir, resume=False, console=None):
+def start(recipe, output_dir, resume=False, console=None) -> TrainingRun:
     AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this process
-    run = TrainingRun(recipe, output_dir, resume=resume, console=console or Console(quiet=True))
-    return run.train()
+    return TrainingRun(recipe, output_dir, resume=resume, console=console or Console(quiet=True))
+
+
+def train(recipe, output_dir, resume=False, console=None):
+    return start(recipe, output_dir, resume, console).train()
 
 
 def read_log(output_dir) -> list[dict]:
@@ -166,6 +171,49 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_weights(make_recipe,
     assert losses(killed) == losses(unbroken)
     assert [record["step"] for record in read_log(killed)] == [record["step"] for record in read_log(unbroken)]
     assert not list(killed.rglob(".*"))
+
+
+def test_a_folder_is_of_one_run_at_a_time(make_recipe, tmp_path):
+    output = tmp_path / "run"
+    run = start(make_recipe(), output)
+    written = read_values(str(output / "recipe.yaml"))
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"another run writes to .*run: wait for its end, or choose another"):
+            train(make_recipe(learning_rate=1e-3), output, resume=resume)
+    assert read_values(str(output / "recipe.yaml")) == written
+    run.train()
+    assert not list(output.rglob(".*"))
+    (output / ".lock").touch()  # as a run leaves it that is killed
+    train(make_recipe(), output, resume=True)
+    assert not list(output.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
+    """Without a launcher, which would end those that wait for the refused one."""
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()))
+    output = tmp_path / "run"
+    output.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "training_evmamba.train", "--recipe", str(tmp_path / "recipe.yaml")]
+    with FileLock(output / ".lock"):
+        processes = [
+            subprocess.Popen(
+                [*command, "--output-dir", str(output)],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in "01"
+        ]
+        for process in processes:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 1
+            assert f"Error: another run writes to {output}" in said
+            assert "Traceback" not in said
+    assert os.listdir(output) == [".lock"]
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, tmp_path):
