@@ -65,6 +65,8 @@ CHECKPOINTS_NAME = "checkpoints"
 MODEL_NAME = "model"
 LOCK_NAME = ".lock"
 
+LOADER_DIED = "DataLoader worker"  # how PyTorch's messages begin
+
 
 def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
     """This process among those that accelerate started.
@@ -357,10 +359,18 @@ class TrainingRun:
         Returns:
             images of the evaluation, top1, top5 and loss of the model; None without validation images.
         """
-        with self.lock:
-            results = self.take_steps()
-            self.export(results)
-            self.accelerator.end_training()
+        try:
+            with self.lock:
+                results = self.take_steps()
+                self.export(results)
+                self.accelerator.end_training()
+        except RuntimeError as error:  # PyTorch raises it wherever the run is when a process of a loader dies
+            if not str(error).startswith(LOADER_DIED):
+                raise
+            raise UserError(
+                "a process that reads images was killed, as a system does that runs out of memory (fewer "
+                f"--num-workers need less): {str(error).rstrip(' .')}. {self.way_back()}"
+            ) from error
         return results
 
     def take_steps(self) -> dict[str, float | int] | None:
@@ -421,7 +431,7 @@ class TrainingRun:
         torch.manual_seed(create_rng(recipe.seed, STOCHASTIC_DEPTH, step, process).integers(2**63).item())
         losses, norm, unreadable = [], None, []
         for piece in range(recipe.gradient_accumulation_steps):
-            batch = self.check(next(batches))
+            batch = self.check(next_batch(batches))
             unreadable += batch.unreadable
             place = (step * recipe.gradient_accumulation_steps + piece, process)
             pixel_values, targets = self.mix(
@@ -485,7 +495,7 @@ class TrainingRun:
         with self.ema.applied_to(model):
             model.eval()
             # weights that are spread over the processes need all of them, also those whose images are through
-            while any(gather_object([(batch := next(batches, None)) is not None])):
+            while any(gather_object([(batch := next_batch(batches)) is not None])):
                 batch = NO_IMAGE if batch is None else self.check(batch)
                 size = (3, self.recipe.image_size, self.recipe.image_size)
                 pixel_values = batch.pixel_values if len(batch.labels) else torch.zeros(1, *size)
@@ -532,6 +542,18 @@ class TrainingRun:
             draw_curves(self.read_log(), self.output_dir / CURVES_NAME)
         except OSError as error:
             raise UserError(f"{self.output_dir / CURVES_NAME} cannot be written: {error}") from error
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch | None:
+    """The next batch of a loader; None behind the last.
+
+    Raises:
+        RuntimeError: as PyTorch does where a process of the loader dies, also when it dies while handing over a batch.
+    """
+    try:
+        return next(batches, None)
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        raise RuntimeError(f"{LOADER_DIED} hung up: {error}") from error
 
 
 class TrainingLog:

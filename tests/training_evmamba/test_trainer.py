@@ -216,6 +216,30 @@ def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
     assert os.listdir(output) == [".lock"]
 
 
+def test_a_process_of_the_loader_that_is_killed(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(num_workers=1, checkpoint_steps=2)
+    run = start(recipe, tmp_path / "run")
+    take_step = run.take_step
+
+    def kill_and_take_step(batches):
+        if run.progress.step == 3:
+            for process in multiprocessing.active_children():
+                process.kill()
+        return take_step(batches)
+
+    monkeypatch.setattr(run, "take_step", kill_and_take_step)
+    message = r"was killed, .*: DataLoader worker .*\. The last checkpoint is .*step-0000002: --resume auto goes on"
+    with pytest.raises(UserError, match=message):
+        run.train()
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_it(make_recipe, tmp_path, monkeypatch):
+    run = start(make_recipe(), tmp_path / "run")
+    monkeypatch.setattr(run.model, "forward", lambda pixel_values: pixel_values.reshape(7))
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        run.train()
+
+
 def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, tmp_path):
     train(make_recipe(), tmp_path / "run")
     path = tmp_path / "run" / "recipe.yaml"
