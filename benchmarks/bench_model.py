@@ -103,7 +103,8 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=[224, 384, 512, 768, 1024],
         metavar="SIZE",
-        help="measure EfficientVMamba-T on these too, with each backend; default: 224 384 512 768 1024; none: skip it",
+        help="measure EfficientVMamba-T on these too, with each backend, or without sizes on none; "
+        "default: 224 384 512 768 1024",
     )
     parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
     parser.add_argument(
@@ -222,9 +223,9 @@ def plot(rows: list[dict[str, object]], environment: dict[str, str], path: Path)
     ax.plot(*zip(*(points[name] for name in PEERS), strict=True), "s", color="#475569", markersize=7)
     for name, point in points.items():
         color = "#c2410c" if name in OURS else "#475569"
-        above = name == "EfficientNet-B0"  # below lies EfficientVMamba-T
-        ax.annotate(name, point, xytext=(7, 7 if above else -12), textcoords="offset points", color=color, fontsize=9)
-    ax.set_xlim(0, 1.2 * max(latencies.values()))
+        above = name in ("EfficientNet-B0", "EfficientVMamba-S", "EfficientVMamba-B")  # below lie others
+        ax.annotate(name, point, xytext=(8, 5 if above else -12), textcoords="offset points", color=color, fontsize=9)
+    ax.set_xlim(0, 1.3 * max(latencies.values()))
     ax.margins(y=0.12)
     ax.set(xlabel="median latency of one image in ms (measured)", ylabel="ImageNet-1k top-1 in % (published)")
     ax.set_title(f"{environment['cpu']}, {environment['threads']} threads, float32", fontsize=10)
