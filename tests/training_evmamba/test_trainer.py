@@ -28,7 +28,7 @@ from hub_scripts.errors import UserError
 from hub_scripts.push import collect_files
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import create_recipe, dump_recipe, read_values
-from training_evmamba.trainer import TrainingRun
+from training_evmamba.trainer import TrainingRun, create_accelerator
 
 
 def start(recipe, output_dir, resume=False, console=None) -> TrainingRun:
@@ -136,6 +136,39 @@ def test_bfloat16(make_recipe, tmp_path):
     train(make_recipe(mixed_precision="bf16"), tmp_path / "bfloat16")
     assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.05)
     assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
+
+
+FIRST_SCALE = 2.0**30  # of losses; gradients overflow until it has been halved some times
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    """accelerate as it is with float16 on GPUs: PyTorch offers both autocast and loss scaling on CPUs, too."""
+
+    def create_with_float16(recipe, output_dir):
+        accelerator = create_accelerator(recipe, output_dir)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE)
+        return accelerator
+
+    monkeypatch.setattr("training_evmamba.trainer.create_accelerator", create_with_float16)
+
+
+def test_float16_skips_steps_that_overflow_and_resumes(make_recipe, tmp_path, float16):
+    recipe = make_recipe(epochs=4, checkpoint_steps=2, keep_checkpoints=99)
+    output_dir = tmp_path / "run"
+    train(recipe, output_dir)
+    folders = [output_dir / "checkpoints" / f"step-{step:07}" for step in (2, 4, 18)]
+    weights = [load_file(folder / "model.safetensors")["classifier.weight"] for folder in folders]
+    scales = [torch.load(folder / "optimizer.pt", weights_only=True)["scaler"]["scale"] for folder in folders]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert FIRST_SCALE > scales[0] > scales[1] > scales[2]
+
+    go_back(output_dir, tmp_path / "resumed", 6)
+    train(recipe, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "resumed", output_dir)
+    assert losses(tmp_path / "resumed") == losses(output_dir)
 
 
 def train_in_another_process(recipe, output_dir, resume):
