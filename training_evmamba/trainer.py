@@ -240,7 +240,7 @@ class TrainingRun:
         # schedule, about the step that the loss scaling replaces
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        warnings.filterwarnings("ignore", ".*optimizer.step.. has been overridden")
+        warnings.filterwarnings("ignore", ".*optimizer.step.* has been overridden")
         try:
             self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
         except ValueError as error:
