@@ -163,12 +163,13 @@ class Counts:
 
     def summarize(self) -> dict[str, int | float]:
         """The number of images, which must not be 0, shares of right ones, and the mean loss."""
-        loss, num_right_in_five = self.sums.tolist()
+        confusion, (loss, num_right_in_five) = self.confusion, self.sums.tolist()
+        num_images = int(confusion.sum())
         return {
-            "images": self.num_images,
-            "top1": int(self.confusion.diag().sum()) / self.num_images,
-            "top5": num_right_in_five / self.num_images,
-            "loss": loss / self.num_images,
+            "images": num_images,
+            "top1": int(confusion.diag().sum()) / num_images,
+            "top5": num_right_in_five / num_images,
+            "loss": loss / num_images,
         }
 
 

@@ -8,7 +8,7 @@ from hub_scripts.errors import UserError
 
 
 def partial_name(path: Path) -> str:
-    """The name of a file while it is being written."""
+    """The name of a file or folder while it is being written."""
     return f".{path.name}.partial"
 
 

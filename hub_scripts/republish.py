@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, constants
 from hub_scripts.card import TASK, TOP1, CardDetails, render_card, result_entries
 from hub_scripts.convert import Conversion
 from hub_scripts.errors import UserError
+from hub_scripts.files import write_whole
 from hub_scripts.push import find_model_class, load_config
 
 
@@ -81,5 +82,4 @@ def write_card(checkpoint: Checkpoint, conversion: Conversion, model_dir: Path, 
     card = render_card(repo_id, config, find_model_class(model_dir, config), details)
     card.save(model_dir / constants.REPOCARD_NAME)
     for path, content in result_entries(checkpoint.details.results).items():
-        (model_dir / path).parent.mkdir(exist_ok=True)
-        (model_dir / path).write_bytes(content)
+        write_whole(model_dir / path, content)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hub_scripts.errors import UserError
+from hub_scripts.files import partial_name
 from training_evmamba.optimization import ExponentialMovingAverage
 
 
@@ -62,7 +63,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: where the disk is full or cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(partial_name(target))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -112,7 +113,7 @@ class Checkpoints:
         best = self.find_best()
         for checkpoint in self.list()[: -self.keep]:
             if checkpoint != best:
-                removed = checkpoint.with_name(f".{checkpoint.name}.partial")
+                removed = checkpoint.with_name(partial_name(checkpoint))
                 checkpoint.rename(removed)
                 shutil.rmtree(removed)
 
