@@ -1,7 +1,17 @@
-"""The atrous selective scan of EfficientVMamba, and the LayerNorms behind it. See `kernels/README.md`."""
+"""The atrous selective scan of EfficientVMamba, and what lies around it in the blocks. See `kernels/README.md`."""
 
 from .atrous_selective_scan import Choice, atrous_selective_scan, choose_backend, use_backend
+from .depthwise_conv import depthwise_conv, depthwise_conv_and_mean
 from .layer_norm import layer_norm_gated, layer_norm_mean
 
 
-__all__ = ["Choice", "atrous_selective_scan", "choose_backend", "layer_norm_gated", "layer_norm_mean", "use_backend"]
+__all__ = [
+    "Choice",
+    "atrous_selective_scan",
+    "choose_backend",
+    "depthwise_conv",
+    "depthwise_conv_and_mean",
+    "layer_norm_gated",
+    "layer_norm_mean",
+    "use_backend",
+]

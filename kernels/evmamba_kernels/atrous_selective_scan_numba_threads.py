@@ -118,6 +118,12 @@ def compiled_kernel(do_jobs: Callable) -> CFunc:
         return compile_with()(do_jobs)
 
 
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """As (rows, D), channels dense: a view where rows are evenly spaced, as in half of the channels of another map."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float | torch.Tensor]) -> None:
     """Calls `kernel` with a pointer to its work in `torch.get_num_threads()` threads, which share the jobs.
 

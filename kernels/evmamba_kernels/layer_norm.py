@@ -7,7 +7,8 @@ kernels that read the maps once. With gradients, on other devices and in compile
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import NAMESPACE, choose_backend, in_forward_mode
+from .atrous_selective_scan import NAMESPACE
+from .cpu_inference import check_argument, is_for_cpu_kernel
 
 
 def layer_norm_gated(
@@ -62,28 +63,6 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
     if is_for_cpu_kernel(tensors):
         return mean_operator(*tensors, eps)
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
-
-
-def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name} must have the shape {tuple(shape)} for hidden_states {tuple(hidden_states.shape)}, "
-            f"got {tuple(tensor.shape)}"
-        )
-    if tensor.device != hidden_states.device:
-        raise ValueError(f"{name} must be on {hidden_states.device}, like hidden_states, got {tensor.device}")
-
-
-def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether no derivative is asked for, and the scan of such maps runs in CPU kernels too."""
-    if torch.compiler.is_compiling() or in_forward_mode():
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    hidden_states = tensors[0]
-    if any(tensor.dtype != torch.float32 for tensor in tensors) or hidden_states.numel() == 0:
-        return False
-    return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "numba"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated", mutates_args=(), device_types="cpu")

@@ -36,7 +36,7 @@ from .atrous_selective_scan_numba_simd import (
     store_first,
     subtract,
 )
-from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+from .atrous_selective_scan_numba_threads import COUNTERS, as_rows, claim_job, compiled_kernel, finish_job, run_jobs
 
 
 GATED_WORK = np.dtype(
@@ -145,12 +145,6 @@ def mean_jobs(pointer):
                 store(sums, job * padded + d, total)
         finish_job(pointer)
         job = claim_job(pointer)
-
-
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """As (rows, D), channels dense: a view where rows are evenly spaced, as in half of the channels of another map."""
-    rows = tensor.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def gated(

@@ -321,9 +321,9 @@ def test_copies_do_not_take_each_others_operators(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     operators = set()
     for package in ("evmamba_kernels", "copy-of kernels"):
-        for module in ("atrous_selective_scan", "layer_norm"):
+        for module in ("atrous_selective_scan", "depthwise_conv", "layer_norm"):
             copy = importlib.import_module(f"{package}.{module}")
             operators |= {repr(value) for value in vars(copy).values() if isinstance(value, CustomOpDef)}
-    assert len(operators) == 8
+    assert len(operators) == 12
     assert "<CustomOpDef(evmamba_kernels::atrous_selective_scan)>" in operators
     assert "<CustomOpDef(copy_of_kernels::atrous_selective_scan)>" in operators

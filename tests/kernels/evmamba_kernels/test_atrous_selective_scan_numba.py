@@ -90,12 +90,20 @@ def test_vector_functions_are_accurate(name):
     assert (np.abs(apply(getattr(simd, name), x) - expected) / ulp).max() < bound
 
 
+def test_gelu_is_accurate():
+    x = np.linspace(-40, 40, 1_000_003).astype(np.float32)
+    expected = x * torch.special.ndtr(torch.from_numpy(x).double()).numpy()
+    ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
+    assert (np.abs(apply(simd.gelu, x) - expected) < 1e-7 + 5 * ulp).all()
+
+
 def test_vector_functions_beyond_their_ranges():
     x = np.array([np.nan, -np.inf, -1e30, 1e30, 0], dtype=np.float32)
     assert np.isnan(apply(simd.softplus, x)[0]) and np.isnan(apply(simd.exp2, x)[0])
     np.testing.assert_allclose(apply(simd.softplus, x)[1:], [0, 0, 1e30, np.log(2)], atol=1e-37)
     np.testing.assert_allclose(apply(simd.sigmoid, x)[1:], [0, 0, 1, 0.5], atol=1e-37)
     np.testing.assert_allclose(apply(simd.exp2, x)[2], 0, atol=1e-37)
+    np.testing.assert_allclose(apply(simd.gelu, x)[2:], [0, 1e30, 0], atol=1e-37)
 
 
 def test_lane_sums():

@@ -1,0 +1,106 @@
+"""The depthwise convolutions of the blocks, with the activation behind them and the mean over the map.
+
+As PyTorch operators these are up to four passes over the map: a copy where it is half of another map, the convolution,
+the activation, the mean. For inference on CPUs there is a kernel that reads the map once, for windows of 3 x 3. With
+gradients, on other devices and in compiled graphs PyTorch computes them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .atrous_selective_scan import NAMESPACE
+from .cpu_inference import check_argument, is_for_cpu_kernel
+
+
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def depthwise_conv(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
+) -> torch.Tensor:
+    """A convolution of each channel by itself that keeps the size of the map, and the activation behind it.
+
+    Args:
+        hidden_states: the map, (B, H, W, D), any floating dtype. Beside it are zeros.
+        weight: (D, 1, kernel_size, kernel_size), an odd size, as in `torch.nn.Conv2d` with D groups. The kernel reads
+            it in the order (3, 3, D): where it lies so in memory, as by
+            `weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)`, no copy is made.
+        bias: (D), or None.
+        activation: "none", "relu", "silu" or "gelu".
+
+    Returns:
+        (B, H, W, D), in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: where `hidden_states` is no map, shapes do not fit together, tensors lie on several devices, or
+            there is no such activation.
+    """
+    if use_kernel(hidden_states, weight, bias, activation):
+        return convolution_operator(hidden_states, weight, bias, activation)
+    return convolve_in_pytorch(hidden_states, weight, bias, activation)
+
+
+def depthwise_conv_and_mean(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `depthwise_conv` returns, (B, H, W, D), and its mean over the map, (B, D). The rest is as there."""
+    if use_kernel(hidden_states, weight, bias, activation):
+        return convolution_and_mean_operator(hidden_states, weight, bias, activation)
+    y = convolve_in_pytorch(hidden_states, weight, bias, activation)
+    return y, y.mean(dim=(1, 2))
+
+
+def use_kernel(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> bool:
+    """Checks the arguments, and says whether they are for the CPU kernel."""
+    if hidden_states.ndim != 4:
+        raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
+    channels, kernel_size = hidden_states.shape[-1], weight.shape[-1] if weight.ndim else 0
+    if kernel_size % 2 == 0:
+        raise ValueError(
+            f"weight must have the shape (D, 1, kernel_size, kernel_size), an odd size, got {tuple(weight.shape)}"
+        )
+    check_argument("weight", weight, hidden_states, (channels, 1, kernel_size, kernel_size))
+    if bias is not None:
+        check_argument("bias", bias, hidden_states, (channels,))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    tensors = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
+    return kernel_size == 3 and is_for_cpu_kernel(tensors)
+
+
+def convolve_in_pytorch(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    maps = F.conv2d(hidden_states.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return ACTIVATIONS[activation](maps).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::depthwise_conv", mutates_args=(), device_types="cpu")
+def convolution_operator(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    from .depthwise_conv_numba import convolve
+
+    y, _ = convolve(hidden_states, weight, bias, activation)
+    return y
+
+
+@convolution_operator.register_fake
+def fake_convolution(hidden_states, weight, bias, activation):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::depthwise_conv_and_mean", mutates_args=(), device_types="cpu")
+def convolution_and_mean_operator(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .depthwise_conv_numba import convolve
+
+    y, sums = convolve(hidden_states, weight, bias, activation)
+    return y, sums.sum(dim=1) / (y.shape[1] * y.shape[2])
+
+
+@convolution_and_mean_operator.register_fake
+def fake_convolution_and_mean(hidden_states, weight, bias, activation):
+    batch_size, _, _, channels = hidden_states.shape
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(batch_size, channels)

@@ -1,0 +1,200 @@
+"""The depthwise 3 x 3 convolution with the activation behind it, on CPUs for inference, in Numba.
+
+A job is a band of rows of an image. Along a row go tiles of 7 pixels, over 16 channels after the other: the sums of a
+tile stay in registers while the three rows of pixels around it pass by, and a pixel of them is read once for the three
+sums that it adds to.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+try:
+    from numba import carray, njit
+except ImportError as error:
+    raise ImportError("the CPU kernel of the depthwise convolution needs numba: pip install numba") from error
+
+from .atrous_selective_scan_numba_simd import (
+    LANES,
+    add,
+    float32,
+    float_pointer,
+    gelu,
+    load,
+    load_first,
+    multiply_add,
+    relu,
+    silu,
+    splat,
+    store,
+    store_first,
+)
+from .atrous_selective_scan_numba_threads import COUNTERS, as_rows, claim_job, compiled_kernel, finish_job, run_jobs
+
+
+WORK = np.dtype(
+    [(field, np.int64) for field in (*COUNTERS, "num_bands", "rows_per_band", "height", "width", "channels")]
+    + [(field, np.int64) for field in ("pixel_stride", "activation", "hidden_states", "weight", "bias", "out", "sums")]
+)
+
+RELU, SILU, GELU = 1, 2, 3
+ACTIVATIONS = {"none": 0, "relu": RELU, "silu": SILU, "gelu": GELU}
+
+TILE = 7  # pixels: their sums, a row of weights and a row of pixels fill 19 of the 32 registers of AVX-512
+NUMBERS_PER_JOB = 2**15  # of the output, about: 128 kB
+
+compiled = njit(boundscheck=False, error_model="numpy")
+
+
+@compiled
+def activate(x, activation):
+    if activation == RELU:
+        return relu(x)
+    if activation == SILU:
+        return silu(x)
+    if activation == GELU:
+        return gelu(x)
+    return x
+
+
+@compiled
+def load_if(condition, array, index, count):
+    if condition:
+        return load_first(array, index, count)
+    return splat(float32(0.0))
+
+
+@compiled
+def load_weights(weight, at, channels, count):
+    """Of a row of the window."""
+    return (
+        load_first(weight, at, count),
+        load_first(weight, at + channels, count),
+        load_first(weight, at + 2 * channels, count),
+    )
+
+
+@compiled
+def products(left, middle, right, weights, total):
+    """Of three neighbouring pixels, added to `total`."""
+    return multiply_add(right, weights[2], multiply_add(middle, weights[1], multiply_add(left, weights[0], total)))
+
+
+@compiled
+def add_row_to_tile(totals, x, at, stride, has_left, has_right, weights):
+    """Adds what a row contributes to the outputs of a tile. The first pixel below or above them is at `at`."""
+    p0 = load_if(has_left, x, at - stride, LANES)
+    p1, p2, p3, p4 = load(x, at), load(x, at + stride), load(x, at + 2 * stride), load(x, at + 3 * stride)
+    p5, p6, p7 = load(x, at + 4 * stride), load(x, at + 5 * stride), load(x, at + 6 * stride)
+    p8 = load_if(has_right, x, at + 7 * stride, LANES)
+    return (
+        products(p0, p1, p2, weights, totals[0]),
+        products(p1, p2, p3, weights, totals[1]),
+        products(p2, p3, p4, weights, totals[2]),
+        products(p3, p4, p5, weights, totals[3]),
+        products(p4, p5, p6, weights, totals[4]),
+        products(p5, p6, p7, weights, totals[5]),
+        products(p6, p7, p8, weights, totals[6]),
+    )
+
+
+@compiled
+def add_row_to_pixel(total, x, at, stride, has_left, has_right, weights, count):
+    """Adds what a row contributes to the output of a pixel. The one below or above it is at `at`."""
+    left, right = load_if(has_left, x, at - stride, count), load_if(has_right, x, at + stride, count)
+    return products(left, load_first(x, at, count), right, weights, total)
+
+
+@compiled
+def add_to_sums(sums, at, total, count):
+    store_first(sums, at, add(load_first(sums, at, count), total), count)
+
+
+@compiled
+def convolve_row(x, weight, bias, out, sums, row, pixel, work):
+    """Writes a row of the output, whose first pixel is given, and adds it to `sums` (channels)."""
+    width, channels, stride, activation = work.width, work.channels, work.pixel_stride, work.activation
+    tiled_width, full_channels = width // TILE * TILE, channels // LANES * LANES
+    rows_of_window = range(max(0, 1 - row), min(3, work.height - row + 1))  # those that lie in the map
+    for column in range(0, tiled_width, TILE):
+        has_left, has_right = column > 0, column + TILE < width
+        for d in range(0, full_channels, LANES):
+            start = load(bias, d)
+            totals = (start, start, start, start, start, start, start)
+            for i in rows_of_window:
+                at = (pixel + column + (i - 1) * width) * stride + d
+                weights = load_weights(weight, 3 * i * channels + d, channels, LANES)
+                totals = add_row_to_tile(totals, x, at, stride, has_left, has_right, weights)
+            sum_of_tile = splat(float32(0.0))
+            for i in range(TILE):
+                result = activate(totals[i], activation)
+                store(out, (pixel + column + i) * channels + d, result)
+                sum_of_tile = add(sum_of_tile, result)
+            add_to_sums(sums, d, sum_of_tile, LANES)
+
+    for column in range(width):  # pixels behind the tiles, and channels that fill no vector
+        has_left, has_right = column > 0, column + 1 < width
+        for d in range(full_channels if column < tiled_width else 0, channels, LANES):
+            count = min(LANES, channels - d)
+            result = load_first(bias, d, count)
+            for i in rows_of_window:
+                at = (pixel + column + (i - 1) * width) * stride + d
+                weights = load_weights(weight, 3 * i * channels + d, channels, count)
+                result = add_row_to_pixel(result, x, at, stride, has_left, has_right, weights, count)
+            result = activate(result, activation)
+            store_first(out, (pixel + column) * channels + d, result, count)
+            add_to_sums(sums, d, result, count)
+
+
+def depthwise_conv_jobs(pointer):
+    """Does jobs until none is left. `pointer` leads to a record `WORK`.
+
+    A job leaves the sums of its outputs in `sums` (images, bands, channels).
+    """
+    work = carray(pointer, 1, WORK)[0]
+    x, weight, bias = float_pointer(work.hidden_states), float_pointer(work.weight), float_pointer(work.bias)
+    out, channels = float_pointer(work.out), work.channels
+    job = claim_job(pointer)
+    while job < work.num_jobs:
+        image, band = job // work.num_bands, job % work.num_bands
+        sums = float_pointer(work.sums + 4 * job * channels)
+        for d in range(0, channels, LANES):
+            store_first(sums, d, splat(float32(0.0)), min(LANES, channels - d))
+        for row in range(band * work.rows_per_band, min((band + 1) * work.rows_per_band, work.height)):
+            convolve_row(x, weight, bias, out, sums, row, (image * work.height + row) * work.width, work)
+        finish_job(pointer)
+        job = claim_job(pointer)
+
+
+def convolve(
+    hidden_states: torch.Tensor,  # (B, H, W, D)
+    weight: torch.Tensor,  # (D, 1, 3, 3)
+    bias: torch.Tensor | None,  # (D)
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D) and (B, bands, D)
+    """The map, and the sums of its bands of rows, in float32."""
+    batch_size, height, width, channels = hidden_states.shape
+    rows_per_band = max(1, round(NUMBERS_PER_JOB / (width * channels)))
+    num_bands = math.ceil(height / rows_per_band)
+    pixels = as_rows(hidden_states)
+    out = pixels.new_empty(hidden_states.shape)
+    sums = pixels.new_empty(batch_size, num_bands, channels)
+    work = {
+        "num_jobs": batch_size * num_bands,
+        "num_bands": num_bands,
+        "rows_per_band": rows_per_band,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "pixel_stride": pixels.stride(0),
+        "activation": ACTIVATIONS[activation],
+        "hidden_states": pixels,
+        "weight": weight.flatten(1).t().contiguous(),  # (9, D)
+        "bias": pixels.new_zeros(channels) if bias is None else bias.contiguous(),
+        "out": out,
+        "sums": sums,
+    }
+    run_jobs(compiled_kernel(depthwise_conv_jobs), WORK, work)
+    return out, sums

@@ -1,0 +1,184 @@
+"""Depthwise convolution, activation and mean: the CPU kernel and the PyTorch form against float64, and which runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evmamba_kernels import depthwise_conv, depthwise_conv_and_mean, use_backend
+from evmamba_kernels.depthwise_conv import ACTIVATIONS, convolution_and_mean_operator, convolution_operator
+from golden_values import relative_error
+
+
+def arguments(*shape, kernel_size=3, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (shape, (shape[-1], 1, kernel_size, kernel_size), shape[-1:])
+    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+
+
+def exact(hidden_states, weight, bias, activation):
+    """Shifted maps times their weights, added up."""
+    hidden_states, weight = hidden_states.double(), weight.double()
+    (_, height, width, _), kernel_size = hidden_states.shape, weight.shape[-1]
+    beside = kernel_size // 2
+    padded = F.pad(hidden_states, (0, 0, beside, beside, beside, beside))
+    y = torch.zeros_like(hidden_states) if bias is None else bias.double()
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            y = y + weight[:, 0, i, j] * padded[:, i : i + height, j : j + width]
+    return ACTIVATIONS[activation](y)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_shapes(shape, activation, has_bias, seed):
+    x, weight, bias = arguments(*shape, seed=seed)
+    bias = bias if has_bias else None
+    expected = exact(x, weight, bias, activation)
+    scale = exact(x.abs(), weight.abs(), bias.abs() if has_bias else None, "none")  # what rounding is relative to
+    y, mean = convolution_and_mean_operator(x, weight, bias, activation)
+    assert ((y - expected).abs() <= 1e-6 * scale).all()
+    assert ((mean - expected.mean(dim=(1, 2))).abs() <= 1e-6 * scale.mean(dim=(1, 2))).all()
+    assert torch.equal(convolution_operator(x, weight, bias, activation), y)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_pytorch_form(activation, kernel_size):
+    x, weight, bias = arguments(2, 6, 5, 24, kernel_size=kernel_size)
+    with use_backend("torch"):
+        y, mean = depthwise_conv_and_mean(x, weight, bias, activation)
+        assert torch.equal(depthwise_conv(x, weight, bias, activation), y)
+    expected = exact(x, weight, bias, activation)
+    assert relative_error(y, expected) < 5e-7
+    assert relative_error(mean, expected.mean(dim=(1, 2))) < 1e-6
+
+
+VIEWS = {
+    "half of the channels of another map": lambda x: torch.cat([x, x], dim=-1).chunk(2, dim=-1)[1],
+    "channels first in memory": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "a window": lambda x: torch.cat([x, x], dim=2)[:, 1:, 1:5],
+    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("make_view", VIEWS.values(), ids=VIEWS)
+def test_strided_maps(make_view):
+    x, weight, bias = arguments(2, 5, 9, 24)
+    x = make_view(x)
+    expected = depthwise_conv(x.contiguous(), weight, bias, "silu")
+    assert torch.equal(depthwise_conv(x, weight, bias, "silu"), expected)
+
+
+def test_the_order_of_the_weight_in_memory_changes_nothing():
+    x, weight, bias = arguments(2, 5, 9, 24)
+    ordered = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    assert torch.equal(depthwise_conv(x, ordered, bias), depthwise_conv(x, weight, bias))
+    assert torch.equal(
+        depthwise_conv(x, weight, bias.repeat(2)[::2]), depthwise_conv(x, weight, bias.repeat(2)[::2].clone())
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numbers_of_any_size(activation):
+    """As with PyTorch's activations, infinities stay, and what is no number stays visible, where it is."""
+    x = torch.tensor([torch.nan, torch.inf, -1e30, -200, -1, 0, 1e-30, 1e30]).repeat_interleave(3)[None, None, :, None]
+    x[:, :, 0::3] = x[:, :, 2::3] = 0
+    weight, bias = torch.zeros(1, 1, 3, 3), torch.zeros(1)
+    weight[0, 0, 1, 1] = 1
+    y = depthwise_conv(x, weight, bias, activation)[0, 0, 1::3, 0]
+    expected = ACTIVATIONS[activation](x[0, 0, 1::3, 0])
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (
+            {"hidden_states": torch.randn(3, 4, 16)},
+            r"hidden_states must have the shape \(B, H, W, D\), got \(3, 4, 16",
+        ),
+        (
+            {"weight": torch.randn(8, 1, 3, 3)},
+            r"weight must have the shape \(16, 1, 3, 3\) for hidden_states .* got \(8",
+        ),
+        ({"weight": torch.randn(16, 1, 5, 3)}, r"weight must have the shape \(16, 1, 3, 3\)"),
+        ({"weight": torch.randn(16, 1, 4, 4)}, r"kernel_size\), an odd size, got \(16, 1, 4, 4\)"),
+        ({"weight": torch.tensor(1.0)}, r"kernel_size\), an odd size, got \(\)"),
+        ({"bias": torch.randn(32)}, r"bias must have the shape \(16,\)"),
+        ({"bias": torch.randn(16, device="meta")}, "bias must be on cpu, like hidden_states, got meta"),
+        ({"activation": "tanh"}, "activation must be one of none, relu, silu, gelu, got 'tanh'"),
+    ],
+)
+@pytest.mark.parametrize("function", [depthwise_conv, depthwise_conv_and_mean])
+def test_broken_contracts_are_refused(function, changed, message):
+    tensors = dict(zip(("hidden_states", "weight", "bias"), arguments(2, 3, 4, 16), strict=True))
+    with pytest.raises(ValueError, match=message):
+        function(**tensors | changed)
+
+
+def test_every_element_is_written(monkeypatch):
+    tensors = arguments(3, 70, 15, 37)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: new_empty(tensor, *size).fill_(torch.nan))
+    assert all(y.isfinite().all() for y in convolution_and_mean_operator(*tensors, "gelu"))
+
+
+def test_nothing_is_read_beside_the_map():
+    """A map in the middle of memory that holds NaN."""
+    x, weight, bias = arguments(1, 9, 8, 21)
+    memory = torch.full((3 * x.numel(),), torch.nan)
+    inside = memory[x.numel() : 2 * x.numel()].view_as(x).copy_(x)
+    assert torch.equal(depthwise_conv(inside, weight, bias), depthwise_conv(x, weight, bias))
+
+
+def operators_of(function, tensors) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(*tensors)
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("function", [depthwise_conv, depthwise_conv_and_mean])
+def test_what_runs(function):
+    def is_run_by_kernel(tensors) -> bool:
+        return f"evmamba_kernels::{function.__name__}" in operators_of(function, tensors)
+
+    tensors = arguments(2, 4, 5, 20)
+    assert is_run_by_kernel(tensors)
+    assert not is_run_by_kernel(arguments(2, 4, 5, 20, kernel_size=5))
+    assert not is_run_by_kernel([tensor.bfloat16() for tensor in tensors])
+    with use_backend("torch"):
+        assert not is_run_by_kernel(tensors)
+    parameters = [tensor.requires_grad_() for tensor in tensors]
+    assert not is_run_by_kernel(parameters)
+    with torch.no_grad():
+        assert is_run_by_kernel(parameters)
+
+
+def test_gradients():
+    tensors = [tensor.requires_grad_() for tensor in arguments(2, 3, 4, 5, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *tensors: depthwise_conv_and_mean(*tensors, "silu"), tensors)
+
+
+def test_forward_mode():
+    """Derivatives are those of PyTorch's own operators."""
+    x, weight, bias = arguments(2, 5, 6, 24)
+    tangent = torch.randn_like(x)
+    _, derivative = torch.func.jvp(lambda x: depthwise_conv(x, weight, bias, "silu"), (x,), (tangent,))
+    with use_backend("torch"):
+        expected = torch.func.jvp(lambda x: depthwise_conv(x, weight, bias, "silu"), (x,), (tangent,))[1]
+    torch.testing.assert_close(derivative, expected)
+    assert derivative.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("operator", [convolution_operator, convolution_and_mean_operator])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_operator_registration(operator, has_bias):
+    x, weight, bias = arguments(2, 3, 4, 20)
+    torch.library.opcheck(operator, (x, weight, bias if has_bias else None, "relu"))
