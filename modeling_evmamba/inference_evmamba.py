@@ -1,8 +1,8 @@
 """A model made ready to classify and nothing else: fewer passes over its maps, weights as the processor wants them.
 
-Both steps are PyTorch's own. Batch norms that follow a convolution are folded into it. On x86 CPUs, convolutions and
-linear layers then take the layout of oneDNN's kernels, and the activations behind them are computed in passing, as
-`torch.compile` does it, but without a compiler. What either gains: benchmarks/NOTES.md.
+Batch norms that follow a convolution are folded into it. On CPUs, linear layers and pointwise convolutions then take
+the layout of oneDNN's kernels, and blocks are put together anew, channels last throughout: activations and means are
+computed in passing, as a compiler would do it. What each step gains: benchmarks/NOTES.md.
 """
 
 import copy
@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .atrous_selective_scan import atrous_selective_scan
+from .depthwise_conv import depthwise_conv, depthwise_conv_and_mean
 from .modeling_evmamba import (
-    EfficientVMambaES2D,
+    EfficientVMambaEmbeddings,
+    EfficientVMambaEVSSLayer,
     EfficientVMambaInvertedResidualLayer,
     EfficientVMambaLocalBranch,
-    EfficientVMambaPointwiseConv,
     EfficientVMambaPreTrainedModel,
     EfficientVMambaStage,
 )
@@ -25,17 +27,13 @@ from .modeling_evmamba import (
 # (benchmarks/NOTES.md)
 WIDEST_MAP = 10 * 2**20
 
-# names of activations for oneDNN
-POST_OPS = {nn.SiLU: "swish", nn.GELU: "gelu", nn.ReLU: "relu"}
-
-# of the blocks, in this order: a convolution, the batch norm behind it, the activation behind that
-CHAINS = {
-    EfficientVMambaES2D: [("conv2d", None, "activation")],
-    EfficientVMambaLocalBranch: [("depthwise_conv", "batch_norm", "activation")],
+# of the blocks: a convolution and the batch norm behind it
+BATCH_NORMS = {
+    EfficientVMambaLocalBranch: [("depthwise_conv", "batch_norm")],
     EfficientVMambaInvertedResidualLayer: [
-        ("expand_conv", "expand_batch_norm", "activation"),
-        ("depthwise_conv", "depthwise_batch_norm", "activation"),
-        ("project_conv", "project_batch_norm", None),
+        ("expand_conv", "expand_batch_norm"),
+        ("depthwise_conv", "depthwise_batch_norm"),
+        ("project_conv", "project_batch_norm"),
     ],
 }
 
@@ -58,8 +56,8 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     fold_batch_norms(model)
     if packs:
-        for module in list(model.modules()):
-            pack_chains(module)
+        write_channels_last(model)
+        fuse_layers(model)
         pack_linear_layers(model)
         split_batches(model)
         keep_freed_memory()
@@ -71,11 +69,10 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
 
 def fold_batch_norms(model: nn.Module) -> None:
     for module in list(model.modules()):
-        for convolution, batch_norm, _ in CHAINS.get(type(module), []):
-            if batch_norm is not None:
-                folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm))
-                setattr(module, convolution, folded)
-                setattr(module, batch_norm, nn.Identity())
+        for convolution, batch_norm in BATCH_NORMS.get(type(module), []):
+            folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm))
+            setattr(module, convolution, folded)
+            setattr(module, batch_norm, nn.Identity())
 
 
 def refuse_to_save(*_) -> None:
@@ -102,6 +99,13 @@ def keep_freed_memory() -> None:
     network whose maps have a few MB would get its memory anew, page by page, in every call. So a large one is freed.
     """
     torch.empty(30 * 2**20, dtype=torch.uint8)
+
+
+def write_channels_last(model: nn.Module) -> None:
+    """Lets the convolution that cuts the image into patches write its map as the LayerNorm behind it reads it."""
+    for module in model.modules():
+        if isinstance(module, EfficientVMambaEmbeddings):
+            module.patch_embeddings.to(memory_format=torch.channels_last)
 
 
 class Packed(nn.Module):
@@ -133,45 +137,94 @@ class PackedLinear(Packed):
             hidden_states, self.packed_weight, self.bias, self.activation, [], "none"
         )
 
-
-class PackedPointwiseConv(PackedLinear):
-    """A 1 x 1 convolution with the activation behind it, in oneDNN."""
-
-    def __init__(self, convolution: EfficientVMambaPointwiseConv, activation: str = "none"):
-        super().__init__(convolution.weight.flatten(1), convolution.bias, activation)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H, W)
-        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`residual` plus the layer's output, without the activation."""
+        self.check_dtype(hidden_states)
+        return torch.ops.mkldnn._linear_pointwise.binary(hidden_states, residual, self.packed_weight, self.bias, "add")
 
 
-class PackedConv2d(Packed):
-    """A convolution with the activation behind it, in oneDNN."""
+class DepthwiseConv(nn.Module):
+    """A depthwise convolution with the activation behind it, its weight in the order of the kernel."""
 
     def __init__(self, convolution: nn.Conv2d, activation: str):
         super().__init__()
-        self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
-        self.packed_weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight, *self.geometry, None)
+        self.weight = convolution.weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
         self.bias = convolution.bias
         self.activation = activation
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H', W')
-        self.check_dtype(hidden_states)
-        return torch.ops.mkldnn._convolution_pointwise.default(
-            hidden_states, self.packed_weight, self.bias, *self.geometry, self.activation, [], "none"
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, D) -> (B, H, W, D)
+        return depthwise_conv(hidden_states, self.weight, self.bias, self.activation)
+
+    def with_mean(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # and (B, D)
+        return depthwise_conv_and_mean(hidden_states, self.weight, self.bias, self.activation)
+
+
+class FusedEVSSLayer(nn.Module):
+    """An EVSS block. The gate of the scan is computed when it is needed, and then still lies in the cache."""
+
+    def __init__(self, layer: EfficientVMambaEVSSLayer):
+        super().__init__()
+        mixer, local_branch = layer.mixer, layer.local_branch
+        self.layernorm = layer.layernorm
+        weights = mixer.in_proj.weight.chunk(2)
+        biases = (None, None) if mixer.in_proj.bias is None else mixer.in_proj.bias.chunk(2)
+        self.in_proj_u, self.in_proj_z = map(PackedLinear, weights, biases)
+        self.conv2d = DepthwiseConv(mixer.conv2d, "silu")
+        self.scan_weights = nn.ParameterList(
+            [mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D]
         )
+        self.mixer_layernorm = mixer.layernorm
+        self.out_proj = PackedLinear(mixer.out_proj.weight, mixer.out_proj.bias)
+        self.depthwise_conv = DepthwiseConv(local_branch.depthwise_conv, "gelu")
+        self.pointwise_conv = PackedLinear(
+            local_branch.pointwise_conv.weight.flatten(1), local_branch.pointwise_conv.bias
+        )
+        self.gate_layernorm = layer.gate.layernorm
+        self.squeeze = PackedLinear(layer.gate.squeeze.weight, layer.gate.squeeze.bias, "gelu")
+        self.expand = PackedLinear(layer.gate.expand.weight, layer.gate.expand.bias, "sigmoid")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        normalized = self.layernorm(hidden_states)  # (B, H, W, C)
+        local = self.pointwise_conv(self.depthwise_conv(normalized))
+        y = atrous_selective_scan(self.conv2d(self.in_proj_u(normalized)), *self.scan_weights)  # (B, H, W, D)
+        mixed = self.out_proj(self.mixer_layernorm(y, self.in_proj_z(normalized)))
+        means = torch.stack([self.gate_layernorm(mixed), self.gate_layernorm(local)])  # (2, B, C)
+        for_mixed, for_local = self.expand(self.squeeze(means))[:, :, None, None]  # (B, 1, 1, C) each
+        hidden_states = torch.addcmul(hidden_states, mixed, for_mixed).addcmul_(local, for_local)
+        return hidden_states.permute(0, 3, 1, 2)
 
 
-def pack_chains(module: nn.Module) -> None:
-    activations = set()
-    for convolution_name, _, activation_name in CHAINS.get(type(module), []):
-        convolution = getattr(module, convolution_name)
-        post_op = "none" if activation_name is None else POST_OPS[type(getattr(module, activation_name))]
-        is_pointwise = isinstance(convolution, EfficientVMambaPointwiseConv)
-        packed_class = PackedPointwiseConv if is_pointwise else PackedConv2d
-        setattr(module, convolution_name, packed_class(convolution, post_op))
-        activations.add(activation_name)
-    for name in activations - {None}:
-        setattr(module, name, nn.Identity())
+class FusedInvertedResidualLayer(nn.Module):
+    """An inverted-residual block. The mean for squeeze-and-excitation comes with the convolution."""
+
+    def __init__(self, layer: EfficientVMambaInvertedResidualLayer):
+        super().__init__()
+        squeeze, expand = layer.squeeze_excitation.squeeze, layer.squeeze_excitation.expand
+        self.expand_conv = PackedLinear(layer.expand_conv.weight.flatten(1), layer.expand_conv.bias, "relu")
+        self.depthwise_conv = DepthwiseConv(layer.depthwise_conv, "relu")
+        self.squeeze = PackedLinear(squeeze.weight.flatten(1), squeeze.bias, "relu")
+        self.expand = PackedLinear(expand.weight.flatten(1), expand.bias, "sigmoid")
+        self.project_conv = PackedLinear(layer.project_conv.weight.flatten(1), layer.project_conv.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        expanded, mean = self.depthwise_conv.with_mean(self.expand_conv(hidden_states))  # (B, H, W, M), (B, M)
+        expanded *= self.expand(self.squeeze(mean))[:, None, None]
+        return self.project_conv.add_to(hidden_states, expanded).permute(0, 3, 1, 2)
+
+
+FUSED_LAYERS = {
+    EfficientVMambaEVSSLayer: FusedEVSSLayer,
+    EfficientVMambaInvertedResidualLayer: FusedInvertedResidualLayer,
+}
+
+
+def fuse_layers(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) in FUSED_LAYERS:
+                setattr(module, name, FUSED_LAYERS[type(child)](child))
 
 
 def pack_linear_layers(model: nn.Module) -> None:
@@ -179,8 +232,6 @@ def pack_linear_layers(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
-            elif isinstance(child, EfficientVMambaPointwiseConv):
-                setattr(module, name, PackedPointwiseConv(child))
 
 
 class BlocksOnParts(nn.Module):

@@ -291,8 +291,11 @@ class EfficientVMambaPatchMerging(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))
         height, width = hidden_states.shape[2:]
         rows, columns = (height + 1) // 2, (width + 1) // 2
-        padded = F.pad(hidden_states, (0, 2 * columns - width, 0, 2 * rows - height)).permute(0, 2, 3, 1)
-        cells = padded.unflatten(1, (rows, 2)).unflatten(3, (columns, 2))  # (B, H/2, 2, W/2, 2, C)
+        if torch.compiler.is_compiling() or height % 2 or width % 2:  # a graph is for sides of either kind
+            hidden_states = F.pad(hidden_states, (0, 2 * columns - width, 0, 2 * rows - height))
+        cells = (
+            hidden_states.permute(0, 2, 3, 1).unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
+        )  # (B, H/2, 2, W/2, 2, C)
         cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C): column by column inside a cell
         return self.reduction(self.layernorm(cells)).permute(0, 3, 1, 2)
 

@@ -14,7 +14,7 @@ from modeling_evmamba import (
     EfficientVMambaForImageClassification,
     optimize_for_inference,
 )
-from modeling_evmamba.inference_evmamba import PackedConv2d, PackedLinear
+from modeling_evmamba.inference_evmamba import DepthwiseConv, PackedLinear
 
 
 def small_config(**changes) -> EfficientVMambaConfig:
@@ -43,7 +43,7 @@ def test_logits_stay_the_same(shape):
     model = with_statistics(EfficientVMambaForImageClassification(small_config()))
     optimized = optimize_for_inference(model)
     assert nn.BatchNorm2d not in modules_of(optimized)
-    assert {PackedLinear, PackedConv2d} <= modules_of(optimized)
+    assert {PackedLinear, DepthwiseConv} <= modules_of(optimized)
     images = torch.randn(shape)
     with torch.no_grad():
         assert relative_error(optimized(images).logits, model(images).logits) < 3e-6
@@ -66,8 +66,18 @@ def test_large_batches_are_taken_in_parts(monkeypatch):
         assert relative_error(*maps) < 3e-6
 
 
-def test_block_types_in_other_stages():
-    config = small_config(block_types=["inverted_residual", "evss", "inverted_residual", "evss"], use_bias=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_types": ["inverted_residual", "evss", "inverted_residual", "evss"]},
+        {"use_bias": True},
+        {"use_conv_bias": False},
+        {"conv_kernel": 5},
+    ],
+    ids=str,
+)
+def test_other_networks(changes):
+    config = small_config(**changes)
     model = with_statistics(EfficientVMambaForImageClassification(config))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
