@@ -511,3 +511,19 @@ def gelu(x):
 @njit
 def relu(x):
     return largest(splat(float32(0.0)), x)
+
+
+@njit
+def clear_part(sums, part, channels):
+    """Sets a row of `sums` (parts, channels) to zero."""
+    for d in range(0, channels, LANES):
+        store_first(sums, part * channels + d, splat(float32(0.0)), min(LANES, channels - d))
+
+
+@njit
+def sum_of_parts(sums, first_part, num_parts, channels, d, count):
+    """Of `count` channels from `d`, over some rows of `sums` (parts, channels)."""
+    total = splat(float32(0.0))
+    for part in range(first_part, first_part + num_parts):
+        total = add(total, load_first(sums, part * channels + d, count))
+    return total

@@ -79,7 +79,7 @@ def claim_job(typing_context, work):
 
 @intrinsic
 def finish_job(typing_context, work):
-    """Counts a job that is done."""
+    """Counts a job that is done, and returns how many were before."""
 
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], COUNTERS.index("jobs_done"))
@@ -124,6 +124,13 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+@cache
+def structure_of(record_type: np.dtype) -> type[ctypes.Structure]:
+    """The same record in C, which is made in half the time."""
+    fields = [(name, np.ctypeslib.as_ctypes_type(record_type[name])) for name in record_type.names]
+    return type("Work", (ctypes.Structure,), {"_fields_": fields})
+
+
 def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float | torch.Tensor]) -> None:
     """Calls `kernel` with a pointer to its work in `torch.get_num_threads()` threads, which share the jobs.
 
@@ -134,19 +141,19 @@ def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float
         MemoryError: where jobs were left undone, as a thread got no memory.
     """
     values = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
-    work = np.array([tuple(values.get(name, 0) for name in record_type.names)], record_type)
-    num_threads = min(torch.get_num_threads(), fields["num_jobs"])
+    work = structure_of(record_type)(**values)
+    num_threads = min(torch.get_num_threads(), work.num_jobs)
     if num_threads == 1:
-        kernel.ctypes(work.ctypes.data)
+        kernel.ctypes(ctypes.addressof(work))
     elif openmp is not None:
-        openmp.GOMP_parallel(kernel.ctypes, work.ctypes.data, num_threads, 0)
+        openmp.GOMP_parallel(kernel.ctypes, ctypes.addressof(work), num_threads, 0)
     else:
         run_in_workers(kernel, work, fields, num_threads)
-    if work["jobs_done"] != fields["num_jobs"]:
-        raise MemoryError(f"the CPU kernel finished {work['jobs_done'][0]} of {fields['num_jobs']} jobs")
+    if work.jobs_done != work.num_jobs:
+        raise MemoryError(f"the CPU kernel finished {work.jobs_done} of {work.num_jobs} jobs")
 
 
-def run_in_workers(kernel: CFunc, work: np.ndarray, fields: dict, num_threads: int) -> None:
+def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_threads: int) -> None:
     """Calls `kernel` with a pointer to `work` in this thread and in threads of our own.
 
     Each thread holds on to the work and its tensors: an exception, such as an interrupt from the keyboard, takes this
@@ -161,17 +168,17 @@ def run_in_workers(kernel: CFunc, work: np.ndarray, fields: dict, num_threads: i
     try:
         for _ in range(num_threads - 1):
             calls.put((kernel, work, fields, done))
-        kernel.ctypes(work.ctypes.data)
+        kernel.ctypes(ctypes.addressof(work))
         for _ in range(num_threads - 1):
             done.get()
     except BaseException:
-        work["next_job"] = work["num_jobs"]  # nobody begins another job
+        work.next_job = work.num_jobs  # nobody begins another job
         raise
 
 
 def wait_for_work(queue: SimpleQueue) -> None:
     while True:
         kernel, work, fields, done = queue.get()
-        kernel.ctypes(work.ctypes.data)
+        kernel.ctypes(ctypes.addressof(work))
         done.put(None)
         del kernel, work, fields, done  # not kept until the next call

@@ -1,8 +1,32 @@
-"""When the kernels for inference on CPUs compute, and the checks of what they are given."""
+"""Operators for inference on CPUs: their registration, when they compute, and the checks of what they are given."""
+
+from collections.abc import Callable
 
 import torch
 
-from .atrous_selective_scan import choose_backend, in_forward_mode
+from .atrous_selective_scan import NAMESPACE, choose_backend, in_forward_mode
+
+
+# Each operator's own. One that is dropped takes the operator along, so that a module can be imported again.
+libraries: dict[str, torch.library.Library] = {}
+
+
+def inference_operator(name: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Registers a function as an operator on CPUs that has no derivative, with what it does to fake tensors.
+
+    So does `torch.library.custom_op`, which looks for derivatives and aliases in Python at every call. That takes as
+    long as the operators themselves on the small maps of an image (benchmarks/NOTES.md).
+    """
+
+    def register(compute: Callable) -> torch._ops.OpOverload:
+        library = libraries[name] = torch.library.Library(NAMESPACE, "FRAGMENT")
+        schema = torch.library.infer_schema(compute, mutates_args=(), op_name=name)
+        library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        library.impl(name, compute, "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    return register
 
 
 def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:

@@ -8,8 +8,7 @@ gradients, on other devices and in compiled graphs PyTorch computes them.
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import NAMESPACE
-from .cpu_inference import check_argument, is_for_cpu_kernel
+from .cpu_inference import check_argument, inference_operator, is_for_cpu_kernel
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -75,7 +74,11 @@ def convolve_in_pytorch(
     return ACTIVATIONS[activation](maps).permute(0, 2, 3, 1)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::depthwise_conv", mutates_args=(), device_types="cpu")
+def fake_convolution(hidden_states, weight, bias, activation):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@inference_operator("depthwise_conv", fake_convolution)
 def convolution_operator(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
@@ -85,22 +88,15 @@ def convolution_operator(
     return y
 
 
-@convolution_operator.register_fake
-def fake_convolution(hidden_states, weight, bias, activation):
-    return hidden_states.new_empty(hidden_states.shape)
+def fake_convolution_and_mean(hidden_states, weight, bias, activation):
+    batch_size, _, _, channels = hidden_states.shape
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(batch_size, channels)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::depthwise_conv_and_mean", mutates_args=(), device_types="cpu")
+@inference_operator("depthwise_conv_and_mean", fake_convolution_and_mean)
 def convolution_and_mean_operator(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .depthwise_conv_numba import convolve
 
-    y, sums = convolve(hidden_states, weight, bias, activation)
-    return y, sums.sum(dim=1) / (y.shape[1] * y.shape[2])
-
-
-@convolution_and_mean_operator.register_fake
-def fake_convolution_and_mean(hidden_states, weight, bias, activation):
-    batch_size, _, _, channels = hidden_states.shape
-    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(batch_size, channels)
+    return convolve(hidden_states, weight, bias, activation)

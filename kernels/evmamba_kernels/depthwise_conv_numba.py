@@ -19,24 +19,28 @@ except ImportError as error:
 from .atrous_selective_scan_numba_simd import (
     LANES,
     add,
+    clear_part,
     float32,
     float_pointer,
     gelu,
     load,
     load_first,
+    multiply,
     multiply_add,
     relu,
     silu,
     splat,
     store,
     store_first,
+    sum_of_parts,
 )
 from .atrous_selective_scan_numba_threads import COUNTERS, as_rows, claim_job, compiled_kernel, finish_job, run_jobs
 
 
 WORK = np.dtype(
     [(field, np.int64) for field in (*COUNTERS, "num_bands", "rows_per_band", "height", "width", "channels")]
-    + [(field, np.int64) for field in ("pixel_stride", "activation", "hidden_states", "weight", "bias", "out", "sums")]
+    + [(field, np.int64) for field in ("pixel_stride", "activation")]
+    + [(field, np.int64) for field in ("hidden_states", "weight", "bias", "out", "sums", "mean")]
 )
 
 RELU, SILU, GELU = 1, 2, 3
@@ -148,10 +152,22 @@ def convolve_row(x, weight, bias, out, sums, row, pixel, work):
             add_to_sums(sums, d, result, count)
 
 
+@compiled
+def write_means(work):
+    """Makes means of the sums of all bands."""
+    sums, mean, channels = float_pointer(work.sums), float_pointer(work.mean), work.channels
+    share = splat(float32(1.0 / (work.height * work.width)))
+    for image in range(work.num_jobs // work.num_bands):
+        for d in range(0, channels, LANES):
+            count = min(LANES, channels - d)
+            total = sum_of_parts(sums, image * work.num_bands, work.num_bands, channels, d, count)
+            store_first(mean, image * channels + d, multiply(total, share), count)
+
+
 def depthwise_conv_jobs(pointer):
     """Does jobs until none is left. `pointer` leads to a record `WORK`.
 
-    A job leaves the sums of its outputs in `sums` (images, bands, channels).
+    A job leaves the sums of its outputs in `sums` (images, bands, channels), and the last one the means of all.
     """
     work = carray(pointer, 1, WORK)[0]
     x, weight, bias = float_pointer(work.hidden_states), float_pointer(work.weight), float_pointer(work.bias)
@@ -160,11 +176,11 @@ def depthwise_conv_jobs(pointer):
     while job < work.num_jobs:
         image, band = job // work.num_bands, job % work.num_bands
         sums = float_pointer(work.sums + 4 * job * channels)
-        for d in range(0, channels, LANES):
-            store_first(sums, d, splat(float32(0.0)), min(LANES, channels - d))
+        clear_part(sums, 0, channels)
         for row in range(band * work.rows_per_band, min((band + 1) * work.rows_per_band, work.height)):
             convolve_row(x, weight, bias, out, sums, row, (image * work.height + row) * work.width, work)
-        finish_job(pointer)
+        if finish_job(pointer) == work.num_jobs - 1:
+            write_means(work)
         job = claim_job(pointer)
 
 
@@ -173,14 +189,14 @@ def convolve(
     weight: torch.Tensor,  # (D, 1, 3, 3)
     bias: torch.Tensor | None,  # (D)
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D) and (B, bands, D)
-    """The map, and the sums of its bands of rows, in float32."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D) and (B, D)
+    """The map and its mean, in float32."""
     batch_size, height, width, channels = hidden_states.shape
     rows_per_band = max(1, round(NUMBERS_PER_JOB / (width * channels)))
     num_bands = math.ceil(height / rows_per_band)
     pixels = as_rows(hidden_states)
     out = pixels.new_empty(hidden_states.shape)
-    sums = pixels.new_empty(batch_size, num_bands, channels)
+    sums, mean = pixels.new_empty(batch_size, num_bands, channels), pixels.new_empty(batch_size, channels)
     work = {
         "num_jobs": batch_size * num_bands,
         "num_bands": num_bands,
@@ -195,6 +211,7 @@ def convolve(
         "bias": pixels.new_zeros(channels) if bias is None else bias.contiguous(),
         "out": out,
         "sums": sums,
+        "mean": mean,
     }
     run_jobs(compiled_kernel(depthwise_conv_jobs), WORK, work)
-    return out, sums
+    return out, mean

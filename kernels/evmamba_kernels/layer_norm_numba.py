@@ -19,12 +19,12 @@ except ImportError as error:
 from .atrous_selective_scan_numba_simd import (
     LANES,
     add,
+    clear_part,
     divide,
     float32,
     float_pointer,
     keep_first,
     lane_sums,
-    load,
     load_first,
     load_splat,
     multiply,
@@ -35,6 +35,7 @@ from .atrous_selective_scan_numba_simd import (
     store,
     store_first,
     subtract,
+    sum_of_parts,
 )
 from .atrous_selective_scan_numba_threads import COUNTERS, as_rows, claim_job, compiled_kernel, finish_job, run_jobs
 
@@ -46,7 +47,7 @@ GATED_WORK = np.dtype(
 )
 MEAN_WORK = np.dtype(
     [(field, np.int64) for field in (*COUNTERS, "num_parts", "num_rows", "channels", "row_stride")]
-    + [(field, np.int64) for field in ("hidden_states", "sums")]
+    + [(field, np.int64) for field in ("hidden_states", "weight", "bias", "sums", "out")]
     + [("eps", np.float64)]
 )
 
@@ -117,33 +118,46 @@ def gated_jobs(pointer):
         job = claim_job(pointer)
 
 
+@compiled
+def write_means(work):
+    """Makes means of the sums of all parts. Weight and bias could wait until now."""
+    sums, out, channels = float_pointer(work.sums), float_pointer(work.out), work.channels
+    weight, bias, share = float_pointer(work.weight), float_pointer(work.bias), splat(float32(1.0 / work.num_rows))
+    for image in range(work.num_jobs // work.num_parts):
+        for d in range(0, channels, LANES):
+            count = min(LANES, channels - d)
+            total = sum_of_parts(sums, image * work.num_parts, work.num_parts, channels, d, count)
+            affine = multiply_add(multiply(total, share), load_first(weight, d, count), load_first(bias, d, count))
+            store_first(out, image * channels + d, affine, count)
+
+
 def mean_jobs(pointer):
     """Does jobs until none is left, parts of images. `pointer` leads to a record `MEAN_WORK`.
 
-    A job leaves the sum of its normalized rows in `sums` (images, parts, channels rounded up to whole vectors).
+    A job leaves the sum of its normalized rows in `sums` (images, parts, channels), and the last one the means of all.
     """
     work = carray(pointer, 1, MEAN_WORK)[0]
     x, sums, channels = float_pointer(work.hidden_states), float_pointer(work.sums), work.channels
-    padded = (channels + LANES - 1) // LANES * LANES
     statistics = new_statistics()
     job = claim_job(pointer)
     while job < work.num_jobs:
         image, part = job // work.num_parts, job % work.num_parts
-        for d in range(0, padded, LANES):
-            store(sums, job * padded + d, splat(float32(0.0)))
+        clear_part(sums, job, channels)
         for first in range(part * ROWS_PER_MEAN_JOB, min((part + 1) * ROWS_PER_MEAN_JOB, work.num_rows), LANES):
             num_rows = min(LANES, work.num_rows - first)
             start = (image * work.num_rows + first) * work.row_stride
             find_statistics(statistics, x, start, work.row_stride, num_rows, channels, work.eps)
             for d in range(0, channels, LANES):
-                count, total = min(LANES, channels - d), load(sums, job * padded + d)
+                count = min(LANES, channels - d)
+                total = load_first(sums, job * channels + d, count)
                 for row in range(num_rows):
                     centered = subtract(
                         load_first(x, start + row * work.row_stride + d, count), load_splat(statistics.means, row)
                     )
                     total = multiply_add(centered, load_splat(statistics.scales, row), total)
-                store(sums, job * padded + d, total)
-        finish_job(pointer)
+                store_first(sums, job * channels + d, total, count)
+        if finish_job(pointer) == work.num_jobs - 1:
+            write_means(work)
         job = claim_job(pointer)
 
 
@@ -181,12 +195,12 @@ def mean(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> torch.Tensor:  # (B, D)
-    """The mean of LayerNorm over the map, in float32. Weight and bias can wait until after the mean."""
-    x = as_rows(hidden_states)
-    num_images, channels = hidden_states.shape[0], x.shape[1]
-    num_rows = x.shape[0] // num_images
+    """The mean of LayerNorm over the map, in float32."""
+    x, weight, bias = as_rows(hidden_states), weight.contiguous(), bias.contiguous()
+    num_images, height, width, channels = hidden_states.shape
+    num_rows = height * width
     num_parts = math.ceil(num_rows / ROWS_PER_MEAN_JOB)
-    sums = x.new_empty(num_images, num_parts, math.ceil(channels / LANES) * LANES)
+    sums, out = x.new_empty(num_images, num_parts, channels), x.new_empty(num_images, channels)
     work = {
         "num_jobs": num_images * num_parts,
         "num_parts": num_parts,
@@ -194,8 +208,11 @@ def mean(
         "channels": channels,
         "row_stride": x.stride(0),
         "hidden_states": x,
+        "weight": weight,
+        "bias": bias,
         "sums": sums,
+        "out": out,
         "eps": eps,
     }
     run_jobs(compiled_kernel(mean_jobs), MEAN_WORK, work)
-    return torch.addcmul(bias, sums.sum(dim=1)[:, :channels], weight, value=1 / num_rows)
+    return out

@@ -1,11 +1,16 @@
 """LayerNorm with a gate and as a mean: CPU kernels and PyTorch forms against float64, and which of them runs."""
 
+import importlib
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evmamba_kernels
 from evmamba_kernels import layer_norm_gated, layer_norm_mean, use_backend
 from evmamba_kernels.layer_norm import gated_operator, mean_operator
 from golden_values import relative_error
@@ -182,3 +187,15 @@ def test_the_mean_of_what_is_no_map_is_refused():
 def test_mean_registration():
     x, _, weight, bias = arguments(2, 3, 4, 20)
     torch.library.opcheck(mean_operator, (x, weight, bias, 1e-5))
+
+
+def test_a_module_can_be_imported_again(tmp_path, monkeypatch):
+    """Notebooks reload what was edited: its operators are defined anew. A copy, as the old ones are gone then."""
+    shutil.copytree(Path(evmamba_kernels.__file__).parent, tmp_path / "edited_kernels")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("edited_kernels.layer_norm")
+    tensors = arguments(2, 3, 4, 20)
+    expected = module.layer_norm_gated(*tensors, 1e-5)
+    importlib.reload(module)
+    assert torch.equal(module.layer_norm_gated(*tensors, 1e-5), expected)
+    torch.library.opcheck(module.gated_operator, (*tensors, 1e-5))
