@@ -186,9 +186,10 @@ class FusedEVSSLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         hidden_states = hidden_states.permute(0, 2, 3, 1)
         normalized = self.layernorm(hidden_states)  # (B, H, W, C)
+        mixed = atrous_selective_scan(self.conv2d(self.in_proj_u(normalized)), *self.scan_weights)  # (B, H, W, D)
+        mixed = self.mixer_layernorm(mixed, self.in_proj_z(normalized))
+        mixed = self.out_proj(mixed)
         local = self.pointwise_conv(self.depthwise_conv(normalized))
-        y = atrous_selective_scan(self.conv2d(self.in_proj_u(normalized)), *self.scan_weights)  # (B, H, W, D)
-        mixed = self.out_proj(self.mixer_layernorm(y, self.in_proj_z(normalized)))
         means = torch.stack([self.gate_layernorm(mixed), self.gate_layernorm(local)])  # (2, B, C)
         for_mixed, for_local = self.expand(self.squeeze(means))[:, :, None, None]  # (B, 1, 1, C) each
         hidden_states = torch.addcmul(hidden_states, mixed, for_mixed).addcmul_(local, for_local)

@@ -177,17 +177,18 @@ class EfficientVMambaES2D(nn.Module):
         init.ones_(self.D)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
-        u = self.activation(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        y = atrous_selective_scan(
-            u,
+        hidden_states, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
+        hidden_states = self.activation(self.conv2d(hidden_states.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        hidden_states = atrous_selective_scan(
+            hidden_states,
             self.x_proj_weight,
             self.dt_proj_weight,
             self.dt_proj_bias,
             self.A_log,
             self.D,
         )
-        return self.out_proj(self.layernorm(y, z))
+        hidden_states = self.layernorm(hidden_states, z)
+        return self.out_proj(hidden_states)
 
 
 class EfficientVMambaLocalBranch(nn.Module):
