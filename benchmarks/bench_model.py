@@ -88,6 +88,13 @@ PUBLISHED_ACCURACY = {
     "Swin-T": (81.3, "arXiv 2103.14030"),
 }
 
+# where names stand beside points, where there is something else below on the right
+LABELS = {
+    "EfficientVMamba-S": (9, -2, "left"),
+    "EfficientVMamba-B": (8, 5, "left"),
+    "EfficientNet-B0": (-8, 4, "right"),
+}
+
 
 class Network(NamedTuple):
     source: str
@@ -226,8 +233,8 @@ def plot(rows: list[dict[str, object]], environment: dict[str, str], path: Path)
     ax.plot(*zip(*(points[name] for name in PEERS), strict=True), "s", color="#475569", markersize=7)
     for name, point in points.items():
         color = "#c2410c" if name in OURS else "#475569"
-        above = name in ("EfficientNet-B0", "EfficientVMamba-S", "EfficientVMamba-B")  # below lie others
-        ax.annotate(name, point, xytext=(8, 5 if above else -12), textcoords="offset points", color=color, fontsize=9)
+        x, y, alignment = LABELS.get(name, (8, -12, "left"))
+        ax.annotate(name, point, xytext=(x, y), textcoords="offset points", color=color, fontsize=9, ha=alignment)
     ax.set_xlim(0, 1.3 * max(latencies.values()))
     ax.margins(y=0.12)
     ax.set(xlabel="median latency of one image in ms (measured)", ylabel="ImageNet-1k top-1 in % (published)")
