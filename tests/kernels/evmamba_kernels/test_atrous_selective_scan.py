@@ -20,6 +20,7 @@ from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
 from evmamba_kernels.atrous_selective_scan import scan_operator
 from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference, group_pixels
 from golden_values import load_cases, relative_error
+from strided_maps import STRIDED_MAPS
 
 
 CASES = load_cases("atrous_scan_fp64.safetensors")
@@ -170,15 +171,6 @@ def test_extreme_values_stay_finite_and_right(backend, side):
 def test_zero_maps_stay_zero(backend):
     u, *parameters = random_arguments(1, 8, 8, 4, dtype=torch.float32)
     assert not atrous_selective_scan(torch.zeros_like(u), *parameters, backend=backend).any()
-
-
-STRIDED_MAPS = {
-    "channels first in memory": lambda u: u.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
-    "expanded": lambda u: u[:1].expand(3, -1, -1, -1),
-    "half of the channels of another map": lambda u: torch.cat([u, u + 1], dim=-1)[..., : u.shape[-1]],
-    "transposed": lambda u: u.transpose(1, 2),
-    "a window": lambda u: u[:, 1:, 2:5],
-}
 
 
 @pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)

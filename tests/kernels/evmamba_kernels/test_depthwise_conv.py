@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from evmamba_kernels import depthwise_conv, depthwise_conv_and_mean, use_backend
 from evmamba_kernels.depthwise_conv import ACTIVATIONS, convolution_and_mean_operator, convolution_operator
 from golden_values import relative_error
+from strided_maps import STRIDED_MAPS
 
 
 def arguments(*shape, kernel_size=3, dtype=torch.float32, seed=0):
@@ -60,15 +61,7 @@ def test_pytorch_form(activation, kernel_size):
     assert relative_error(mean, expected.mean(dim=(1, 2))) < 1e-6
 
 
-VIEWS = {
-    "half of the channels of another map": lambda x: torch.cat([x, x], dim=-1).chunk(2, dim=-1)[1],
-    "channels first in memory": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
-    "a window": lambda x: torch.cat([x, x], dim=2)[:, 1:, 1:5],
-    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
-}
-
-
-@pytest.mark.parametrize("make_view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
 def test_strided_maps(make_view):
     x, weight, bias = arguments(2, 5, 9, 24)
     x = make_view(x)

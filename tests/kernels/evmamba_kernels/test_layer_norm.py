@@ -14,6 +14,7 @@ import evmamba_kernels
 from evmamba_kernels import layer_norm_gated, layer_norm_mean, use_backend
 from evmamba_kernels.layer_norm import gated_operator, mean_operator
 from golden_values import relative_error
+from strided_maps import STRIDED_MAPS
 
 
 def arguments(*shape, dtype=torch.float32, seed=0):
@@ -52,15 +53,7 @@ def test_gates_of_any_size():
     )
 
 
-VIEWS = {
-    "half of the channels of another map": lambda x: torch.cat([x, x], dim=-1).chunk(2, dim=-1)[1],
-    "channels first in memory": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
-    "a window": lambda x: torch.cat([x, x], dim=2)[:, 1:, 1:5],
-    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
-}
-
-
-@pytest.mark.parametrize("make_view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
 def test_strided_maps(make_view):
     x, gate, *others = arguments(2, 5, 6, 24)
     x, gate = make_view(x), make_view(gate)
@@ -162,7 +155,7 @@ def test_means_of_random_shapes(shape, seed):
     assert error.norm() < 1e-6 * (weight.norm() + bias.norm())  # the sum of both may be small
 
 
-@pytest.mark.parametrize("make_view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
 def test_means_of_strided_maps(make_view):
     x, _, weight, bias = arguments(2, 5, 6, 24)
     x = make_view(x)
