@@ -1,4 +1,4 @@
-"""Vectors of 16 float32 numbers for Numba, and the functions of the scan on them.
+"""Vectors of 16 float32 numbers for Numba, and the functions on them that the kernels need.
 
 Numba's loops vectorise well only where LLVM can prove that arrays do not overlap and trip counts are long; the scan
 has neither. So the kernels say what they mean: a value of the type `Vector` holds 16 neighbouring channels, and LLVM

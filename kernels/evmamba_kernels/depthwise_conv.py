@@ -8,7 +8,8 @@ gradients, on other devices and in compiled graphs PyTorch computes them.
 import torch
 import torch.nn.functional as F
 
-from .cpu_inference import check_argument, inference_operator, is_for_cpu_kernel
+from .atrous_selective_scan import NAMESPACE
+from .cpu_inference import check_argument, is_for_cpu_kernel
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -20,7 +21,7 @@ def depthwise_conv(
     """A convolution of each channel by itself that keeps the size of the map, and the activation behind it.
 
     Args:
-        hidden_states: the map, (B, H, W, D), any floating dtype. Beside it are zeros.
+        hidden_states: the map, (B, H, W, D), any floating dtype, that of the weights. Beside it are zeros.
         weight: (D, 1, kernel_size, kernel_size), an odd size, as in `torch.nn.Conv2d` with D groups. The kernel reads
             it in the order (3, 3, D): where it lies so in memory, as by
             `weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)`, no copy is made.
@@ -74,11 +75,7 @@ def convolve_in_pytorch(
     return ACTIVATIONS[activation](maps).permute(0, 2, 3, 1)
 
 
-def fake_convolution(hidden_states, weight, bias, activation):
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-@inference_operator("depthwise_conv", fake_convolution)
+@torch.library.custom_op(f"{NAMESPACE}::depthwise_conv", mutates_args=(), device_types="cpu")
 def convolution_operator(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
@@ -88,15 +85,21 @@ def convolution_operator(
     return y
 
 
-def fake_convolution_and_mean(hidden_states, weight, bias, activation):
-    batch_size, _, _, channels = hidden_states.shape
-    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(batch_size, channels)
+@convolution_operator.register_fake
+def fake_convolution(hidden_states, weight, bias, activation):
+    return hidden_states.new_empty(hidden_states.shape)
 
 
-@inference_operator("depthwise_conv_and_mean", fake_convolution_and_mean)
+@torch.library.custom_op(f"{NAMESPACE}::depthwise_conv_and_mean", mutates_args=(), device_types="cpu")
 def convolution_and_mean_operator(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .depthwise_conv_numba import convolve
 
     return convolve(hidden_states, weight, bias, activation)
+
+
+@convolution_and_mean_operator.register_fake
+def fake_convolution_and_mean(hidden_states, weight, bias, activation):
+    batch_size, _, _, channels = hidden_states.shape
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(batch_size, channels)

@@ -7,7 +7,8 @@ kernels that read the maps once. With gradients, on other devices and in compile
 import torch
 import torch.nn.functional as F
 
-from .cpu_inference import check_argument, inference_operator, is_for_cpu_kernel
+from .atrous_selective_scan import NAMESPACE
+from .cpu_inference import check_argument, is_for_cpu_kernel
 
 
 def layer_norm_gated(
@@ -64,11 +65,7 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
 
 
-def fake_gated(hidden_states, gate, weight, bias, eps):
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-@inference_operator("layer_norm_gated", fake_gated)
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated", mutates_args=(), device_types="cpu")
 def gated_operator(
     hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
@@ -77,12 +74,18 @@ def gated_operator(
     return gated(hidden_states, gate, weight, bias, eps)
 
 
-def fake_mean(hidden_states, weight, bias, eps):
-    return hidden_states.new_empty(hidden_states.shape[0], hidden_states.shape[-1])
+@gated_operator.register_fake
+def fake_gated(hidden_states, gate, weight, bias, eps):
+    return hidden_states.new_empty(hidden_states.shape)
 
 
-@inference_operator("layer_norm_mean", fake_mean)
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean", mutates_args=(), device_types="cpu")
 def mean_operator(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     from .layer_norm_numba import mean
 
     return mean(hidden_states, weight, bias, eps)
+
+
+@mean_operator.register_fake
+def fake_mean(hidden_states, weight, bias, eps):
+    return hidden_states.new_empty(hidden_states.shape[0], hidden_states.shape[-1])

@@ -38,19 +38,6 @@ def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, ran
     return [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
 
 
-@pytest.fixture(params=["1 thread", "2 of OpenMP", "7 of OpenMP", "2 of our own", "7 of our own"])
-def num_threads(request, monkeypatch):
-    number = int(request.param.split()[0])
-    if "OpenMP" in request.param and threads.openmp is None:
-        pytest.skip("this PyTorch computes without an OpenMP runtime that has GNU's interface")
-    if "own" in request.param:
-        monkeypatch.setattr(threads, "openmp", None)
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    yield number
-    torch.set_num_threads(before)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch brings other OpenMP runtimes")
 def test_openmp_is_found():
     assert threads.openmp is not None
@@ -236,6 +223,17 @@ expected = atrous_selective_scan(*exact)
 torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-6)
 for gradient, exact_gradient in zip(gradients, torch.autograd.grad(expected, exact, y.double()), strict=True):
     torch.testing.assert_close(gradient, exact_gradient.float(), rtol=1e-4, atol=1e-4)
+
+from evmamba_kernels import depthwise_conv_and_mean, layer_norm_gated, layer_norm_mean, use_backend
+x, weight, bias = torch.randn(2, 9, 15, 40), torch.randn(40, 1, 3, 3), torch.randn(40)
+def others():
+    for activation in ("none", "relu", "silu", "gelu"):
+        yield from depthwise_conv_and_mean(x, weight, bias, activation)
+    yield layer_norm_gated(x, x, bias, bias, 1e-5)
+    yield layer_norm_mean(x, bias, bias, 1e-5)
+results = list(others())
+with use_backend("torch"):
+    torch.testing.assert_close(results, list(others()), rtol=1e-5, atol=1e-5)
 """
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
     variables = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}

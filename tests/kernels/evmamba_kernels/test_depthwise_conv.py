@@ -123,6 +123,14 @@ def test_every_element_is_written(monkeypatch):
     assert all(y.isfinite().all() for y in convolution_and_mean_operator(*tensors, "gelu"))
 
 
+def test_the_number_of_threads_changes_nothing(num_threads):
+    tensors = arguments(3, 70, 15, 37)
+    y, mean = depthwise_conv_and_mean(*tensors, "gelu")
+    torch.set_num_threads(1)
+    expected, expected_mean = depthwise_conv_and_mean(*tensors, "gelu")
+    assert torch.equal(y, expected) and torch.equal(mean, expected_mean)
+
+
 def test_nothing_is_read_beside_the_map():
     """A map in the middle of memory that holds NaN."""
     x, weight, bias = arguments(1, 9, 8, 21)

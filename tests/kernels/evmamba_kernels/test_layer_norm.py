@@ -104,6 +104,16 @@ def test_every_element_is_written(monkeypatch):
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: new_empty(tensor, *size).fill_(torch.nan))
     assert gated_operator(*tensors, 1e-5).isfinite().all()
+    x, _, *others = arguments(3, 70, 15, 21)
+    assert mean_operator(x, *others, 1e-5).isfinite().all()
+
+
+def test_the_number_of_threads_changes_nothing(num_threads):
+    x, gate, *others = arguments(3, 70, 15, 37)
+    y, mean = layer_norm_gated(x, gate, *others, 1e-5), layer_norm_mean(x, *others, 1e-5)
+    torch.set_num_threads(1)
+    assert torch.equal(layer_norm_gated(x, gate, *others, 1e-5), y)
+    assert torch.equal(layer_norm_mean(x, *others, 1e-5), mean)
 
 
 def test_nan_stays_visible():
@@ -133,6 +143,21 @@ def test_what_runs():
 def test_gradients():
     tensors = [tensor.requires_grad_() for tensor in arguments(3, 20, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *tensors: layer_norm_gated(*tensors, 1e-5), tensors)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_vmap():
+    """There, tensors say that no gradients are asked for."""
+    x, gate, weight, bias = arguments(2, 3, 4, 20)
+    x.requires_grad_()
+
+    def loss(x):
+        return (torch.func.vmap(lambda x: layer_norm_mean(x[None], weight, bias, 1e-5))(x) * gate[:, :1, 0]).sum()
+
+    gradient = torch.autograd.grad(loss(x), x)[0]
+    with use_backend("torch"):
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(x), x)[0])
+    assert gradient.abs().max() > 1e-3
 
 
 def test_operator_registration():

@@ -1,0 +1,19 @@
+"""Numbers of threads that the CPU kernels are tried with."""
+
+import pytest
+import torch
+
+from evmamba_kernels import atrous_selective_scan_numba_threads as threads
+
+
+@pytest.fixture(params=["1 thread", "2 of OpenMP", "7 of OpenMP", "2 of our own", "7 of our own"])
+def num_threads(request, monkeypatch):
+    number = int(request.param.split()[0])
+    if "OpenMP" in request.param and threads.openmp is None:
+        pytest.skip("this PyTorch computes without an OpenMP runtime that has GNU's interface")
+    if "own" in request.param:
+        monkeypatch.setattr(threads, "openmp", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield number
+    torch.set_num_threads(before)
