@@ -48,7 +48,8 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
         model: any of the models of this package, on any device. Weights are packed for CPUs, in float32.
 
     Raises:
-        TypeError: for other models.
+        TypeError: for other models, and where layers in its blocks are not of this package or PyTorch, as LoRA's.
+        ValueError: where layers in its blocks have hooks, which the copy would not call.
     """
     if not isinstance(model, EfficientVMambaPreTrainedModel):
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
@@ -139,6 +140,8 @@ class PackedLinear(Packed):
 
     def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`residual` plus the layer's output, without the activation."""
+        if torch.compiler.is_compiling():  # the operator below has no form for fake tensors
+            return residual + self(hidden_states)
         self.check_dtype(hidden_states)
         return torch.ops.mkldnn._linear_pointwise.binary(hidden_states, residual, self.packed_weight, self.bias, "add")
 
@@ -148,7 +151,8 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, activation: str):
         super().__init__()
-        self.weight = convolution.weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        weight = convolution.weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = convolution.bias
         self.activation = activation
 
@@ -225,7 +229,23 @@ def fuse_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) in FUSED_LAYERS:
+                refuse_changed_parts(child)
                 setattr(module, name, FUSED_LAYERS[type(child)](child))
+
+
+def refuse_changed_parts(layer: nn.Module) -> None:
+    """A fused layer computes with the weights of the parts alone."""
+    for name, part in layer.named_modules():
+        if not type(part).__module__.startswith(("torch.nn.", EfficientVMambaPreTrainedModel.__module__)):
+            raise TypeError(
+                f"{name} of a block is a {type(part).__module__}.{type(part).__name__}, which optimize_for_inference "
+                "does not know: merge adapters first, or take the model as it is"
+            )
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise ValueError(
+                f"{name or 'a block'} has hooks, which a model optimized for inference would not call: remove them "
+                "first, or take the model as it is"
+            )
 
 
 def pack_linear_layers(model: nn.Module) -> None:
@@ -240,7 +260,7 @@ class BlocksOnParts(nn.Module):
 
     Args:
         layers: the blocks.
-        widest: most channels of a map in a block.
+        widest: most channels of a map in a block, map and gate of a scan together.
     """
 
     def __init__(self, layers: nn.ModuleList, widest: int):

@@ -292,7 +292,8 @@ class EfficientVMambaPatchMerging(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))
         height, width = hidden_states.shape[2:]
         rows, columns = (height + 1) // 2, (width + 1) // 2
-        if torch.compiler.is_compiling() or height % 2 or width % 2:  # a graph is for sides of either kind
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # into a graph for sides of either kind
+        if is_traced or height % 2 or width % 2:
             hidden_states = F.pad(hidden_states, (0, 2 * columns - width, 0, 2 * rows - height))
         cells = (
             hidden_states.permute(0, 2, 3, 1).unflatten(1, (rows, 2)).unflatten(3, (columns, 2))

@@ -133,6 +133,40 @@ def test_optimized_models_refuse_to_be_saved_or_copied(use, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_graphs_of_optimized_models():
+    model = with_statistics(EfficientVMambaForImageClassification(small_config()))
+    optimized, images = optimize_for_inference(model), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images).logits
+        compiled = torch.compile(optimized, fullgraph=True, backend="eager")
+        exported = torch.export.export(optimized, (images,)).module()
+        for graph in (compiled, exported):
+            assert relative_error(graph(images).logits, expected) < 3e-6
+
+
+class Adapted(nn.Module):
+    """As adapters of other libraries are: the weight that it shows is not all that it computes with."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * self.linear(hidden_states)
+
+
+def test_changed_blocks_are_refused():
+    model = EfficientVMambaForImageClassification(small_config())
+    layer = model.efficientvmamba.encoder.stages[0].layers[1]
+    handle = layer.mixer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="mixer has hooks, which a model optimized for inference would not call"):
+        optimize_for_inference(model)
+    handle.remove()
+    layer.mixer.in_proj = Adapted(layer.mixer.in_proj)
+    with pytest.raises(TypeError, match=r"mixer\.in_proj of a block is a .*Adapted, .* merge adapters first"):
+        optimize_for_inference(model)
+
+
 def test_what_optimized_models_do_not_compute_is_refused():
     optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()))
     images = torch.randn(1, 3, 64, 64)

@@ -341,6 +341,15 @@ def test_compiles_to_one_graph():
             assert graphs.frame_count == num_graphs
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, that tracing is deprecated and constants are what they are
+def test_a_trace_takes_other_sides():
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
+    images = torch.randn(1, 3, 60, 52)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64), strict=False)
+        torch.testing.assert_close(traced(images)["logits"], model(images).logits)
+
+
 def test_exports_with_dynamic_batch_height_and_width():
     class Logits(torch.nn.Module):
         def __init__(self, model):
