@@ -53,8 +53,10 @@ def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVM
     """
     if not isinstance(model, EfficientVMambaPreTrainedModel):
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if packs:
+        refuse_changed_blocks(model)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norms(model)
     if packs:
         write_channels_last(model)
@@ -229,13 +231,13 @@ def fuse_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) in FUSED_LAYERS:
-                refuse_changed_parts(child)
                 setattr(module, name, FUSED_LAYERS[type(child)](child))
 
 
-def refuse_changed_parts(layer: nn.Module) -> None:
-    """A fused layer computes with the weights of the parts alone."""
-    for name, part in layer.named_modules():
+def refuse_changed_blocks(model: nn.Module) -> None:
+    """Fused layers compute with the weights of the parts alone."""
+    blocks = [module for module in model.modules() if type(module) in FUSED_LAYERS]
+    for name, part in (named_part for block in blocks for named_part in block.named_modules()):
         if not type(part).__module__.startswith(("torch.nn.", EfficientVMambaPreTrainedModel.__module__)):
             raise TypeError(
                 f"{name} of a block is a {type(part).__module__}.{type(part).__name__}, which optimize_for_inference "

@@ -165,6 +165,11 @@ def test_changed_blocks_are_refused():
     layer.mixer.in_proj = Adapted(layer.mixer.in_proj)
     with pytest.raises(TypeError, match=r"mixer\.in_proj of a block is a .*Adapted, .* merge adapters first"):
         optimize_for_inference(model)
+    layer.mixer.in_proj = layer.mixer.in_proj.linear
+    layer = model.efficientvmamba.encoder.stages[3].layers[0]  # one whose batch norms are folded
+    layer.expand_conv = Adapted(layer.expand_conv)
+    with pytest.raises(TypeError, match=r"expand_conv of a block is a .*Adapted, .* merge adapters first"):
+        optimize_for_inference(model)
 
 
 def test_what_optimized_models_do_not_compute_is_refused():
