@@ -122,6 +122,8 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
 
 
 def format_value(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 

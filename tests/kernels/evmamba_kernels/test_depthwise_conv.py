@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from evmamba_kernels import depthwise_conv, depthwise_conv_and_mean, use_backend
 from evmamba_kernels.depthwise_conv import ACTIVATIONS, convolution_and_mean_operator, convolution_operator
 from golden_values import relative_error
+from kernel_choice import check_kernel_is_for_inference, is_run
 from strided_maps import STRIDED_MAPS
 
 
@@ -139,27 +140,10 @@ def test_nothing_is_read_beside_the_map():
     assert torch.equal(depthwise_conv(inside, weight, bias), depthwise_conv(x, weight, bias))
 
 
-def operators_of(function, tensors) -> set[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        function(*tensors)
-    return {event.key for event in profile.key_averages()}
-
-
 @pytest.mark.parametrize("function", [depthwise_conv, depthwise_conv_and_mean])
 def test_what_runs(function):
-    def is_run_by_kernel(tensors) -> bool:
-        return f"evmamba_kernels::{function.__name__}" in operators_of(function, tensors)
-
-    tensors = arguments(2, 4, 5, 20)
-    assert is_run_by_kernel(tensors)
-    assert not is_run_by_kernel(arguments(2, 4, 5, 20, kernel_size=5))
-    assert not is_run_by_kernel([tensor.bfloat16() for tensor in tensors])
-    with use_backend("torch"):
-        assert not is_run_by_kernel(tensors)
-    parameters = [tensor.requires_grad_() for tensor in tensors]
-    assert not is_run_by_kernel(parameters)
-    with torch.no_grad():
-        assert is_run_by_kernel(parameters)
+    check_kernel_is_for_inference(function.__name__, function, arguments(2, 4, 5, 20))
+    assert not is_run(function.__name__, function, arguments(2, 4, 5, 20, kernel_size=5))
 
 
 def test_gradients():

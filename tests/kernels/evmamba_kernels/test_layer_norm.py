@@ -14,6 +14,7 @@ import evmamba_kernels
 from evmamba_kernels import layer_norm_gated, layer_norm_mean, use_backend
 from evmamba_kernels.layer_norm import gated_operator, mean_operator
 from golden_values import relative_error
+from kernel_choice import check_kernel_is_for_inference
 from strided_maps import STRIDED_MAPS
 
 
@@ -122,22 +123,10 @@ def test_nan_stays_visible():
     assert layer_norm_gated(x, *others, 1e-5).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
-def is_run_by_kernel(tensors) -> bool:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        layer_norm_gated(*tensors, 1e-5)
-    return "evmamba_kernels::layer_norm_gated" in {event.key for event in profile.key_averages()}
-
-
 def test_what_runs():
-    tensors = arguments(4, 20)
-    assert is_run_by_kernel(tensors)
-    assert not is_run_by_kernel([tensor.bfloat16() for tensor in tensors])
-    with use_backend("torch"):
-        assert not is_run_by_kernel(tensors)
-    parameters = [tensor.requires_grad_() for tensor in tensors]
-    assert not is_run_by_kernel(parameters)
-    with torch.no_grad():
-        assert is_run_by_kernel(parameters)
+    check_kernel_is_for_inference(
+        "layer_norm_gated", lambda *tensors: layer_norm_gated(*tensors, 1e-5), arguments(4, 20)
+    )
 
 
 def test_gradients():

@@ -1,0 +1,24 @@
+"""Which operators run: kernels for inference on CPUs have no gradients, and know float32 alone."""
+
+from collections.abc import Callable
+
+import torch
+
+from evmamba_kernels import use_backend
+
+
+def is_run(operator: str, function: Callable, tensors: list[torch.Tensor]) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(*tensors)
+    return f"evmamba_kernels::{operator}" in {event.key for event in profile.key_averages()}
+
+
+def check_kernel_is_for_inference(operator: str, function: Callable, tensors: list[torch.Tensor]) -> None:
+    assert is_run(operator, function, tensors)
+    assert not is_run(operator, function, [tensor.bfloat16() for tensor in tensors])
+    with use_backend("torch"):
+        assert not is_run(operator, function, tensors)
+    parameters = [tensor.requires_grad_() for tensor in tensors]
+    assert not is_run(operator, function, parameters)
+    with torch.no_grad():
+        assert is_run(operator, function, parameters)
