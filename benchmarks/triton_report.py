@@ -1,5 +1,5 @@
 """What the Triton kernels of the scan compile to for GPUs that are not here: registers, shared memory, spills, and the
-instructions of the innermost loop per state. Needs no GPU: Triton brings the assemblers.
+instructions of the loops over tiles per state. Needs no GPU: Triton brings the assemblers.
 
 Example:
     python benchmarks/triton_report.py --targets sm_90 gfx942 --kernels scan adjoint
@@ -39,8 +39,8 @@ BACKWARD_KERNELS = ("chunk_adjoints", "adjoint", "unproject", "weight")
 
 INTEGERS = {
     *("height", "width", "channels", "outputs", "state_size", "rank", "unit"),
-    *("num_tiles", "chunk_tiles", "num_chunks", "interval", "num_slots", "num_blocks", "part_blocks"),
-    *("ends_per_chunk", "num_ends", "times_per_chunk", "num_times", "first", "direction"),
+    *("num_tiles", "chunk_tiles", "segment_tiles", "num_chunks", "num_blocks", "part_blocks"),
+    *("ends_per_chunk", "times_per_chunk", "first", "direction"),
 }
 
 # what counts as which in the table; the first that matches
@@ -58,8 +58,8 @@ class Report(NamedTuple):
     registers: int
     shared_bytes: int
     spilled_bytes: int
-    loop: Counter  # instructions of the innermost loop, by class
-    states: int  # that the loop computes per lane, 0 where it computes none
+    loop: Counter  # instructions that a lane executes for a tile, by class
+    states: int  # that it computes for them, 0 where the kernel computes none
 
     def per_state(self, name: str) -> float:
         count = sum(self.loop.values()) if name == "all" else self.loop[name]
@@ -113,10 +113,13 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
         registers, spilled, code = read_cubin(compiled.asm["cubin"])
     else:
         registers, spilled, code = read_amdgcn(compiled.asm["amdgcn"])
-    states = 0 if is_matrix or name == "carry" else tile * channels // gpu.warp_size
-    if states and not is_adjoint:
-        states *= values["STATES"]
-    return Report(registers, compiled.metadata.shared, spilled, count_innermost_loop(code), states)
+    if is_matrix or name == "carry":
+        return Report(registers, compiled.metadata.shared, spilled, Counter(), states=0)
+    steps = tile * channels // gpu.warp_size  # of a lane, in a tile
+    # adjoint_kernel goes through the states in a loop of its own
+    unrolled, repeated = (1, state_size) if is_adjoint else (values["STATES"], 1)
+    loop = count_tile(code, steps * unrolled, repeated)
+    return Report(registers, compiled.metadata.shared, spilled, loop, steps * unrolled * repeated)
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
@@ -151,26 +154,39 @@ def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]
     return registers, spilled, code
 
 
-def count_innermost_loop(code: list[tuple[int, str, int | None]]) -> Counter:
-    """Instructions by class of the loop with most exponentials that has no such loop in it; empty without loops."""
-    loops = [(target, address) for address, _, target in code if target is not None and target < address]
-    counts = []
-    for first, last in loops:
-        count = Counter()
-        for address, instruction, _ in code:
-            if first <= address <= last:
-                count[next((name for name, form in CLASSES.items() if re.match(form, instruction)), "other")] += 1
-        counts.append((first, last, count))
-    with_exponentials = [loop for loop in counts if loop[2]["exp"] > 0]
-    innermost = [
-        count
-        for first, last, count in with_exponentials
-        if not any(
-            (other_first, other_last) != (first, last) and first <= other_first and other_last <= last
-            for other_first, other_last, _ in with_exponentials
+def count_tile(code: list[tuple[int, str, int | None]], states: int, repeats: int) -> Counter:
+    """Instructions by class that a tile takes: those of the innermost loops with an exponential for each of `states`.
+
+    Loops that are repeated for a tile count so many times, and with what surrounds them in the loop over tiles; there,
+    loops over the rank count once.
+    """
+
+    def count(first: int, last: int) -> Counter:
+        instructions = (instruction for address, instruction, _ in code if first <= address <= last)
+        return Counter(
+            next((name for name, form in CLASSES.items() if re.match(form, instruction)), "other")
+            for instruction in instructions
         )
-    ]
-    return max(innermost, key=lambda count: count["exp"], default=Counter())
+
+    loops = [(target, address) for address, _, target in code if target is not None and target < address]
+    counts = {loop: count(*loop) for loop in loops}
+
+    def is_inside(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+        return loop != other and other[0] <= loop[0] and loop[1] <= other[1]
+
+    with_states = [loop for loop in counts if counts[loop]["exp"] > states]
+    total = Counter()
+    for loop in with_states:
+        if any(is_inside(other, loop) for other in with_states):
+            continue
+        total += counts[loop]
+        if repeats > 1:
+            times = repeats / (counts[loop]["exp"] // states) - 1  # the compiler may have unrolled the loop
+            total += Counter({name: times * number for name, number in counts[loop].items()})
+            surrounding = [other for other in counts if is_inside(loop, other)]
+            around = min(surrounding, key=lambda other: other[1] - other[0], default=loop)
+            total += counts[around] - counts[loop]
+    return total
 
 
 def main() -> None:

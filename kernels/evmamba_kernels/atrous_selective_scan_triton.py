@@ -7,8 +7,9 @@ channels. Pixels are found by index arithmetic, u and y are neither gathered nor
     forward    project_kernel   u to dt, B and C, the only pass that sees all channels at once
                scan_kernel      the recurrence
     backward   project_kernel   again
-               states_kernel    the recurrence once more, which leaves the states between tiles
-               adjoint_kernel   tiles from the last to the first: states inside the tile, adjoints, gradients
+               states_kernel    the recurrence once more, which leaves a state now and then: between segments
+               adjoint_kernel   segments from the last to the first: the states between its tiles, then from its last
+                                tile to its first the states inside the tile, adjoints, gradients
                unproject_kernel, weight_kernel   gradients through the projection
 
 Where images, groups and channels are too few for the device, sequences are cut into chunks of several tiles that run
@@ -289,7 +290,7 @@ def project_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("height", "width", "channels", "num_tiles", "chunk_tiles", "interval", "num_slots"),
+        *("height", "width", "channels", "num_tiles", "chunk_tiles", "segment_tiles"),
         *("stride_b", "stride_h", "stride_w"),
     ]
 )
@@ -299,15 +300,14 @@ def states_kernel(
     dt_proj_weight,  # (K, D, R)
     dt_proj_bias,  # (K, D)
     A_log,  # (K, D, N)
-    states,  # (B, K, slots, N, D)
-    time,  # (B, K, slots, D)
+    states,  # (B, K, chunks, segments, N, D)
+    time,  # (B, K, chunks, segments, D)
     height,
     width,
     channels,
     num_tiles,
     chunk_tiles,
-    interval,
-    num_slots,
+    segment_tiles,
     stride_b,
     stride_h,
     stride_w,
@@ -320,7 +320,7 @@ def states_kernel(
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The recurrence of a chunk from zero: the state and the sum of delta so far, after every `interval` tiles."""
+    """The recurrence of a chunk from zero: the state and the sum of delta so far, after each of its segments."""
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // 4).to(tl.int64), i_bk % 4
     o_d = i_d * CHANNELS + tl.arange(0, CHANNELS)
@@ -334,7 +334,9 @@ def states_kernel(
     b_time = tl.zeros([CHANNELS], tl.float32)
 
     first_tile = i_chunk * chunk_tiles
-    for i in range(first_tile, tl.minimum(first_tile + chunk_tiles, num_tiles)):
+    end_tile = tl.minimum(first_tile + chunk_tiles, num_tiles)
+    i_first_segment = (i_bk.to(tl.int64) * tl.num_programs(1) + i_chunk) * tl.cdiv(chunk_tiles, segment_tiles)
+    for i in range(first_tile, end_tile):
         start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
         p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
         b_u = tl.load(p_u, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
@@ -351,31 +353,29 @@ def states_kernel(
             b_next = b_next + (b_end,)  # noqa: RUF005
         b_state = b_next
 
-        m_slot = mask_if((i + 1) % interval == 0, o_d, channels)
-        i_slot = i_bk.to(tl.int64) * num_slots + i // interval
-        tl.store(time + i_slot * channels + o_d, b_time, mask=m_slot)
+        is_end = ((i + 1 - first_tile) % segment_tiles == 0) | (i + 1 == end_tile)
+        m_end = mask_if(is_end, o_d, channels)
+        i_segment = i_first_segment + (i - first_tile) // segment_tiles
+        tl.store(time + i_segment * channels + o_d, b_time, mask=m_end)
         for n in tl.static_range(STATES):
-            tl.store(states + (i_slot * N + FIRST_STATE + n) * channels + o_d, b_state[n], mask=m_slot)
+            tl.store(states + (i_segment * N + FIRST_STATE + n) * channels + o_d, b_state[n], mask=m_end)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("channels", "state_size", "num_chunks", "first", "direction"),
-        *("ends_per_chunk", "num_ends", "times_per_chunk", "num_times"),
+        *("channels", "state_size", "num_chunks", "first", "direction", "ends_per_chunk", "times_per_chunk"),
     ]
 )
 def carry_kernel(
-    ends,  # (B, K, slots, N, D), of which a chunk's last slot counts
-    time,  # (B, K, slots, D)
+    ends,  # (B, K, chunks, ends, N, D), of which a chunk's last counts
+    time,  # (B, K, chunks, times, D), likewise
     A_log,  # (K, D, N)
     carried,  # (B, K, chunks, N, D)
     channels,
     state_size,
     num_chunks,
     ends_per_chunk,
-    num_ends,
     times_per_chunk,
-    num_times,
     first,
     direction,
     CHUNKS: tl.constexpr,
@@ -393,14 +393,14 @@ def carry_kernel(
     for i in range(0, num_chunks, CHUNKS):
         o_count = i + tl.arange(0, CHUNKS)
         o_chunk = first + direction * o_count
-        # the last chunk may be short of slots, and its end is nobody's start
-        i_end = i_bk.to(tl.int64) * num_ends + tl.minimum((o_chunk + 1) * ends_per_chunk, num_ends) - 1
-        i_time = i_bk.to(tl.int64) * num_times + tl.minimum((o_chunk + 1) * times_per_chunk, num_times) - 1
-        mask = (o_count < num_chunks - 1)[:, None] & m_d[None, :]
+        i_chunk = i_bk.to(tl.int64) * num_chunks + o_chunk
+        i_end = i_chunk * ends_per_chunk + ends_per_chunk - 1
+        i_time = i_chunk * times_per_chunk + times_per_chunk - 1
+        mask = (o_count < num_chunks - 1)[:, None] & m_d[None, :]  # the last chunk's end is nobody's start
         b_end = tl.load(ends + ((i_end * state_size + n) * channels)[:, None] + o_d[None, :], mask=mask, other=0.0)
         b_time = tl.load(time + (i_time * channels)[:, None] + o_d[None, :], mask=mask, other=0.0)
         b_states, b_state = run_states(tl.exp2(b_time * b_A[None, :]), b_end, b_state)
-        i_carried = (i_bk.to(tl.int64) * num_chunks + o_chunk + direction) * state_size + n
+        i_carried = (i_chunk + direction) * state_size + n
         tl.store(carried + (i_carried * channels)[:, None] + o_d[None, :], b_states, mask=mask)
 
 
@@ -595,10 +595,8 @@ def chunk_adjoints_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("height", "width", "channels", "num_tiles", "chunk_tiles", "num_chunks", "state_size", "rank"),
-        *("stride_b", "stride_h", "stride_w"),
-        *("grad_stride_b", "grad_stride_h", "grad_stride_w"),
-        *("out_stride_b", "out_stride_h", "out_stride_w"),
+        *("height", "width", "channels", "num_tiles", "chunk_tiles", "segment_tiles", "num_chunks"),
+        *("state_size", "rank", "stride_b", "stride_h", "stride_w"),
     ]
 )
 def adjoint_kernel(
@@ -609,33 +607,26 @@ def adjoint_kernel(
     dt_proj_bias,  # (K, D)
     A_log,  # (K, D, N)
     D,  # (K, D)
-    states,  # (B, K, tiles, N, D), after each tile, from zero before its chunk
-    time,  # (B, K, tiles, D), sum of delta in the chunk up to there
+    states,  # (B, K, chunks, segments, N, D), after each segment, from zero before its chunk
+    time,  # (B, K, chunks, segments, D), sum of delta in the chunk up to there
     carried,  # (B, K, chunks, N, D), states before each chunk but the first
+    starts,  # (B, K, chunks, tiles of a segment, N, D), of a program: the states before each tile of its segment
     adjoints,  # (B, K, chunks, N, D), of the states after each chunk but the last; overwritten tile by tile
     grad_u,  # (B, H, W, D), what reaches u not through the projection
     grad_projected,  # (blocks of channels, B, K, tiles, R + 2N, T)
-    grad_weight,  # (B, chunks, K, R, D)
-    grad_bias,  # (B, chunks, K, D)
-    grad_A_log,  # (B, chunks, K, N, D)
-    grad_D,  # (B, chunks, K, D)
+    grad_parameters,  # (B, chunks, K, N + R + 2, D): of A_log, dt_proj_weight, dt_proj_bias and D
     height,
     width,
     channels,
     num_tiles,
     chunk_tiles,
+    segment_tiles,
     num_chunks,
     state_size,
     rank,
     stride_b,
     stride_h,
     stride_w,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_w,
-    out_stride_b,
-    out_stride_h,
-    out_stride_w,
     T: tl.constexpr,
     CHANNELS: tl.constexpr,
     LONG_LINES: tl.constexpr,
@@ -643,8 +634,8 @@ def adjoint_kernel(
 ):
     """The adjoint of `scan_kernel` along a chunk, from its last tile: see "Adjoint" in `kernels/README.md`.
 
-    One state after another, so that only one state's steps are in registers at a time. What is carried from tile to
-    tile, adjoints and sums, this program writes and reads again.
+    One state after another, so that only one state's steps are in registers at a time. What goes from tile to tile,
+    states, adjoints and sums, this program writes and reads again.
     """
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // 4).to(tl.int64), i_bk % 4
@@ -656,84 +647,113 @@ def adjoint_kernel(
     m_carried = mask_if(i_chunk > 0, o_d, channels)
     m_reached = mask_if(i_chunk < num_chunks - 1, o_d, channels)
     i_part = (i_b * num_chunks + i_chunk) * 4 + i_k  # in (B, chunks, K)
-    p_grad_A_log = grad_A_log + i_part * state_size * channels + o_d
-    p_grad_weight = grad_weight + i_part * rank * channels + o_d
-    p_grad_bias = grad_bias + i_part * channels + o_d
-    p_grad_D = grad_D + i_part * channels + o_d
-    p_carried = carried + (i_bk.to(tl.int64) * num_chunks + i_chunk) * state_size * channels + o_d
-    p_adjoint = adjoints + (i_bk.to(tl.int64) * num_chunks + i_chunk) * state_size * channels + o_d
+    p_grad_A_log = grad_parameters + i_part * (state_size + rank + 2) * channels + o_d
+    p_grad_weight = p_grad_A_log + state_size * channels
+    p_grad_bias = p_grad_weight + rank * channels
+    p_grad_D = p_grad_bias + channels
+    i_bkc = i_bk.to(tl.int64) * num_chunks + i_chunk  # in (B, K, chunks)
+    p_carried = carried + i_bkc * state_size * channels + o_d
+    p_adjoint = adjoints + i_bkc * state_size * channels + o_d
+    p_dt_weight = dt_proj_weight + i_kd * rank
     first_tile = i_chunk * chunk_tiles
-    last_tile = tl.minimum(first_tile + chunk_tiles, num_tiles) - 1
-    for count in range(last_tile + 1 - first_tile):
-        i = last_tile - count
-        i_tile = i_bk.to(tl.int64) * num_tiles + i
-        start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
-        mask = m_steps[:, None] & m_d[None, :]
-        p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
-        start, o_steps, _ = find_steps(i * T, i_k, height, width, grad_stride_h, grad_stride_w, T, LONG_LINES, WIDE)
-        p_grad = grad + i_b * grad_stride_b + start + (o_steps[:, None] + o_d[None, :])
-        b_grad = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)
+    end_tile = tl.minimum(first_tile + chunk_tiles, num_tiles)
+    num_segments = tl.cdiv(end_tile - first_tile, segment_tiles)
+    for segments_done in range(num_segments):
+        i_segment = num_segments - 1 - segments_done
+        first_of_segment = first_tile + i_segment * segment_tiles
+        tiles_here = tl.minimum(segment_tiles, end_tile - first_of_segment)
 
-        p_tile = projected + i_tile * outputs * T + tl.arange(0, T)
-        p_grad_tile = grad_projected + (
-            (i_d * tl.num_programs(2).to(tl.int64) * num_tiles + i_tile) * outputs * T + tl.arange(0, T)
-        )
-        p_dt_weight = dt_proj_weight + i_kd * rank
-        b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
-        b_delta = softplus(load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T))
-        b_delta_u = b_delta * tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
-        m_later = mask_if(count > 0, o_d, channels)  # tiles of the chunk are done
-        m_started = mask_if(i > first_tile, o_d, channels)  # there are tiles before this one
-        b_time = tl.load(time + (i_tile - 1) * channels + o_d, mask=m_started, other=0.0)
-        b_grad_delta_u = tl.zeros([T, CHANNELS], tl.float32)
-        b_grad_delta = tl.zeros([T, CHANNELS], tl.float32)
+        # the state before the segment, then those before its other tiles
+        i_before = i_bkc * tl.cdiv(chunk_tiles, segment_tiles) + i_segment - 1
+        p_start = starts + i_bkc * segment_tiles * state_size * channels + o_d
+        m_started = mask_if(i_segment > 0, o_d, channels)
+        b_time = tl.load(time + i_before * channels + o_d, mask=m_started, other=0.0)
         for n in range(state_size):
             b_A = load_A(A_log + i_kd * state_size + n, m_d)
-            b_B = tl.load(p_tile + (rank + n) * T)[:, None]
-            b_C = tl.load(p_tile + (rank + state_size + n) * T)[:, None]
-            b_decay = tl.exp2(b_delta * b_A[None, :])
-            b_start = tl.load(states + ((i_tile - 1) * state_size + n) * channels + o_d, mask=m_started, other=0.0)
+            b_start = tl.load(states + (i_before * state_size + n) * channels + o_d, mask=m_started, other=0.0)
             b_carried = tl.load(p_carried + n * channels, mask=m_carried, other=0.0)
-            b_start = tl.fma(tl.exp2(b_time * b_A), b_carried, b_start)
+            tl.store(p_start + n * channels, tl.fma(tl.exp2(b_time * b_A), b_carried, b_start), mask=m_d)
+        tl.debug_barrier()  # before anybody reads what others have written
+        for i in range(first_of_segment, first_of_segment + tiles_here - 1):
+            start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
+            p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
+            b_u = tl.load(p_u, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+            p_tile = projected + (i_bk.to(tl.int64) * num_tiles + i) * outputs * T + tl.arange(0, T)
+            b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
+            b_delta = softplus(load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T))
+            b_delta_u = b_delta * b_u
+            for n in range(state_size):
+                b_A = load_A(A_log + i_kd * state_size + n, m_d)
+                b_B = tl.load(p_tile + (rank + n) * T)
+                b_start = tl.load(p_start + n * channels, mask=m_d, other=0.0)
+                _, b_end = run_states(tl.exp2(b_delta * b_A[None, :]), b_delta_u * b_B[:, None], b_start)
+                tl.store(p_start + (state_size + n) * channels, b_end, mask=m_d)
+            p_start += state_size * channels
+            tl.debug_barrier()
 
-            b_added = b_delta_u * b_B
-            b_kept = run_kept(b_decay, b_added, b_start)
-            tl.store(p_grad_tile + (rank + state_size + n) * T, tl.sum(b_grad * (b_kept + b_added), 1))
+        for tiles_done in range(tiles_here):
+            i = first_of_segment + tiles_here - 1 - tiles_done
+            i_tile = i_bk.to(tl.int64) * num_tiles + i
+            start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
+            mask = m_steps[:, None] & m_d[None, :]
+            o_map = i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
+            b_grad = tl.load(grad + o_map, mask=mask, other=0.0).to(tl.float32)
 
-            b_after = tl.load(p_adjoint + n * channels, mask=m_later | m_reached, other=0.0)
-            b_here, b_before = run_adjoints(b_decay, b_grad * b_C, b_after)
-            tl.store(p_adjoint + n * channels, b_before, mask=m_d)
+            p_tile = projected + i_tile * outputs * T + tl.arange(0, T)
+            p_grad_tile = grad_projected + (
+                (i_d * tl.num_programs(2).to(tl.int64) * num_tiles + i_tile) * outputs * T + tl.arange(0, T)
+            )
+            b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
+            b_delta = softplus(load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T))
+            b_delta_u = b_delta * tl.load(u + o_map, mask=mask, other=0.0).to(tl.float32)
+            m_later = mask_if(segments_done + tiles_done > 0, o_d, channels)  # tiles of the chunk are done
+            b_grad_delta_u = tl.zeros([T, CHANNELS], tl.float32)
+            b_grad_delta = tl.zeros([T, CHANNELS], tl.float32)
+            for n in range(state_size):
+                b_A = load_A(A_log + i_kd * state_size + n, m_d)
+                b_B = tl.load(p_tile + (rank + n) * T)[:, None]
+                b_C = tl.load(p_tile + (rank + state_size + n) * T)[:, None]
+                b_decay = tl.exp2(b_delta * b_A[None, :])
+                b_start = tl.load(p_start + n * channels, mask=m_d, other=0.0)
 
-            b_through_decay = b_here * b_kept
-            b_sum = tl.load(p_grad_A_log + n * channels, mask=m_later, other=0.0)
-            # A is in units of log 2, and its own derivative by A_log
-            b_sum += tl.sum(b_through_decay * b_delta, 0) * b_A * LOG_2
-            tl.store(p_grad_A_log + n * channels, b_sum, mask=m_d)
-            b_grad_delta_u = tl.fma(b_here, b_B, b_grad_delta_u)
-            b_grad_delta = tl.fma(b_through_decay, b_A[None, :], b_grad_delta)
-            tl.store(p_grad_tile + (rank + n) * T, tl.sum(b_here * b_delta_u, 1))
+                b_added = b_delta_u * b_B
+                b_kept = run_kept(b_decay, b_added, b_start)
+                tl.store(p_grad_tile + (rank + state_size + n) * T, tl.sum(b_grad * (b_kept + b_added), 1))
 
-        # read and made again: while the states went by, their registers were needed
-        b_u = tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
-        b_raw = load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T)
-        b_grad_delta = tl.fma(b_u, b_grad_delta_u, b_grad_delta * LOG_2)
-        b_grad_raw = b_grad_delta * sigmoid(b_raw)
-        for r in range(rank):
-            b_weight = tl.load(p_dt_weight + r, mask=m_d, other=0.0).to(tl.float32)
-            b_dt = tl.load(p_tile + r * T)
-            b_sum = tl.load(p_grad_weight + r * channels, mask=m_later, other=0.0)
-            b_sum += tl.sum(b_grad_raw * b_dt[:, None], 0)
-            tl.store(p_grad_weight + r * channels, b_sum, mask=m_d)
-            tl.store(p_grad_tile + r * T, tl.sum(b_grad_raw * b_weight[None, :], 1))
-        b_sum = tl.load(p_grad_bias, mask=m_later, other=0.0)
-        tl.store(p_grad_bias, b_sum + tl.sum(b_grad_raw, 0), mask=m_d)
-        b_sum = tl.load(p_grad_D, mask=m_later, other=0.0)
-        tl.store(p_grad_D, b_sum + tl.sum(b_grad * b_u, 0), mask=m_d)
-        b_skip = tl.load(D + i_kd, mask=m_d, other=0.0).to(tl.float32)
-        b_grad_u = tl.fma(b_delta, b_grad_delta_u, b_skip[None, :] * b_grad)
-        start, o_steps, _ = find_steps(i * T, i_k, height, width, out_stride_h, out_stride_w, T, LONG_LINES, WIDE)
-        tl.store(grad_u + i_b * out_stride_b + start + (o_steps[:, None] + o_d[None, :]), b_grad_u, mask=mask)
-        tl.debug_barrier()  # before the next tile reads what this one has carried
+                b_after = tl.load(p_adjoint + n * channels, mask=m_later | m_reached, other=0.0)
+                b_here, b_before = run_adjoints(b_decay, b_grad * b_C, b_after)
+                tl.store(p_adjoint + n * channels, b_before, mask=m_d)
+
+                b_through_decay = b_here * b_kept
+                b_sum = tl.load(p_grad_A_log + n * channels, mask=m_later, other=0.0)
+                # A is in units of log 2, and its own derivative by A_log
+                b_sum += tl.sum(b_through_decay * b_delta, 0) * b_A * LOG_2
+                tl.store(p_grad_A_log + n * channels, b_sum, mask=m_d)
+                b_grad_delta_u = tl.fma(b_here, b_B, b_grad_delta_u)
+                b_grad_delta = tl.fma(b_through_decay, b_A[None, :], b_grad_delta)
+                tl.store(p_grad_tile + (rank + n) * T, tl.sum(b_here * b_delta_u, 1))
+
+            # read and made again: while the states went by, their registers were needed
+            b_u = tl.load(u + o_map, mask=mask, other=0.0).to(tl.float32)
+            b_raw = load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T)
+            b_grad_delta = tl.fma(b_u, b_grad_delta_u, b_grad_delta * LOG_2)
+            b_grad_raw = b_grad_delta * sigmoid(b_raw)
+            for r in range(rank):
+                b_weight = tl.load(p_dt_weight + r, mask=m_d, other=0.0).to(tl.float32)
+                b_dt = tl.load(p_tile + r * T)
+                b_sum = tl.load(p_grad_weight + r * channels, mask=m_later, other=0.0)
+                b_sum += tl.sum(b_grad_raw * b_dt[:, None], 0)
+                tl.store(p_grad_weight + r * channels, b_sum, mask=m_d)
+                tl.store(p_grad_tile + r * T, tl.sum(b_grad_raw * b_weight[None, :], 1))
+            b_sum = tl.load(p_grad_bias, mask=m_later, other=0.0)
+            tl.store(p_grad_bias, b_sum + tl.sum(b_grad_raw, 0), mask=m_d)
+            b_sum = tl.load(p_grad_D, mask=m_later, other=0.0)
+            tl.store(p_grad_D, b_sum + tl.sum(b_grad * b_u, 0), mask=m_d)
+            b_skip = tl.load(D + i_kd, mask=m_d, other=0.0).to(tl.float32)
+            b_grad_u = tl.fma(b_delta, b_grad_delta_u, b_skip[None, :] * b_grad)
+            tl.store(grad_u + o_map, b_grad_u, mask=mask)
+            p_start -= state_size * channels
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["height", "width", "num_tiles"])
@@ -858,7 +878,7 @@ def span(hidden_states: torch.Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
-def make_plan(hidden_states: torch.Tensor, grad: torch.Tensor | None = None) -> Plan:
+def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
     """Tiles of the sequences, and chunks where there are not programs enough for the device.
 
     Raises:
@@ -869,7 +889,7 @@ def make_plan(hidden_states: torch.Tensor, grad: torch.Tensor | None = None) -> 
         raise ValueError(f"the Triton kernels take up to {LARGEST_BATCH} images at once, got {batch_size}: split them")
     device = describe_device(hidden_states.device)
     config = find_config(device)
-    tile = config.forward_tile if grad is None else config.backward_tile
+    tile = config.backward_tile if is_backward else config.forward_tile
     rows, columns = (height + 1) // 2, (width + 1) // 2
     num_tiles = triton.cdiv(rows * columns, tile)
 
@@ -882,7 +902,7 @@ def make_plan(hidden_states: torch.Tensor, grad: torch.Tensor | None = None) -> 
     chunk_tiles = triton.cdiv(num_tiles, num_chunks) if num_chunks > 2 else num_tiles
     num_chunks = triton.cdiv(num_tiles, chunk_tiles)
 
-    is_wide = max(height * width * channels, *(span(u) for u in (hidden_states, grad) if u is not None)) >= 2**31
+    is_wide = max(height * width * channels, span(hidden_states)) >= 2**31
     return Plan(config, device.multiprocessors, tile, num_tiles, chunk_tiles, num_chunks, min(rows, columns), is_wide)
 
 
@@ -954,37 +974,34 @@ def run_chunks(
     hidden_states: torch.Tensor,  # (B, H, W, D)
     projected: torch.Tensor,  # (B, K, tiles, R + 2N, T)
     parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # dt_proj_weight, dt_proj_bias, A_log
-    interval: int,
-    num_slots: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, slots, N, D), (B, K, slots, D)
-    """States and times after every `interval` tiles of chunks that start from zero."""
+    segment_tiles: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, segments, N, D), (B, K, chunks, segments, D)
+    """States and times after each segment of chunks that start from zero."""
     batch_size, *_, channels = hidden_states.shape
-    states = new_buffer(projected, batch_size, NUM_GROUPS, num_slots, parameters[-1].shape[-1], channels)
-    time = new_buffer(projected, batch_size, NUM_GROUPS, num_slots, channels)
-    num_chunks = triton.cdiv(num_slots * interval, plan.chunk_tiles)
+    segments = (batch_size, NUM_GROUPS, plan.num_chunks, triton.cdiv(plan.chunk_tiles, segment_tiles))
+    states = new_buffer(projected, *segments, parameters[-1].shape[-1], channels)
+    time = new_buffer(projected, *segments, channels)
     tensors = (hidden_states, projected, *parameters, states, time)
     launch_blocks_of_states(
-        states_kernel, plan, num_chunks, tensors, (interval, num_slots), hidden_states.stride()[:3]
+        states_kernel, plan, plan.num_chunks, tensors, (segment_tiles,), hidden_states.stride()[:3]
     )
     return states, time
 
 
 def carry(
     plan: Plan,
-    ends: torch.Tensor,  # (B, K, slots, N, D)
-    ends_per_chunk: int,
-    time: torch.Tensor,  # (B, K, slots, D)
-    times_per_chunk: int,
+    ends: torch.Tensor,  # (B, K, chunks, ends, N, D)
+    time: torch.Tensor,  # (B, K, chunks, times, D)
     A_log: torch.Tensor,
     carried: torch.Tensor,  # (B, K, chunks, N, D)
     first: int,
     direction: int,
 ) -> None:
     """Fills `carried`: what each chunk but the `first` starts from, going in the `direction` 1 or -1."""
-    batch_size, _, num_ends, state_size, channels = ends.shape
+    batch_size, *_, ends_per_chunk, state_size, channels = ends.shape
     carry_kernel[(triton.cdiv(channels, plan.config.forward_channels), state_size, batch_size * NUM_GROUPS)](
         *(ends, time, A_log, carried, channels, state_size, plan.num_chunks),
-        *(ends_per_chunk, num_ends, times_per_chunk, time.shape[2], first, direction),
+        *(ends_per_chunk, time.shape[3], first, direction),
         CHUNKS=plan.tile,
         CHANNELS=plan.config.forward_channels,
         **ONE_WARP,
@@ -1011,11 +1028,8 @@ def forward(
         projected = project(plan, hidden_states, x_proj_weight)
         carried = new_buffer(projected, batch_size, NUM_GROUPS, plan.num_chunks, state_size, channels)
         if plan.num_chunks > 1:
-            # the last chunk's end is nobody's start
-            ends, time = run_chunks(
-                plan, hidden_states, projected, parameters, interval=plan.chunk_tiles, num_slots=plan.num_chunks - 1
-            )
-            carry(plan, ends, 1, time, 1, A_log, carried, first=0, direction=1)
+            ends, time = run_chunks(plan, hidden_states, projected, parameters, segment_tiles=plan.chunk_tiles)
+            carry(plan, ends, time, A_log, carried, first=0, direction=1)
         # several blocks of states add to y
         y_dtype = hidden_states.dtype if state_size <= plan.config.states else torch.float32
         y = hidden_states.new_empty(hidden_states.shape, dtype=y_dtype)
@@ -1038,13 +1052,15 @@ def backward(
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     x_proj_weight, *parameters, D = (parameter.contiguous() for parameter in arguments[1:])
     with current_device(hidden_states):
-        grad, hidden_states = with_dense_channels(grad), with_dense_channels(hidden_states)
-        plan = make_plan(hidden_states, grad)
+        grad, hidden_states = grad.contiguous(), hidden_states.contiguous()  # one set of offsets for all three maps
+        plan = make_plan(hidden_states, is_backward=True)
         projected = project(plan, hidden_states, x_proj_weight)
-        states, time = run_chunks(plan, hidden_states, projected, parameters, interval=1, num_slots=plan.num_tiles)
+        # states are kept after each segment of a chunk, and in one segment after each tile: so both are least
+        segment_tiles = math.isqrt(plan.chunk_tiles)
+        states, time = run_chunks(plan, hidden_states, projected, parameters, segment_tiles)
         carried, adjoints = carry_both_ways(plan, grad, projected, parameters, states, time)
         partial_u, grad_projected, *grad_parameters = run_adjoint(
-            plan, grad, hidden_states, projected, (*parameters, D), states, time, carried, adjoints
+            plan, grad, hidden_states, projected, (*parameters, D), segment_tiles, states, time, carried, adjoints
         )
         grad_u, grad_x_proj_weight = unproject(plan, grad_projected, hidden_states, x_proj_weight, partial_u)
         gradients = (grad_u, grad_x_proj_weight, *grad_parameters)
@@ -1058,22 +1074,23 @@ def carry_both_ways(
     grad: torch.Tensor,  # (B, H, W, D)
     projected: torch.Tensor,  # (B, K, tiles, R + 2N, T)
     parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # dt_proj_weight, dt_proj_bias, A_log
-    states: torch.Tensor,  # (B, K, tiles, N, D)
-    time: torch.Tensor,  # (B, K, tiles, D)
+    states: torch.Tensor,  # (B, K, chunks, segments, N, D)
+    time: torch.Tensor,  # (B, K, chunks, segments, D)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, N, D) each
     """States before each chunk but the first, adjoints of the states after each chunk but the last."""
-    carried = states.new_empty(*states.shape[:2], plan.num_chunks, *states.shape[3:])
-    adjoints, chunk_adjoints = torch.empty_like(carried), torch.empty_like(carried)
+    carried = states.new_empty(*states.shape[:3], *states.shape[4:])
+    adjoints = torch.empty_like(carried)
     if plan.num_chunks > 1:
-        A_log, times_per_chunk = parameters[-1], plan.chunk_tiles
-        carry(plan, states, plan.chunk_tiles, time, times_per_chunk, A_log, carried, first=0, direction=1)
+        A_log = parameters[-1]
+        carry(plan, states, time, A_log, carried, first=0, direction=1)
+        chunk_adjoints = torch.empty_like(carried)
         # of the first chunk nobody asks
         tensors = (grad, projected, *parameters, chunk_adjoints)
         launch_blocks_of_states(
             chunk_adjoints_kernel, plan, plan.num_chunks - 1, tensors, (plan.num_chunks,), grad.stride()[:3]
         )
         last = plan.num_chunks - 1
-        carry(plan, chunk_adjoints, 1, time, times_per_chunk, A_log, adjoints, first=last, direction=-1)
+        carry(plan, chunk_adjoints.unsqueeze(3), time, A_log, adjoints, first=last, direction=-1)
     return carried, adjoints
 
 
@@ -1083,8 +1100,9 @@ def run_adjoint(
     hidden_states: torch.Tensor,  # (B, H, W, D)
     projected: torch.Tensor,  # (B, K, tiles, R + 2N, T)
     parameters: tuple[torch.Tensor, ...],  # dt_proj_weight, dt_proj_bias, A_log, D
-    states: torch.Tensor,  # (B, K, tiles, N, D)
-    time: torch.Tensor,  # (B, K, tiles, D)
+    segment_tiles: int,
+    states: torch.Tensor,  # (B, K, chunks, segments, N, D)
+    time: torch.Tensor,  # (B, K, chunks, segments, D)
     carried: torch.Tensor,  # (B, K, chunks, N, D)
     adjoints: torch.Tensor,  # (B, K, chunks, N, D), overwritten
 ) -> tuple[torch.Tensor, ...]:
@@ -1092,33 +1110,26 @@ def run_adjoint(
     batch_size, height, width, channels = hidden_states.shape
     rank, state_size = parameters[0].shape[-1], parameters[2].shape[-1]
     num_blocks = triton.cdiv(channels, plan.config.backward_channels)
+    starts = new_buffer(projected, *carried.shape[:3], segment_tiles, state_size, channels)
     partial_u = new_buffer(projected, *hidden_states.shape)
     grad_projected = new_buffer(projected, num_blocks, *projected.shape)
     parts = (batch_size, plan.num_chunks, NUM_GROUPS)
-    grad_dt_proj_weight = new_buffer(projected, *parts, rank, channels)
-    grad_dt_proj_bias = new_buffer(projected, *parts, channels)
-    grad_A_log = new_buffer(projected, *parts, state_size, channels)
-    grad_D = new_buffer(projected, *parts, channels)
+    grad_parameters = new_buffer(projected, *parts, state_size + rank + 2, channels)
     adjoint_kernel[(num_blocks, plan.num_chunks, batch_size * NUM_GROUPS)](
-        *(grad, hidden_states, projected, *parameters, states, time, carried, adjoints),
-        *(partial_u, grad_projected, grad_dt_proj_weight, grad_dt_proj_bias, grad_A_log, grad_D),
-        *(height, width, channels, plan.num_tiles, plan.chunk_tiles, plan.num_chunks, state_size, rank),
+        *(grad, hidden_states, projected, *parameters, states, time, carried, starts, adjoints),
+        *(partial_u, grad_projected, grad_parameters),
+        *(height, width, channels, plan.num_tiles, plan.chunk_tiles, segment_tiles, plan.num_chunks),
+        *(state_size, rank),
         *hidden_states.stride()[:3],
-        *grad.stride()[:3],
-        *partial_u.stride()[:3],
         T=plan.tile,
         CHANNELS=plan.config.backward_channels,
         **plan.index_options(plan.tile),
         **ONE_WARP,
     )
-    return (
-        partial_u,
-        grad_projected.sum(dim=0),
-        grad_dt_proj_weight.sum(dim=(0, 1)).mT,  # (K, D, R)
-        grad_dt_proj_bias.sum(dim=(0, 1)),
-        grad_A_log.sum(dim=(0, 1)).mT,  # (K, D, N)
-        grad_D.sum(dim=(0, 1)),
-    )
+    grad_A_log, grad_weight, grad_bias, grad_D = grad_parameters.sum(dim=(0, 1)).mT.split(
+        [state_size, rank, 1, 1], dim=-1
+    )  # (K, D, ...)
+    return partial_u, grad_projected.sum(dim=0), grad_weight, grad_bias.squeeze(-1), grad_A_log, grad_D.squeeze(-1)
 
 
 def unproject(

@@ -3,6 +3,7 @@
 In Triton's interpreter (`make test-triton`) or on a GPU (`make test-gpu`).
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def prepare(request, monkeypatch):
         device = device._replace(multiprocessors=multiprocessors)
         monkeypatch.setattr(kernels, "describe_device", lambda _: device)
         monkeypatch.setattr(kernels, "CHUNK_COST", 1e-6)
-        plan = kernels.make_plan(arguments[0], grad=arguments[0])
+        plan = kernels.make_plan(arguments[0], is_backward=True)
         assert plan.num_chunks == min(request.param, plan.num_tiles)
         return arguments
 
@@ -141,13 +142,38 @@ def test_states_that_do_not_fit_at_once(prepare, monkeypatch, state_size):
         assert relative_error(result.double(), exact, floor=1e-6) < 2e-6, name
 
 
+def test_backward_keeps_few_states(monkeypatch):
+    """Those between segments, and within one segment those between tiles: not between all tiles, N / T of the map."""
+    state_size, channels = 3, 5
+    arguments = make_arguments(1, 24, 16, channels, state_size=state_size)
+    device = kernels.describe_device(DEVICE)._replace(multiprocessors=1)  # has programs enough without chunks
+    monkeypatch.setattr(kernels, "describe_device", lambda _: device)
+    plan = kernels.make_plan(arguments[0], is_backward=True)
+    assert plan.num_chunks == 1
+    kept = []
+    new_buffer = kernels.new_buffer
+
+    def record(like, *shape):
+        if shape[-2:] == (state_size, channels):
+            kept.append(math.prod(shape[:-2]) // kernels.NUM_GROUPS)
+        return new_buffer(like, *shape)
+
+    monkeypatch.setattr(kernels, "new_buffer", record)
+    kernels.backward(torch.ones_like(arguments[0]), *arguments)
+    segment = math.isqrt(plan.num_tiles)
+    assert sorted(kept) == [segment, triton.cdiv(plan.num_tiles, segment)]
+    assert sum(kept) < 0.7 * plan.num_tiles
+
+
 def test_offsets_of_64_bits(monkeypatch):
     """The code for maps beyond 2^31 elements, on a small one. `make test-gpu` has a large one."""
     arguments = make_arguments(1, 5, 6, 3)
     grad = torch.randn_like(arguments[0])
     narrow = run(arguments, grad)
     make_plan = kernels.make_plan
-    monkeypatch.setattr(kernels, "make_plan", lambda *maps: make_plan(*maps)._replace(is_wide=True))
+    monkeypatch.setattr(
+        kernels, "make_plan", lambda *maps, **options: make_plan(*maps, **options)._replace(is_wide=True)
+    )
     for wide, result in zip(run(arguments, grad), narrow, strict=True):
         assert torch.equal(wide, result)
 
@@ -158,7 +184,6 @@ def test_large_strides_ask_for_offsets_of_64_bits():
     assert kernels.find_config(device)
     assert kernels.make_plan(torch.empty(1, 4, 4, 8, device=DEVICE)).is_wide is False
     assert kernels.make_plan(u).is_wide
-    assert kernels.make_plan(torch.empty(1, 2, 2, 8, device="meta"), grad=u).is_wide
 
 
 def test_too_many_images_are_refused():
