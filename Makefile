@@ -31,8 +31,11 @@ test-slow: $(INSTALLED)  ## Run the tests that compile, train on several process
 test-triton: $(INSTALLED)  ## Run the tests of the GPU kernels in Triton's interpreter, without a GPU.
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/kernels
 
-test-gpu: $(INSTALLED)  ## Run the tests of the GPU kernels on a GPU.
+test-gpu: $(INSTALLED)  ## Run the tests of kernels and networks that concern GPUs on one.
 	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest -k "triton or gpu" tests/kernels
+	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/modeling_evmamba/test_modeling_evmamba_gpu.py
+	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest -k golden tests/modeling_evmamba
+	$(BIN)/python -m pytest tests/transformers_suites
 	$(BIN)/python -m pytest -k learns_and_leaves tests/training_evmamba
 
 test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and use it there.

@@ -1,7 +1,8 @@
 """Times the atrous selective scan, each backend against the plain recurrence in PyTorch, mambapy's parallel scan and,
 on GPUs, the kernel of mamba_ssm.
 
-All methods take turns in every round. Before that, their outputs and gradients are compared.
+All methods take turns in every round. Before that, their outputs and gradients are compared. On GPUs, times are also
+set against the least that the bytes and exponentials of a scan take at the device's measured rates.
 
 Example:
     python benchmarks/bench_operator.py --repeats 5 --shapes 1,28,28,192
@@ -160,18 +161,26 @@ def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.
         assert difference < bound, f"{name} differs from the first rival by {difference:.1e}"
 
 
-def measure_shape(shape: Shape, names: list[str], arguments: argparse.Namespace) -> list[dict[str, object]]:
+def measure_shape(
+    shape: Shape, names: list[str], arguments: argparse.Namespace, limits=None
+) -> list[dict[str, object]]:
+    """Rows of the table; `limits` are the `gpu_limits.Limits` of a GPU, None on a CPU."""
     inputs = make_inputs(shape, arguments.state_size, arguments.device, getattr(torch, arguments.dtype))
     grad = torch.randn_like(inputs[0])
     reference = next((name for name in names if name in RIVALS), "torch")
     expected = run_forward_backward(get_method(reference), inputs, grad)
+    shape_name = "x".join(map(str, shape))
     methods = {}
     for name in names:
         method = get_method(name)
-        check_equality(name, run_forward_backward(method, inputs, grad), expected)
+        try:
+            results = run_forward_backward(method, inputs, grad)
+        except torch.OutOfMemoryError:
+            console.print(f"without {name} at {shape_name}: the device's memory is too small")
+            continue
+        check_equality(name, results, expected)
         methods[name, "forward"] = partial(run_forward, method, inputs)
         methods[name, "forward + backward"] = partial(run_forward_backward, method, inputs, grad)
-    shape_name = "x".join(map(str, shape))
     seconds = median_times(methods, arguments.repeats, arguments.device, shape_name)
     rows = [
         {
@@ -183,9 +192,16 @@ def measure_shape(shape: Shape, names: list[str], arguments: argparse.Namespace)
         }
         for mode in MODES
         for name in names
+        if (name, mode) in methods
     ]
-    if arguments.device.type == "cuda":  # on CPUs only a fresh process could tell
+    if limits is not None:
         for row in rows:
+            is_training = row["pass"] == "forward + backward"
+            floor = limits.find_floor(shape, arguments.state_size, inputs[0].element_size(), is_training)
+            row["floor ms"] = 1e3 * floor.seconds
+            row["binds"] = floor.binding
+            row["floor / this"] = floor.seconds / seconds[row["method"], row["pass"]]
+            # on CPUs only a fresh process could tell
             row["peak MiB"] = peak_memory(methods[row["method"], row["pass"]], arguments.device) / 2**20
     return rows
 
@@ -257,7 +273,16 @@ def main() -> None:
     backends = find_backends(arguments.device)
     names = [*backends, *find_rivals(arguments.rivals, arguments.device)]
 
-    rows = [row for shape in arguments.shapes for row in measure_shape(shape, names, arguments)]
+    limits = None
+    if device == "cuda":
+        from gpu_limits import measure_limits  # needs triton
+
+        limits = measure_limits(arguments.device)
+        environment |= {
+            "TB/s": f"{limits.bytes_per_second / 1e12:.3f}",
+            "exponentials/ns": f"{limits.exponentials_per_second / 1e9:.0f}",
+        }
+    rows = [row for shape in arguments.shapes for row in measure_shape(shape, names, arguments, limits)]
     print_table("Atrous selective scan", rows)
     write_csv(arguments.output_dir / f"{file_name}.csv", rows, environment)
     plot(rows, names, environment, arguments.output_dir / f"{file_name}.png")

@@ -1,5 +1,6 @@
-"""Where the time of EfficientVMamba (random weights) goes on a device: images per second and the costliest operators,
-with and without torch.compile, and on GPUs with the scan of mamba_ssm in the place of ours.
+"""Where time and memory of EfficientVMamba (random weights) go on a device, of the networks and of an EVSS block of
+their first stage: images per second, peak memory and the costliest operators, with and without torch.compile, and on
+GPUs with the scan of mamba_ssm in the place of ours.
 
 The list of operators of the compiled network names what the compiler has fused: of the EVSS block that are LayerNorm
 times gate, and depthwise convolution and SiLU.
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from measure import (
@@ -27,6 +30,7 @@ from measure import (
 )
 from rivals import mamba_ssm_scan
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
@@ -63,16 +67,35 @@ def scan_of_mamba_ssm() -> Iterator[None]:
         network.atrous_selective_scan = ours
 
 
-def infer(model: nn.Module, images: torch.Tensor) -> None:
+class Part(NamedTuple):
+    name: str
+    module: nn.Module
+    size: tuple[int, int, int]  # of its input, (C, H, W)
+
+
+def make_parts(variant: str, image_size: int, device: torch.device, dtype: torch.dtype) -> list[Part]:
+    """The network, and the first EVSS block of its first stage."""
+    config = EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000)
+    model = EfficientVMambaForImageClassification(config).to(device, dtype)
+    model.to(memory_format=torch.channels_last)
+    block = next(module for module in model.modules() if isinstance(module, network.EfficientVMambaEVSSLayer))
+    side = image_size // config.patch_size
+    return [
+        Part(variant, model, (config.num_channels, image_size, image_size)),
+        Part(f"{variant}, EVSS block", block, (config.hidden_sizes[0], side, side)),
+    ]
+
+
+def infer(module: Callable, inputs: torch.Tensor) -> None:
     with torch.inference_mode():
-        model(images)
+        module(inputs)
 
 
-def train(model: nn.Module, images: torch.Tensor) -> None:
-    """Forward and backward pass; what the optimizer does is not the network's."""
-    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    model(images, labels=labels).loss.backward()
-    model.zero_grad(set_to_none=True)
+def train(module: Callable, inputs: torch.Tensor) -> None:
+    """Forward and backward pass; what the optimizer does is not the network's. Gradients are not kept."""
+    outputs = module(inputs)
+    outputs = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+    torch.autograd.grad(outputs.sum(), [inputs, *module.parameters()])
 
 
 def run_with_mamba_ssm(run: Callable[[], None]) -> None:
@@ -80,19 +103,27 @@ def run_with_mamba_ssm(run: Callable[[], None]) -> None:
         run()
 
 
-def list_operators(run: Callable[[], None], device: torch.device) -> list[tuple[str, float, int]]:
-    """Operators or kernels of one call by their own time: name, milliseconds, number of calls."""
+def list_operators(run: Callable[[], None], device: torch.device) -> list[dict[str, object]]:
+    """The costliest operators or kernels of one call, by their own time."""
     activities = [ProfilerActivity.CPU]
     if device.type != "cpu":
         activities.append(getattr(ProfilerActivity, device.type.upper()))
     with profile(activities=activities) as profiler:
         run()
-    is_cpu = device.type == "cpu"
-    events = [
-        (event.key, (event.self_cpu_time_total if is_cpu else event.self_device_time_total) / 1e3, event.count)
-        for event in profiler.key_averages()
+    if device.type == "cpu":
+        events = {event.key: (event.self_cpu_time_total, event.count) for event in profiler.key_averages()}
+    else:  # kernels alone: an operator's time on the device is that of its kernels, once more
+        events = {
+            event.key: (event.self_device_time_total, event.count)
+            for event in profiler.key_averages()
+            if event.device_type != DeviceType.CPU and not event.is_user_annotation
+        }
+    total = sum(microseconds for microseconds, _ in events.values())
+    costliest = sorted(events.items(), key=lambda item: -item[1][0])[:LISTED_OPERATORS]
+    return [
+        {"operator": name, "ms": microseconds / 1e3, "percent": 100 * microseconds / total, "calls": count}
+        for name, (microseconds, count) in costliest
     ]
-    return sorted((event for event in events if event[1] > 0), key=lambda event: -event[1])
 
 
 def main() -> None:
@@ -105,45 +136,26 @@ def main() -> None:
         console.print("without mamba_ssm: it is not installed, or this is no CUDA device")
 
     speeds, operators = [], []
-    for variant in arguments.variants:
-        config = EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000)
-        model = EfficientVMambaForImageClassification(config).to(device, dtype)
-        model.to(memory_format=torch.channels_last)
-        compiled = torch.compile(model)
-        for pass_name in arguments.passes:
-            run, is_training = (train, True) if pass_name == "training step" else (infer, False)
-            model.train(is_training)
-            for batch_size in arguments.batch_sizes:
-                size = (batch_size, 3, arguments.image_size, arguments.image_size)
-                images = torch.randn(size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-                methods = {"eager": partial(run, model, images), "compiled": partial(run, compiled, images)}
-                if has_mamba_ssm:
-                    methods["mamba_ssm"] = partial(run_with_mamba_ssm, methods["eager"])
-                where = {"network": variant, "pass": pass_name, "batch": batch_size}
-                seconds = median_times(methods, arguments.repeats, device, " ".join(map(str, where.values())))
-                for name, method in methods.items():
-                    speeds.append(
-                        where
-                        | {
-                            "method": name,
-                            "median ms": 1e3 * seconds[name],
-                            "images/s": batch_size / seconds[name],
-                            "peak MiB": peak_memory(method, device) / 2**20 if device.type == "cuda" else float("nan"),
-                        }
-                    )
-                    listed = list_operators(method, device)
-                    total = sum(milliseconds for _, milliseconds, _ in listed)
-                    for operator, milliseconds, count in listed[:LISTED_OPERATORS]:
-                        operators.append(
-                            where
-                            | {
-                                "method": name,
-                                "operator": operator,
-                                "ms": milliseconds,
-                                "percent": 100 * milliseconds / total,
-                                "calls": count,
-                            }
-                        )
+    for part in chain.from_iterable(
+        make_parts(variant, arguments.image_size, device, dtype) for variant in arguments.variants
+    ):
+        compiled = torch.compile(part.module, dynamic=False)
+        for pass_name, batch_size in product(arguments.passes, arguments.batch_sizes):
+            run = train if pass_name == "training step" else infer
+            part.module.train(run is train)
+            inputs = torch.randn((batch_size, *part.size), device=device, dtype=dtype)
+            inputs = inputs.to(memory_format=torch.channels_last).requires_grad_(run is train)
+            methods = {"eager": partial(run, part.module, inputs), "compiled": partial(run, compiled, inputs)}
+            if has_mamba_ssm:
+                methods["mamba_ssm"] = partial(run_with_mamba_ssm, methods["eager"])
+            where = {"part": part.name, "pass": pass_name, "batch": batch_size}
+            seconds = median_times(methods, arguments.repeats, device, " ".join(map(str, where.values())))
+            for name, method in methods.items():
+                speed = {"median ms": 1e3 * seconds[name], "images/s": batch_size / seconds[name]}
+                if device.type == "cuda":
+                    speed["peak MiB"] = peak_memory(method, device) / 2**20
+                speeds.append(where | {"method": name} | speed)
+                operators += [where | {"method": name} | operator for operator in list_operators(method, device)]
     print_table("Speed", speeds)
     suffix = f"{device.type}_{arguments.dtype}"
     write_csv(arguments.output_dir / f"model_{suffix}.csv", speeds, environment)

@@ -1,7 +1,7 @@
-"""Where the tests of the operator run: on the CPU, unless the environment asks for something else.
+"""Where the tests of the operator and of golden values run: on the CPU unless the environment asks for another device.
 
 `make test-triton` runs the Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1`), on tensors of the CPU.
-`make test-gpu` runs everything on a GPU (`EVMAMBA_TEST_DEVICE=cuda`).
+`make test-gpu` runs them on a GPU (`EVMAMBA_TEST_DEVICE=cuda`).
 """
 
 import os

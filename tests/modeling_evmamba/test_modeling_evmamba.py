@@ -14,6 +14,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from devices import BACKENDS, DEVICE
 from evmamba_kernels import use_backend
 from golden_values import GOLDEN_DIR, image, load_cases, original_state_dict, relative_error
 from hub_scripts.original_checkpoint import original_name
@@ -57,34 +58,41 @@ def parse_case(name: str) -> tuple[str, int, tuple[int, ...]]:
     return variant, int(seed.removeprefix("seed")), tuple(int(side) for side in shape.split("x"))
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.fixture
+def in_float32(monkeypatch):
+    """cuDNN's convolutions would round to tf32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FORWARD_CASES)
-def test_golden_forward(name, backend):
+def test_golden_forward(name, backend, in_float32):
     variant, seed, shape = parse_case(name)
-    model = golden_model(variant, seed).eval()
+    model = golden_model(variant, seed).to(DEVICE).eval()
     with torch.no_grad(), use_backend(backend):
-        outputs = model(image(shape, seed), output_hidden_states=True)
+        outputs = model(image(shape, seed).to(DEVICE), output_hidden_states=True)
     names = ["embeddings", "stage0", "stage1", "stage2", "stage3"]
     actual = {name: state.permute(0, 2, 3, 1) for name, state in zip(names, outputs.hidden_states, strict=True)}
     actual["logits"] = outputs.logits
     for output, expected in FORWARD_CASES[name].items():
-        assert relative_error(actual[output], expected) < FLOAT32_BOUND, output
+        assert relative_error(actual[output].cpu(), expected) < FLOAT32_BOUND, output
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_golden_gradients(backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_gradients(backend, in_float32):
     expected = load_file(GOLDEN_DIR / "micro_gradients.safetensors")
-    model = golden_model("micro").train()
+    model = golden_model("micro").to(DEVICE).train()
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
-    pixel_values = image((4, 3, 72, 60), 11).requires_grad_()
+    pixel_values = image((4, 3, 72, 60), 11).to(DEVICE).requires_grad_()
     with use_backend(backend):
-        loss = model(pixel_values, labels=torch.tensor([1, 3, 0, 9])).loss
+        loss = model(pixel_values, labels=torch.tensor([1, 3, 0, 9], device=DEVICE)).loss
     loss.backward()
 
-    assert relative_error(loss.detach(), expected.pop("loss").reshape(())) < FLOAT32_BOUND
-    assert relative_error(pixel_values.grad, expected.pop("grad_pixel_values")) < GRADIENT_BOUND
+    model.cpu()
+    assert relative_error(loss.detach().cpu(), expected.pop("loss").reshape(())) < FLOAT32_BOUND
+    assert relative_error(pixel_values.grad.cpu(), expected.pop("grad_pixel_values")) < GRADIENT_BOUND
     for name, parameter in model.named_parameters():
         gradient = expected.pop("grad." + original_name(name, model.config)).reshape(parameter.shape)
         if name.endswith("local_branch.depthwise_conv.bias"):  # before a batch norm: zero in exact arithmetic
