@@ -174,7 +174,8 @@ def count_tile(code: list[tuple[int, str, int | None]], states: int, repeats: in
     def is_inside(loop: tuple[int, int], other: tuple[int, int]) -> bool:
         return loop != other and other[0] <= loop[0] and loop[1] <= other[1]
 
-    with_states = [loop for loop in counts if counts[loop]["exp"] > states]
+    # loops that prepare store all that they compute
+    with_states = [loop for loop in counts if counts[loop]["exp"] >= max(states, 2 * counts[loop]["store"])]
     total = Counter()
     for loop in with_states:
         if any(is_inside(other, loop) for other in with_states):

@@ -205,11 +205,12 @@ def find_steps(
 
 
 @triton.jit
-def load_time_steps(p_projected, p_weight, b_bias, m_d, R, T: tl.constexpr):
-    """softplus^-1(delta) of a tile, (T, channels). `p_projected` (T) points to the tile's first row, which is dt."""
+def load_time_steps(p_projected, p_weight, stride_r, b_bias, m_d, R, T: tl.constexpr):
+    """softplus^-1(delta) of a tile, (T, channels). `p_projected` (T) points to the tile's first row, which is dt,
+    `p_weight` (channels) to the weights of its first element; those of the next are `stride_r` further."""
     b_raw = tl.zeros([T, b_bias.shape[0]], tl.float32) + b_bias[None, :]
     for r in range(R):
-        b_weight = tl.load(p_weight + r, mask=m_d, other=0.0).to(tl.float32)
+        b_weight = tl.load(p_weight + r * stride_r, mask=m_d, other=0.0).to(tl.float32)
         b_raw = tl.fma(tl.load(p_projected + r * T)[:, None], b_weight[None, :], b_raw)
     return b_raw
 
@@ -342,7 +343,7 @@ def states_kernel(
         b_u = tl.load(p_u, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         p_tile = projected + i_tile * ((R + 2 * N) * T) + tl.arange(0, T)
-        b_delta = softplus(load_time_steps(p_tile, dt_proj_weight + i_kd * R, b_bias, m_d, R, T))
+        b_delta = softplus(load_time_steps(p_tile, dt_proj_weight + i_kd * R, 1, b_bias, m_d, R, T))
         b_delta_u = b_delta * b_u
         b_time += tl.sum(b_delta, 0)
         p_B = p_tile + (R + FIRST_STATE) * T
@@ -467,7 +468,7 @@ def scan_kernel(
         b_u = tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         p_tile = projected + i_tile * ((R + 2 * N) * T) + tl.arange(0, T)
-        b_delta = softplus(load_time_steps(p_tile, dt_proj_weight + i_kd * R, b_bias, m_d, R, T))
+        b_delta = softplus(load_time_steps(p_tile, dt_proj_weight + i_kd * R, 1, b_bias, m_d, R, T))
         b_delta_u = b_delta * b_u
         b_y = b_skip[None, :] * b_u if FIRST_STATE == 0 else tl.zeros([T, CHANNELS], tl.float32)
         p_B = p_tile + (R + FIRST_STATE) * T
@@ -580,7 +581,7 @@ def chunk_adjoints_kernel(
         b_grad = tl.load(p_grad, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         i_tile = i_bk.to(tl.int64) * num_tiles + i
         p_tile = projected + i_tile * ((R + 2 * N) * T) + tl.arange(0, T)
-        b_delta = softplus(load_time_steps(p_tile, dt_proj_weight + i_kd * R, b_bias, m_d, R, T))
+        b_delta = softplus(load_time_steps(p_tile, dt_proj_weight + i_kd * R, 1, b_bias, m_d, R, T))
         p_C = p_tile + (R + N + FIRST_STATE) * T
         b_earlier = ()
         for n in tl.static_range(STATES):
@@ -610,7 +611,7 @@ def adjoint_kernel(
     states,  # (B, K, chunks, segments, N, D), after each segment, from zero before its chunk
     time,  # (B, K, chunks, segments, D), sum of delta in the chunk up to there
     carried,  # (B, K, chunks, N, D), states before each chunk but the first
-    starts,  # (B, K, chunks, tiles of a segment, N, D), of a program: the states before each tile of its segment
+    kept,  # (B, K, chunks, N + R + N * tiles of a segment, D), of each program alone
     adjoints,  # (B, K, chunks, N, D), of the states after each chunk but the last; overwritten tile by tile
     grad_u,  # (B, H, W, D), what reaches u not through the projection
     grad_projected,  # (blocks of channels, B, K, tiles, R + 2N, T)
@@ -635,7 +636,8 @@ def adjoint_kernel(
     """The adjoint of `scan_kernel` along a chunk, from its last tile: see "Adjoint" in `kernels/README.md`.
 
     One state after another, so that only one state's steps are in registers at a time. What goes from tile to tile,
-    states, adjoints and sums, this program writes and reads again.
+    states, adjoints and sums, this program writes and reads again. In `kept` it has A, the weights of dt, and the
+    states before each tile of its segment, channels next to each other: in the parameters they are N or R apart.
     """
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // 4).to(tl.int64), i_bk % 4
@@ -654,7 +656,15 @@ def adjoint_kernel(
     i_bkc = i_bk.to(tl.int64) * num_chunks + i_chunk  # in (B, K, chunks)
     p_carried = carried + i_bkc * state_size * channels + o_d
     p_adjoint = adjoints + i_bkc * state_size * channels + o_d
-    p_dt_weight = dt_proj_weight + i_kd * rank
+    p_A = kept + i_bkc * ((segment_tiles + 1) * state_size + rank) * channels + o_d
+    p_dt_weight = p_A + state_size * channels
+    for n in range(state_size):
+        tl.store(p_A + n * channels, load_A(A_log + i_kd * state_size + n, m_d), mask=m_d)
+    for r in range(rank):
+        b_weight = tl.load(dt_proj_weight + i_kd * rank + r, mask=m_d, other=0.0).to(tl.float32)
+        tl.store(p_dt_weight + r * channels, b_weight, mask=m_d)
+    tl.debug_barrier()  # before anybody reads what others have written
+
     first_tile = i_chunk * chunk_tiles
     end_tile = tl.minimum(first_tile + chunk_tiles, num_tiles)
     num_segments = tl.cdiv(end_tile - first_tile, segment_tiles)
@@ -665,25 +675,25 @@ def adjoint_kernel(
 
         # the state before the segment, then those before its other tiles
         i_before = i_bkc * tl.cdiv(chunk_tiles, segment_tiles) + i_segment - 1
-        p_start = starts + i_bkc * segment_tiles * state_size * channels + o_d
+        p_start = p_dt_weight + rank * channels
         m_started = mask_if(i_segment > 0, o_d, channels)
         b_time = tl.load(time + i_before * channels + o_d, mask=m_started, other=0.0)
         for n in range(state_size):
-            b_A = load_A(A_log + i_kd * state_size + n, m_d)
+            b_A = tl.load(p_A + n * channels, mask=m_d, other=0.0)
             b_start = tl.load(states + (i_before * state_size + n) * channels + o_d, mask=m_started, other=0.0)
             b_carried = tl.load(p_carried + n * channels, mask=m_carried, other=0.0)
             tl.store(p_start + n * channels, tl.fma(tl.exp2(b_time * b_A), b_carried, b_start), mask=m_d)
-        tl.debug_barrier()  # before anybody reads what others have written
+        tl.debug_barrier()
         for i in range(first_of_segment, first_of_segment + tiles_here - 1):
             start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
             p_u = u + i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
             b_u = tl.load(p_u, mask=m_steps[:, None] & m_d[None, :], other=0.0).to(tl.float32)
             p_tile = projected + (i_bk.to(tl.int64) * num_tiles + i) * outputs * T + tl.arange(0, T)
             b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
-            b_delta = softplus(load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T))
+            b_delta = softplus(load_time_steps(p_tile, p_dt_weight, channels, b_bias, m_d, rank, T))
             b_delta_u = b_delta * b_u
             for n in range(state_size):
-                b_A = load_A(A_log + i_kd * state_size + n, m_d)
+                b_A = tl.load(p_A + n * channels, mask=m_d, other=0.0)
                 b_B = tl.load(p_tile + (rank + n) * T)
                 b_start = tl.load(p_start + n * channels, mask=m_d, other=0.0)
                 _, b_end = run_states(tl.exp2(b_delta * b_A[None, :]), b_delta_u * b_B[:, None], b_start)
@@ -704,13 +714,13 @@ def adjoint_kernel(
                 (i_d * tl.num_programs(2).to(tl.int64) * num_tiles + i_tile) * outputs * T + tl.arange(0, T)
             )
             b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
-            b_delta = softplus(load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T))
+            b_delta = softplus(load_time_steps(p_tile, p_dt_weight, channels, b_bias, m_d, rank, T))
             b_delta_u = b_delta * tl.load(u + o_map, mask=mask, other=0.0).to(tl.float32)
             m_later = mask_if(segments_done + tiles_done > 0, o_d, channels)  # tiles of the chunk are done
             b_grad_delta_u = tl.zeros([T, CHANNELS], tl.float32)
             b_grad_delta = tl.zeros([T, CHANNELS], tl.float32)
             for n in range(state_size):
-                b_A = load_A(A_log + i_kd * state_size + n, m_d)
+                b_A = tl.load(p_A + n * channels, mask=m_d, other=0.0)
                 b_B = tl.load(p_tile + (rank + n) * T)[:, None]
                 b_C = tl.load(p_tile + (rank + state_size + n) * T)[:, None]
                 b_decay = tl.exp2(b_delta * b_A[None, :])
@@ -735,11 +745,11 @@ def adjoint_kernel(
 
             # read and made again: while the states went by, their registers were needed
             b_u = tl.load(u + o_map, mask=mask, other=0.0).to(tl.float32)
-            b_raw = load_time_steps(p_tile, p_dt_weight, b_bias, m_d, rank, T)
+            b_raw = load_time_steps(p_tile, p_dt_weight, channels, b_bias, m_d, rank, T)
             b_grad_delta = tl.fma(b_u, b_grad_delta_u, b_grad_delta * LOG_2)
             b_grad_raw = b_grad_delta * sigmoid(b_raw)
             for r in range(rank):
-                b_weight = tl.load(p_dt_weight + r, mask=m_d, other=0.0).to(tl.float32)
+                b_weight = tl.load(p_dt_weight + r * channels, mask=m_d, other=0.0)
                 b_dt = tl.load(p_tile + r * T)
                 b_sum = tl.load(p_grad_weight + r * channels, mask=m_later, other=0.0)
                 b_sum += tl.sum(b_grad_raw * b_dt[:, None], 0)
@@ -855,6 +865,11 @@ def weight_kernel(
 # -- host ------------------------------------------------------------------------------------------------------------
 
 
+def cdiv(dividend: int, divisor: int) -> int:
+    """Rounded up. As `triton.cdiv`, which takes 2 us to find out that its arguments are numbers."""
+    return -(-dividend // divisor)
+
+
 class Plan(NamedTuple):
     """What follows from the map before anything is launched."""
 
@@ -891,16 +906,16 @@ def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
     config = find_config(device)
     tile = config.backward_tile if is_backward else config.forward_tile
     rows, columns = (height + 1) // 2, (width + 1) // 2
-    num_tiles = triton.cdiv(rows * columns, tile)
+    num_tiles = cdiv(rows * columns, tile)
 
-    num_programs = batch_size * NUM_GROUPS * triton.cdiv(channels, config.forward_channels)
+    num_programs = batch_size * NUM_GROUPS * cdiv(channels, config.forward_channels)
     num_chunks = min(
         device.multiprocessors * config.programs_per_multiprocessor // num_programs,
         math.isqrt(math.ceil(2 * num_tiles / CHUNK_COST)),  # where tiles in turn and the carry together take least
     )
     # in chunks, every tile is computed twice: two of them would gain nothing
-    chunk_tiles = triton.cdiv(num_tiles, num_chunks) if num_chunks > 2 else num_tiles
-    num_chunks = triton.cdiv(num_tiles, chunk_tiles)
+    chunk_tiles = cdiv(num_tiles, num_chunks) if num_chunks > 2 else num_tiles
+    num_chunks = cdiv(num_tiles, chunk_tiles)
 
     is_wide = max(height * width * channels, span(hidden_states)) >= 2**31
     return Plan(config, device.multiprocessors, tile, num_tiles, chunk_tiles, num_chunks, min(rows, columns), is_wide)
@@ -928,7 +943,7 @@ def project(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Tensor
     outputs = x_proj_weight.shape[1]
     projected = new_buffer(hidden_states, batch_size, NUM_GROUPS, plan.num_tiles, outputs, plan.tile)
     steps = plan.num_tiles * plan.tile
-    grid = (triton.cdiv(steps, MATRIX_STEPS), triton.cdiv(outputs, MATRIX_OUTPUTS), batch_size * NUM_GROUPS)
+    grid = (cdiv(steps, MATRIX_STEPS), cdiv(outputs, MATRIX_OUTPUTS), batch_size * NUM_GROUPS)
     project_kernel[grid](
         *(hidden_states, x_proj_weight, projected),
         *(height, width, channels, outputs, plan.num_tiles),
@@ -952,7 +967,7 @@ def launch_blocks_of_states(kernel, plan: Plan, num_chunks: int, tensors: tuple,
     hidden_states, _, dt_proj_weight, _, A_log, *_ = tensors
     batch_size, height, width, channels = hidden_states.shape
     state_size = A_log.shape[-1]
-    grid = (triton.cdiv(channels, plan.config.forward_channels), num_chunks, batch_size * NUM_GROUPS)
+    grid = (cdiv(channels, plan.config.forward_channels), num_chunks, batch_size * NUM_GROUPS)
     for first_state in range(0, state_size, plan.config.states):
         kernel[grid](
             *tensors,
@@ -978,7 +993,7 @@ def run_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, segments, N, D), (B, K, chunks, segments, D)
     """States and times after each segment of chunks that start from zero."""
     batch_size, *_, channels = hidden_states.shape
-    segments = (batch_size, NUM_GROUPS, plan.num_chunks, triton.cdiv(plan.chunk_tiles, segment_tiles))
+    segments = (batch_size, NUM_GROUPS, plan.num_chunks, cdiv(plan.chunk_tiles, segment_tiles))
     states = new_buffer(projected, *segments, parameters[-1].shape[-1], channels)
     time = new_buffer(projected, *segments, channels)
     tensors = (hidden_states, projected, *parameters, states, time)
@@ -999,7 +1014,7 @@ def carry(
 ) -> None:
     """Fills `carried`: what each chunk but the `first` starts from, going in the `direction` 1 or -1."""
     batch_size, *_, ends_per_chunk, state_size, channels = ends.shape
-    carry_kernel[(triton.cdiv(channels, plan.config.forward_channels), state_size, batch_size * NUM_GROUPS)](
+    carry_kernel[(cdiv(channels, plan.config.forward_channels), state_size, batch_size * NUM_GROUPS)](
         *(ends, time, A_log, carried, channels, state_size, plan.num_chunks),
         *(ends_per_chunk, time.shape[3], first, direction),
         CHUNKS=plan.tile,
@@ -1109,14 +1124,14 @@ def run_adjoint(
     """Gradients of u as far as it is not projected (B, H, W, D), of what is projected, and of the four parameters."""
     batch_size, height, width, channels = hidden_states.shape
     rank, state_size = parameters[0].shape[-1], parameters[2].shape[-1]
-    num_blocks = triton.cdiv(channels, plan.config.backward_channels)
-    starts = new_buffer(projected, *carried.shape[:3], segment_tiles, state_size, channels)
+    num_blocks = cdiv(channels, plan.config.backward_channels)
+    kept = new_buffer(projected, *carried.shape[:3], (segment_tiles + 1) * state_size + rank, channels)
     partial_u = new_buffer(projected, *hidden_states.shape)
     grad_projected = new_buffer(projected, num_blocks, *projected.shape)
     parts = (batch_size, plan.num_chunks, NUM_GROUPS)
     grad_parameters = new_buffer(projected, *parts, state_size + rank + 2, channels)
     adjoint_kernel[(num_blocks, plan.num_chunks, batch_size * NUM_GROUPS)](
-        *(grad, hidden_states, projected, *parameters, states, time, carried, starts, adjoints),
+        *(grad, hidden_states, projected, *parameters, states, time, carried, kept, adjoints),
         *(partial_u, grad_projected, grad_parameters),
         *(height, width, channels, plan.num_tiles, plan.chunk_tiles, segment_tiles, plan.num_chunks),
         *(state_size, rank),
@@ -1143,12 +1158,12 @@ def unproject(
     batch_size, height, width, channels = hidden_states.shape
     outputs = x_proj_weight.shape[1]
     steps = plan.num_tiles * plan.tile
-    channel_blocks, output_blocks = triton.cdiv(channels, MATRIX_CHANNELS), triton.cdiv(outputs, MATRIX_OUTPUTS)
+    channel_blocks, output_blocks = cdiv(channels, MATRIX_CHANNELS), cdiv(outputs, MATRIX_OUTPUTS)
     sizes = (height, width, channels, outputs, plan.num_tiles)
     options = {"T": plan.tile, "CHANNELS": MATRIX_CHANNELS, "PRECISION": plan.config.precision, **MATRIX_WARPS}
     # float32 in place
     grad_u = partial_u if hidden_states.dtype == torch.float32 else hidden_states.new_empty(hidden_states.shape)
-    unproject_kernel[(triton.cdiv(steps, MATRIX_STEPS), channel_blocks, batch_size * NUM_GROUPS)](
+    unproject_kernel[(cdiv(steps, MATRIX_STEPS), channel_blocks, batch_size * NUM_GROUPS)](
         *(grad_projected, x_proj_weight, partial_u, grad_u),
         *sizes,
         *partial_u.stride()[:3],
@@ -1158,10 +1173,10 @@ def unproject(
         **options,
     )
     # each program sums a part of the blocks of `MATRIX_DEPTH` steps, as many programs as multiprocessors
-    num_blocks = batch_size * triton.cdiv(steps, MATRIX_DEPTH)
-    num_parts = triton.cdiv(plan.multiprocessors, NUM_GROUPS * channel_blocks * output_blocks)
-    part_blocks = triton.cdiv(num_blocks, num_parts)
-    num_parts = triton.cdiv(num_blocks, part_blocks)
+    num_blocks = batch_size * cdiv(steps, MATRIX_DEPTH)
+    num_parts = cdiv(plan.multiprocessors, NUM_GROUPS * channel_blocks * output_blocks)
+    part_blocks = cdiv(num_blocks, num_parts)
+    num_parts = cdiv(num_blocks, part_blocks)
     grad_weight = new_buffer(grad_projected, num_parts, *x_proj_weight.shape)
     weight_kernel[(channel_blocks, output_blocks, num_parts * NUM_GROUPS)](
         *(grad_projected, hidden_states, grad_weight),

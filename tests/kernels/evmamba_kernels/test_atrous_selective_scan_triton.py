@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from devices import BACKENDS, DEVICE, IS_INTERPRETED
+from devices import BACKENDS, DEVICE, IS_INTERPRETED, sized
 from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference
 from golden_values import load_cases, relative_error
 
@@ -145,24 +145,23 @@ def test_states_that_do_not_fit_at_once(prepare, monkeypatch, state_size):
 def test_backward_keeps_few_states(monkeypatch):
     """Those between segments, and within one segment those between tiles: not between all tiles, N / T of the map."""
     state_size, channels = 3, 5
-    arguments = make_arguments(1, 24, 16, channels, state_size=state_size)
+    arguments = make_arguments(1, *sized((56, 56), (24, 16)), channels, state_size=state_size)
     device = kernels.describe_device(DEVICE)._replace(multiprocessors=1)  # has programs enough without chunks
     monkeypatch.setattr(kernels, "describe_device", lambda _: device)
     plan = kernels.make_plan(arguments[0], is_backward=True)
     assert plan.num_chunks == 1
-    kept = []
+    rows = []
     new_buffer = kernels.new_buffer
 
     def record(like, *shape):
-        if shape[-2:] == (state_size, channels):
-            kept.append(math.prod(shape[:-2]) // kernels.NUM_GROUPS)
+        if shape[:3] == (1, kernels.NUM_GROUPS, plan.num_chunks) and shape[-1] == channels:  # of each group and chunk
+            rows.append(math.prod(shape[3:-1]))
         return new_buffer(like, *shape)
 
     monkeypatch.setattr(kernels, "new_buffer", record)
     kernels.backward(torch.ones_like(arguments[0]), *arguments)
-    segment = math.isqrt(plan.num_tiles)
-    assert sorted(kept) == [segment, triton.cdiv(plan.num_tiles, segment)]
-    assert sum(kept) < 0.7 * plan.num_tiles
+    assert max(rows) > state_size
+    assert sum(rows) < 0.7 * plan.num_tiles * state_size
 
 
 def test_offsets_of_64_bits(monkeypatch):
