@@ -59,7 +59,7 @@ class Report(NamedTuple):
     shared_bytes: int
     spilled_bytes: int
     loop: Counter  # instructions that a lane executes for a tile, by class
-    states: int  # that it computes for them, 0 where the kernel computes none
+    states: int  # that it computes for them, 0 where the kernel computes none or the code is not understood
 
     def per_state(self, name: str) -> float:
         count = sum(self.loop.values()) if name == "all" else self.loop[name]
@@ -116,10 +116,11 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
     if is_matrix or name == "carry":
         return Report(registers, compiled.metadata.shared, spilled, Counter(), states=0)
     steps = tile * channels // gpu.warp_size  # of a lane, in a tile
-    # adjoint_kernel goes through the states in a loop of its own
-    unrolled, repeated = (1, state_size) if is_adjoint else (values["STATES"], 1)
-    loop = count_tile(code, steps * unrolled, repeated)
-    return Report(registers, compiled.metadata.shared, spilled, loop, steps * unrolled * repeated)
+    # adjoint_kernel goes through the states twice, in loops of their own
+    num_loops, unrolled, repeated = (2, 1, state_size) if is_adjoint else (1, values["STATES"], 1)
+    loop = count_tile(code, num_loops, steps * unrolled, repeated)
+    states = steps * unrolled * repeated if loop else 0
+    return Report(registers, compiled.metadata.shared, spilled, loop, states)
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
@@ -154,11 +155,11 @@ def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]
     return registers, spilled, code
 
 
-def count_tile(code: list[tuple[int, str, int | None]], states: int, repeats: int) -> Counter:
+def count_tile(code: list[tuple[int, str, int | None]], num_loops: int, states: int, repeats: int) -> Counter:
     """Instructions by class that a tile takes: those of the innermost loops with an exponential for each of `states`.
 
     Loops that are repeated for a tile count so many times, and with what surrounds them in the loop over tiles; there,
-    loops over the rank count once.
+    loops over the rank count once. Nothing is counted where there are not `num_loops` such loops.
     """
 
     def count(first: int, last: int) -> Counter:
@@ -176,10 +177,9 @@ def count_tile(code: list[tuple[int, str, int | None]], states: int, repeats: in
 
     # loops that prepare store all that they compute
     with_states = [loop for loop in counts if counts[loop]["exp"] >= max(states, 2 * counts[loop]["store"])]
+    innermost = [loop for loop in with_states if not any(is_inside(other, loop) for other in with_states)]
     total = Counter()
-    for loop in with_states:
-        if any(is_inside(other, loop) for other in with_states):
-            continue
+    for loop in innermost if len(innermost) == num_loops else []:
         total += counts[loop]
         if repeats > 1:
             times = repeats / (counts[loop]["exp"] // states) - 1  # the compiler may have unrolled the loop
