@@ -1,6 +1,6 @@
 """Where time and memory of EfficientVMamba (random weights) go on a device, of the networks and of an EVSS block of
 their first stage: images per second, peak memory and the costliest operators, with and without torch.compile, and on
-GPUs with the scan of mamba_ssm in the place of ours.
+GPUs with PyTorch's LayerNorm, and with the scan of mamba_ssm, in the place of ours.
 
 The list of operators of the compiled network names what the compiler has fused: of the EVSS block that are LayerNorm
 times gate, and depthwise convolution and SiLU.
@@ -10,8 +10,9 @@ Example:
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, product
@@ -33,6 +34,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from evmamba_kernels import dispatch
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba import modeling_evmamba as network
 
@@ -57,12 +59,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def scan_of_mamba_ssm() -> Iterator[None]:
-    """Networks compute with mamba_ssm's kernel instead of ours."""
-    ours = network.atrous_selective_scan
-    network.atrous_selective_scan = mamba_ssm_scan
+def norms_of_pytorch() -> Iterator[None]:
+    """Networks compute LayerNorm times gate in PyTorch's operators, however large the map."""
+    smallest, dispatch.SMALLEST_MAP_ON_GPU = dispatch.SMALLEST_MAP_ON_GPU, math.inf
     try:
         yield
+    finally:
+        dispatch.SMALLEST_MAP_ON_GPU = smallest
+
+
+@contextmanager
+def scan_of_mamba_ssm() -> Iterator[None]:
+    """Networks compute with mamba_ssm's kernel, and without any of ours."""
+    ours, network.atrous_selective_scan = network.atrous_selective_scan, mamba_ssm_scan
+    try:
+        with norms_of_pytorch():
+            yield
     finally:
         network.atrous_selective_scan = ours
 
@@ -98,8 +110,8 @@ def train(module: Callable, inputs: torch.Tensor) -> None:
     torch.autograd.grad(outputs.sum(), [inputs, *module.parameters()])
 
 
-def run_with_mamba_ssm(run: Callable[[], None]) -> None:
-    with scan_of_mamba_ssm():
+def run_within(context: Callable[[], AbstractContextManager], run: Callable[[], None]) -> None:
+    with context():
         run()
 
 
@@ -146,8 +158,10 @@ def main() -> None:
             inputs = torch.randn((batch_size, *part.size), device=device, dtype=dtype)
             inputs = inputs.to(memory_format=torch.channels_last).requires_grad_(run is train)
             methods = {"eager": partial(run, part.module, inputs), "compiled": partial(run, compiled, inputs)}
+            if device.type != "cpu":
+                methods["PyTorch's LayerNorm"] = partial(run_within, norms_of_pytorch, methods["eager"])
             if has_mamba_ssm:
-                methods["mamba_ssm"] = partial(run_with_mamba_ssm, methods["eager"])
+                methods["mamba_ssm"] = partial(run_within, scan_of_mamba_ssm, methods["eager"])
             where = {"part": part.name, "pass": pass_name, "batch": batch_size}
             seconds = median_times(methods, arguments.repeats, device, " ".join(map(str, where.values())))
             for name, method in methods.items():

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the scan compile to for GPUs that are not here: registers, shared memory, spills, and the
+"""What the Triton kernels compile to for GPUs that are not here: registers, shared memory, spills, and the
 instructions of the loops over tiles per state. Needs no GPU: Triton brings the assemblers.
 
 Example:
@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from evmamba_kernels import atrous_selective_scan_triton as kernels
+from evmamba_kernels import layer_norm_triton
 
 
 TARGETS = {
@@ -33,12 +34,19 @@ TARGETS = {
 KERNELS = {
     name: getattr(kernels, f"{name}_kernel")
     for name in ("project", "states", "carry", "scan", "chunk_adjoints", "adjoint", "unproject", "weight")
+} | {
+    "gated": layer_norm_triton.gated_kernel,
+    "gated_backward": layer_norm_triton.gated_backward_kernel,
 }
 MATRIX_KERNELS = ("project", "unproject", "weight")
+KERNELS_OF_STATES = ("states", "scan", "chunk_adjoints", "adjoint")
+NORM_KERNELS = ("gated", "gated_backward")
 BACKWARD_KERNELS = ("chunk_adjoints", "adjoint", "unproject", "weight")
 
+NORM_CHANNELS = 96  # stage 1 of T
+
 INTEGERS = {
-    *("height", "width", "channels", "outputs", "state_size", "rank", "unit"),
+    *("num_rows", "height", "width", "channels", "outputs", "state_size", "rank", "unit"),
     *("num_tiles", "chunk_tiles", "segment_tiles", "num_chunks", "num_blocks", "part_blocks"),
     *("ends_per_chunk", "times_per_chunk", "first", "direction"),
 }
@@ -96,24 +104,35 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
         "WIDE": False,
     }
     maps = {"u", "y", "grad"} | ({"grad_u"} if name == "unproject" else set())
+    if name in NORM_KERNELS:
+        values |= layer_norm_triton.block_sizes(NORM_CHANNELS)
+        maps |= {"x", "gate", "grad_x", "grad_gate"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name], constants[i,] = "constexpr", values[parameter.name]
         elif parameter.name in INTEGERS or "stride" in parameter.name:
             signature[parameter.name] = "i32"
+        elif parameter.name == "eps":
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = f"*{dtype}" if parameter.name in maps else "*fp32"
             attributes[i,] = [["tt.divisibility", 16]]  # as memory of PyTorch is
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = kernels.MATRIX_WARPS if is_matrix else kernels.ONE_WARP
+    options = (
+        kernels.MATRIX_WARPS
+        if is_matrix
+        else layer_norm_triton.FOUR_WARPS
+        if name in NORM_KERNELS
+        else kernels.ONE_WARP
+    )
     compiled = triton.compile(source, target=gpu, options=options)
 
     if gpu.backend == "cuda":
         registers, spilled, code = read_cubin(compiled.asm["cubin"])
     else:
         registers, spilled, code = read_amdgcn(compiled.asm["amdgcn"])
-    if is_matrix or name == "carry":
+    if name not in KERNELS_OF_STATES:
         return Report(registers, compiled.metadata.shared, spilled, Counter(), states=0)
     steps = tile * channels // gpu.warp_size  # of a lane, in a tile
     # adjoint_kernel goes through the states twice, in loops of their own

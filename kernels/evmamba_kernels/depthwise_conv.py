@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .atrous_selective_scan import NAMESPACE
-from .cpu_inference import check_argument, is_for_cpu_kernel
+from .dispatch import check_argument, is_for_cpu_kernel
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}

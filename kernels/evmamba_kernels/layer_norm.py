@@ -1,14 +1,18 @@
 """Two uses of LayerNorm in an EVSS block: times the SiLU of a gate, and as the mean over a map.
 
 As PyTorch operators these are two or three passes over the map, with maps in between. For inference on CPUs there are
-kernels that read the maps once. With gradients, on other devices and in compiled graphs PyTorch computes them.
+kernels that read the maps once. With gradients, on other devices and in compiled graphs PyTorch computes them; but for
+large maps on GPUs there is a kernel for the gate, with gradients, for which nothing but the two maps is kept.
 """
 
 import torch
 import torch.nn.functional as F
 
 from .atrous_selective_scan import NAMESPACE
-from .cpu_inference import check_argument, is_for_cpu_kernel
+from .dispatch import check_argument, is_for_cpu_kernel, is_for_gpu_kernel
+
+
+LARGEST_CHANNELS_ON_GPU = 4096  # a row lies in the registers of four warps
 
 
 def layer_norm_gated(
@@ -37,6 +41,8 @@ def layer_norm_gated(
     tensors = (hidden_states, gate, weight, bias)
     if is_for_cpu_kernel(tensors):
         return gated_operator(*tensors, eps)
+    if gate.dtype == hidden_states.dtype and len(weight) <= LARGEST_CHANNELS_ON_GPU and is_for_gpu_kernel(tensors):
+        return gated_on_gpu_operator(*tensors, eps)
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps) * F.silu(gate)
 
 
@@ -77,6 +83,51 @@ def gated_operator(
 @gated_operator.register_fake
 def fake_gated(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_on_gpu", mutates_args=())
+def gated_on_gpu_operator(
+    hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    from .layer_norm_triton import gated
+
+    return gated(hidden_states, gate, weight, bias, eps)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_on_gpu_backward", mutates_args=())
+def gated_on_gpu_adjoint_operator(
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .layer_norm_triton import gated_backward
+
+    return gated_backward(grad, hidden_states, gate, weight, bias, eps)
+
+
+@gated_on_gpu_operator.register_fake
+def fake_gated_on_gpu(hidden_states, gate, weight, bias, eps):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@gated_on_gpu_adjoint_operator.register_fake
+def fake_gated_on_gpu_adjoint(grad, hidden_states, gate, weight, bias, eps):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (hidden_states, gate, weight, bias))
+
+
+def keep_arguments(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *gated_on_gpu_adjoint_operator(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+gated_on_gpu_operator.register_autograd(differentiate, setup_context=keep_arguments)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean", mutates_args=(), device_types="cpu")

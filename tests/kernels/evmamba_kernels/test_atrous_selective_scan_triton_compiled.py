@@ -26,7 +26,7 @@ def test_nothing_spills(kernel, target, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("kernel", ["scan", "adjoint"])
+@pytest.mark.parametrize("kernel", ["scan", "adjoint", "gated_backward"])
 def test_nothing_spills_in_lower_dtypes(kernel, dtype):
     assert compile_kernel(kernel, "sm_90", dtype).spilled_bytes == 0
 

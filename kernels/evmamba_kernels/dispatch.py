@@ -1,13 +1,23 @@
-"""When the kernels for inference on CPUs compute, and the checks of what they are given."""
+"""When the kernels for inference on CPUs compute, and those of large maps on GPUs, and checks of their arguments."""
 
 import torch
 
-from .atrous_selective_scan import choose_backend, in_forward_mode
+from .atrous_selective_scan import LOWER_DTYPES, choose_backend, in_forward_mode
+
+
+# Bytes of a map from which on a pass over it less is worth more than the host's time for an operator of our own: 16 us
+# more than for three of PyTorch, in which an H100 moves 50 MB. An estimate, see benchmarks/NOTES.md.
+SMALLEST_MAP_ON_GPU = 2**24
+
+
+def is_plain_call() -> bool:
+    """Whether PyTorch neither traces nor transforms what is called: else it should see operators of its own."""
+    return not (torch.compiler.is_compiling() or in_forward_mode() or in_function_transform())
 
 
 def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether no derivative is asked for, and the scan of such maps runs in CPU kernels too. The map comes first."""
-    if torch.compiler.is_compiling() or in_forward_mode() or in_function_transform():
+    if not is_plain_call():
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
@@ -15,6 +25,15 @@ def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     if any(tensor.dtype != torch.float32 for tensor in tensors) or hidden_states.numel() == 0:
         return False
     return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "numba"
+
+
+def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the scan of such maps runs in GPU kernels, and the map, which comes first, is large enough."""
+    hidden_states = tensors[0]
+    num_bytes = hidden_states.numel() * hidden_states.element_size()
+    if num_bytes < SMALLEST_MAP_ON_GPU or hidden_states.dtype not in LOWER_DTYPES or not is_plain_call():
+        return False
+    return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "triton"
 
 
 def in_function_transform() -> bool:

@@ -1,0 +1,168 @@
+"""LayerNorm times SiLU of a gate on GPUs: Triton kernels, forward and backward.
+
+A program takes a block of rows, each of which lies in registers from its mean to its result: one pass over the maps.
+The backward pass makes everything again from the two maps, so that nothing else is saved: with x' the normalized row,
+n = weight x' + bias, and y = n silu(z),
+
+    dL/dz  = dL/dy n silu'(z),    silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
+    dL/dn  = dL/dy silu(z),       dL/dweight = sum dL/dn x',    dL/dbias = sum dL/dn
+    dL/dx  = (g - mean(g) - x' mean(g x')) / sqrt(var + eps),   g = dL/dn weight
+
+Sums over rows have an order, so that two runs give the same bits. All in float32, whatever the dtype of the maps.
+"""
+
+import torch
+
+# triton too: its import there says what is missing, and transformers would ask for it wherever it loads remote code
+from .atrous_selective_scan_triton import cdiv, current_device, describe_device, new_buffer, tl, triton
+
+
+BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread, of up to eight values at a time in the backward pass
+PROGRAMS_PER_MULTIPROCESSOR = 4  # in the backward pass: each adds up what its rows give to weight and bias
+
+FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def normalize(b_x, m_d, channels, eps):
+    """Rows less their mean, over their deviation; and the inverse of that."""
+    b_centred = tl.where(m_d[None, :], b_x - tl.sum(b_x, 1)[:, None] / channels, 0.0)
+    b_inverse = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / channels + eps)
+    return b_centred * b_inverse[:, None], b_inverse
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gated_kernel(
+    x,  # (rows, D)
+    gate,  # (rows, D)
+    weight,  # (D)
+    bias,  # (D)
+    y,  # (rows, D)
+    num_rows,
+    channels,
+    x_stride,
+    gate_stride,
+    eps,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, CHANNELS)
+    m_d = o_d < channels
+    mask = (o_row < num_rows)[:, None] & m_d[None, :]
+    b_weight = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x = tl.load(x + (o_row * x_stride)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_z = tl.load(gate + (o_row * gate_stride)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_normalized, _ = normalize(b_x, m_d, channels, eps)
+    b_y = (b_normalized * b_weight[None, :] + b_bias[None, :]) * (b_z * tl.sigmoid(b_z))
+    tl.store(y + (o_row * channels)[:, None] + o_d[None, :], b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gated_backward_kernel(
+    grad,  # (rows, D)
+    x,  # (rows, D)
+    gate,  # (rows, D)
+    weight,  # (D)
+    bias,  # (D)
+    grad_x,  # (rows, D)
+    grad_gate,  # (rows, D)
+    grad_parameters,  # (2, programs, D): of weight and bias
+    num_rows,
+    channels,
+    grad_stride,
+    x_stride,
+    gate_stride,
+    eps,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    o_d = tl.arange(0, CHANNELS)
+    m_d = o_d < channels
+    b_weight = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_grad_weight = tl.zeros([ROWS, CHANNELS], tl.float32)
+    b_grad_bias = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for i in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        o_row = tl.cast(i, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (o_row < num_rows)[:, None] & m_d[None, :]
+        b_grad = tl.load(grad + (o_row * grad_stride)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_x = tl.load(x + (o_row * x_stride)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_z = tl.load(gate + (o_row * gate_stride)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_normalized, b_inverse = normalize(b_x, m_d, channels, eps)
+        b_sigmoid = tl.sigmoid(b_z)
+        p_out = (o_row * channels)[:, None] + o_d[None, :]
+        b_grad_z = b_grad * (b_normalized * b_weight[None, :] + b_bias[None, :])
+        b_grad_z *= b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
+        tl.store(grad_gate + p_out, b_grad_z.to(grad_gate.dtype.element_ty), mask=mask)
+
+        b_grad *= b_z * b_sigmoid
+        b_grad_weight += b_grad * b_normalized
+        b_grad_bias += b_grad
+        b_grad *= b_weight[None, :]
+        b_mean = tl.sum(b_grad, 1) / channels
+        b_projection = tl.sum(b_grad * b_normalized, 1) / channels
+        b_grad_x = (b_grad - b_mean[:, None] - b_normalized * b_projection[:, None]) * b_inverse[:, None]
+        tl.store(grad_x + p_out, b_grad_x.to(grad_x.dtype.element_ty), mask=mask)
+    p_parameters = grad_parameters + tl.program_id(0) * channels + o_d
+    tl.store(p_parameters, tl.sum(b_grad_weight, 0), mask=m_d)
+    tl.store(p_parameters + tl.num_programs(0) * channels, tl.sum(b_grad_bias, 0), mask=m_d)
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., D) as (rows, D), channels next to each other; a view where rows are evenly apart."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def block_sizes(channels: int) -> dict[str, int]:
+    block_channels = triton.next_power_of_2(channels)
+    return {"ROWS": max(1, BLOCK_ELEMENTS // block_channels), "CHANNELS": block_channels}
+
+
+def gated(
+    hidden_states: torch.Tensor,  # (..., D)
+    gate: torch.Tensor,  # (..., D)
+    weight: torch.Tensor,  # (D)
+    bias: torch.Tensor,  # (D)
+    eps: float,
+) -> torch.Tensor:  # (..., D)
+    with current_device(hidden_states):
+        x, z = as_rows(hidden_states), as_rows(gate)
+        num_rows, channels = x.shape
+        y = hidden_states.new_empty(hidden_states.shape)
+        sizes = block_sizes(channels)
+        gated_kernel[(cdiv(num_rows, sizes["ROWS"]),)](
+            *(x, z, weight.contiguous(), bias.contiguous(), y, num_rows, channels, x.stride(0), z.stride(0), eps),
+            **sizes,
+            **FOUR_WARPS,
+        )
+        return y
+
+
+def gated_backward(
+    grad: torch.Tensor,  # (..., D)
+    hidden_states: torch.Tensor,  # (..., D)
+    gate: torch.Tensor,  # (..., D)
+    weight: torch.Tensor,  # (D)
+    bias: torch.Tensor,  # (D)
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the four tensors of `gated`, each in the dtype of its tensor."""
+    with current_device(hidden_states):
+        grad_y, x, z = as_rows(grad), as_rows(hidden_states), as_rows(gate)
+        num_rows, channels = x.shape
+        grad_x, grad_gate = hidden_states.new_empty(hidden_states.shape), gate.new_empty(gate.shape)
+        sizes = block_sizes(channels)
+        multiprocessors = describe_device(hidden_states.device).multiprocessors
+        num_programs = min(cdiv(num_rows, sizes["ROWS"]), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
+        grad_parameters = new_buffer(x, 2, num_programs, channels)
+        gated_backward_kernel[(num_programs,)](
+            *(grad_y, x, z, weight.contiguous(), bias.contiguous(), grad_x, grad_gate, grad_parameters),
+            *(num_rows, channels, grad_y.stride(0), x.stride(0), z.stride(0), eps),
+            **sizes,
+            **FOUR_WARPS,
+        )
+        grad_weight, grad_bias = (parts.sum(dim=0) for parts in grad_parameters)
+        return grad_x, grad_gate, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
