@@ -706,16 +706,18 @@ def adjoint_kernel(
             i_tile = i_bk.to(tl.int64) * num_tiles + i
             start, o_steps, m_steps = find_steps(i * T, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
             mask = m_steps[:, None] & m_d[None, :]
-            o_map = i_b * stride_b + start + (o_steps[:, None] + o_d[None, :])
-            b_grad = tl.load(grad + o_map, mask=mask, other=0.0).to(tl.float32)
+            o_first = i_b * stride_b + start
+            o_tile = o_steps[:, None] + o_d[None, :]
+            b_grad = tl.load(grad + o_first + o_tile, mask=mask, other=0.0).to(tl.float32)
 
             p_tile = projected + i_tile * outputs * T + tl.arange(0, T)
             p_grad_tile = grad_projected + (
                 (i_d * tl.num_programs(2).to(tl.int64) * num_tiles + i_tile) * outputs * T + tl.arange(0, T)
             )
+            p_grad_both = (p_grad_tile + rank * T)[:, None] + (tl.arange(0, 2) * state_size * T)[None, :]
             b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
             b_delta = softplus(load_time_steps(p_tile, p_dt_weight, channels, b_bias, m_d, rank, T))
-            b_delta_u = b_delta * tl.load(u + o_map, mask=mask, other=0.0).to(tl.float32)
+            b_delta_u = b_delta * tl.load(u + o_first + o_tile, mask=mask, other=0.0).to(tl.float32)
             m_later = mask_if(segments_done + tiles_done > 0, o_d, channels)  # tiles of the chunk are done
             b_grad_delta_u = tl.zeros([T, CHANNELS], tl.float32)
             b_grad_delta = tl.zeros([T, CHANNELS], tl.float32)
@@ -728,7 +730,7 @@ def adjoint_kernel(
 
                 b_added = b_delta_u * b_B
                 b_kept = run_kept(b_decay, b_added, b_start)
-                tl.store(p_grad_tile + (rank + state_size + n) * T, tl.sum(b_grad * (b_kept + b_added), 1))
+                b_grad_C = tl.sum(b_grad * (b_kept + b_added), 1)
 
                 b_after = tl.load(p_adjoint + n * channels, mask=m_later | m_reached, other=0.0)
                 b_here, b_before = run_adjoints(b_decay, b_grad * b_C, b_after)
@@ -741,10 +743,12 @@ def adjoint_kernel(
                 tl.store(p_grad_A_log + n * channels, b_sum, mask=m_d)
                 b_grad_delta_u = tl.fma(b_here, b_B, b_grad_delta_u)
                 b_grad_delta = tl.fma(b_through_decay, b_A[None, :], b_grad_delta)
-                tl.store(p_grad_tile + (rank + n) * T, tl.sum(b_here * b_delta_u, 1))
+                b_grad_B = tl.sum(b_here * b_delta_u, 1)
+                # together: what a warp has summed goes through shared memory to its store
+                tl.store(p_grad_both + n * T, tl.join(b_grad_B, b_grad_C))
 
             # read and made again: while the states went by, their registers were needed
-            b_u = tl.load(u + o_map, mask=mask, other=0.0).to(tl.float32)
+            b_u = tl.load(u + o_first + o_tile, mask=mask, other=0.0).to(tl.float32)
             b_raw = load_time_steps(p_tile, p_dt_weight, channels, b_bias, m_d, rank, T)
             b_grad_delta = tl.fma(b_u, b_grad_delta_u, b_grad_delta * LOG_2)
             b_grad_raw = b_grad_delta * sigmoid(b_raw)
@@ -761,7 +765,7 @@ def adjoint_kernel(
             tl.store(p_grad_D, b_sum + tl.sum(b_grad * b_u, 0), mask=m_d)
             b_skip = tl.load(D + i_kd, mask=m_d, other=0.0).to(tl.float32)
             b_grad_u = tl.fma(b_delta, b_grad_delta_u, b_skip[None, :] * b_grad)
-            tl.store(grad_u + o_map, b_grad_u, mask=mask)
+            tl.store(grad_u + o_first + o_tile, b_grad_u, mask=mask)
             p_start -= state_size * channels
             tl.debug_barrier()
 
