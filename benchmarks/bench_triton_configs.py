@@ -1,7 +1,8 @@
 """Times the Triton kernels with other configurations than the committed one, which is marked. What is the fastest on a
 device belongs into `CONFIGS` of `atrous_selective_scan_triton.py`, with a line in NOTES.md.
 
-Forward and backward tiles and channels are varied one at a time, so are the programs that chunks are cut for.
+Tile and channels of a pass are varied together, as both take registers; the programs that chunks are cut for, and the
+precision of products in float32, one at a time.
 
 Example:
     python benchmarks/bench_triton_configs.py --shapes 1,56,56,96 128,28,28,192
@@ -18,13 +19,13 @@ from measure import RESULTS_DIR, describe_environment, median_times, print_table
 from evmamba_kernels import atrous_selective_scan_triton as kernels
 
 
-VARIATIONS = {
-    "forward_tile": (4, 8, 16),
-    "forward_channels": (32, 64, 128),
-    "backward_tile": (4, 8, 16),
-    "backward_channels": (32, 64, 128),
-    "programs_per_multiprocessor": (1, 4, 8, 11, 16, 32),
-}
+TILES_AND_CHANNELS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (16, 32)]
+VARIATIONS = [
+    *({"forward_tile": tile, "forward_channels": channels} for tile, channels in TILES_AND_CHANNELS),
+    *({"backward_tile": tile, "backward_channels": channels} for tile, channels in TILES_AND_CHANNELS),
+    *({"programs_per_multiprocessor": programs} for programs in (1, 4, 8, 11, 16, 32)),
+    *({"precision": precision} for precision in ("tf32x3", "ieee")),
+]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,14 +48,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_candidates(key: tuple) -> dict[str, kernels.Config]:
-    """The committed configuration, and those that differ from it in one value."""
-    committed = kernels.CONFIGS[key]
+    """The committed configuration, and its variations in whole warps."""
+    committed, (backend, warp_size, _) = kernels.CONFIGS[key], key
     candidates = {"committed": committed}
-    for field, values in VARIATIONS.items():
-        for value in values:
-            is_whole_warps = "channels" not in field or value % key[1] == 0
-            if is_whole_warps and value != getattr(committed, field):
-                candidates[f"{field} = {value}"] = committed._replace(**{field: value})
+    for variation in VARIATIONS:
+        candidate = committed._replace(**variation)
+        is_whole_warps = candidate.forward_channels % warp_size == candidate.backward_channels % warp_size == 0
+        is_known = candidate.precision == "ieee" or backend == "cuda"
+        if is_whole_warps and is_known and candidate != committed:
+            candidates[", ".join(f"{field} = {value}" for field, value in variation.items())] = candidate
     return candidates
 
 
