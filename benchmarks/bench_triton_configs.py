@@ -23,7 +23,8 @@ TILES_AND_CHANNELS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (16, 32)]
 VARIATIONS = [
     *({"forward_tile": tile, "forward_channels": channels} for tile, channels in TILES_AND_CHANNELS),
     *({"backward_tile": tile, "backward_channels": channels} for tile, channels in TILES_AND_CHANNELS),
-    *({"programs_per_multiprocessor": programs} for programs in (1, 4, 8, 11, 16, 32)),
+    *({"forward_programs": programs} for programs in (1, 4, 8, 11, 16, 32)),
+    *({"backward_programs": programs} for programs in (1, 4, 8, 16, 32)),
     *({"precision": precision} for precision in ("tf32x3", "ieee")),
 ]
 

@@ -63,7 +63,8 @@ class Config(NamedTuple):
     backward_tile: int
     backward_channels: int  # in adjoint_kernel, which sums over channels: the more a thread has, the fewer shuffles
     precision: str  # of tl.dot in float32: "tf32x3" on the tensor cores of CUDA, else "ieee"
-    programs_per_multiprocessor: int  # that find room, by the registers of scan_kernel
+    forward_programs: int  # that find room on a multiprocessor, by the registers of scan_kernel
+    backward_programs: int  # by those of adjoint_kernel
 
 
 # By backend of Triton, lanes of a warp and oldest compute capability (0 but for CUDA): the first that fits.
@@ -73,13 +74,13 @@ class Config(NamedTuple):
 # report, tests check it, `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU were not looked at: their
 # tiles are small. What measures on a device: `make bench-gpu`.
 CONFIGS = {
-    ("cuda", 32, 90): Config(16, 8, 32, 8, 64, "tf32x3", 11),
-    ("cuda", 32, 0): Config(16, 8, 32, 8, 32, "tf32x3", 11),  # spills with 64 channels
-    ("hip", 64, 0): Config(16, 4, 64, 8, 64, "ieee", 4),  # a tile of 8 in scan_kernel takes 394 registers
-    ("hip", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8),
-    ("xpu", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8),
+    ("cuda", 32, 90): Config(16, 8, 32, 8, 64, "tf32x3", 11, 8),
+    ("cuda", 32, 0): Config(16, 8, 32, 8, 32, "tf32x3", 11, 8),  # spills with 64 channels
+    ("hip", 64, 0): Config(16, 4, 64, 8, 64, "ieee", 4, 12),  # a tile of 8 in scan_kernel takes 394 registers
+    ("hip", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8, 8),
+    ("xpu", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8, 8),
     # small, as most maps in tests are
-    ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, "ieee", 1),
+    ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, "ieee", 1, 1),
 }
 
 MATRIX_STEPS = 64  # of the matrix products of the projection: steps, channels and outputs of a block
@@ -908,17 +909,20 @@ def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
         raise ValueError(f"the Triton kernels take up to {LARGEST_BATCH} images at once, got {batch_size}: split them")
     device = describe_device(hidden_states.device)
     config = find_config(device)
-    tile = config.backward_tile if is_backward else config.forward_tile
+    if is_backward:
+        tile, block, programs = config.backward_tile, config.backward_channels, config.backward_programs
+        fewest_chunks = 2  # states are made twice with one chunk too; only the adjoints are more
+    else:
+        tile, block, programs = config.forward_tile, config.forward_channels, config.forward_programs
+        fewest_chunks = 3  # every tile is computed twice: two chunks would gain nothing
     rows, columns = (height + 1) // 2, (width + 1) // 2
     num_tiles = cdiv(rows * columns, tile)
 
-    num_programs = batch_size * NUM_GROUPS * cdiv(channels, config.forward_channels)
     num_chunks = min(
-        device.multiprocessors * config.programs_per_multiprocessor // num_programs,
+        device.multiprocessors * programs // (batch_size * NUM_GROUPS * cdiv(channels, block)),
         math.isqrt(math.ceil(2 * num_tiles / CHUNK_COST)),  # where tiles in turn and the carry together take least
     )
-    # in chunks, every tile is computed twice: two of them would gain nothing
-    chunk_tiles = cdiv(num_tiles, num_chunks) if num_chunks > 2 else num_tiles
+    chunk_tiles = cdiv(num_tiles, num_chunks) if num_chunks >= fewest_chunks else num_tiles
     num_chunks = cdiv(num_tiles, chunk_tiles)
 
     is_wide = max(height * width * channels, span(hidden_states)) >= 2**31

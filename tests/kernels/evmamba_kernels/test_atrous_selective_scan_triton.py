@@ -82,18 +82,30 @@ def prepare(request, monkeypatch):
 
     def make(*sizes, **more_sizes):
         arguments = make_arguments(*sizes, **more_sizes)
-        device = kernels.describe_device(DEVICE)
-        config = kernels.find_config(device)
-        num_programs = sizes[0] * 4 * triton.cdiv(sizes[3], config.forward_channels)
-        multiprocessors = triton.cdiv(request.param * num_programs, config.programs_per_multiprocessor)
-        device = device._replace(multiprocessors=multiprocessors)
-        monkeypatch.setattr(kernels, "describe_device", lambda _: device)
-        monkeypatch.setattr(kernels, "CHUNK_COST", 1e-6)
+        make_plan = kernels.make_plan
+
+        def make_plan_in_chunks(*maps, **options):
+            plan = make_plan(*maps, **options)
+            chunk_tiles = triton.cdiv(plan.num_tiles, request.param)
+            return plan._replace(chunk_tiles=chunk_tiles, num_chunks=triton.cdiv(plan.num_tiles, chunk_tiles))
+
+        monkeypatch.setattr(kernels, "make_plan", make_plan_in_chunks)
         plan = kernels.make_plan(arguments[0], is_backward=True)
         assert plan.num_chunks == min(request.param, plan.num_tiles)
         return arguments
 
     return make
+
+
+@pytest.mark.parametrize(
+    "batch_size, forward_chunks, backward_chunks", [(1, 49, 49), (16, 7, 8), (64, 1, 2), (128, 1, 1)]
+)
+def test_chunks_fill_the_device(monkeypatch, batch_size, forward_chunks, backward_chunks):
+    """An H100 has room for 1452 programs of scan_kernel, and 1056 of adjoint_kernel."""
+    monkeypatch.setattr(kernels, "describe_device", lambda _: kernels.Device("cuda", 32, 90, multiprocessors=132))
+    u = torch.empty(batch_size, 56, 56, 96, device="meta")
+    assert kernels.make_plan(u).num_chunks == forward_chunks
+    assert kernels.make_plan(u, is_backward=True).num_chunks == backward_chunks
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 8, 3), (2, 3, 11, 9)], ids=str)
