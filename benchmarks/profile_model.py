@@ -2,7 +2,7 @@
 their first stage: images per second, peak memory and the costliest operators, with and without torch.compile, and on
 GPUs with PyTorch's LayerNorm, and with the scan of mamba_ssm, in the place of ours.
 
-The list of operators of the compiled network names what the compiler has fused: of the EVSS block that are LayerNorm
+The list of operators of the compiled network names what the compiler has fused, and so shows whether that is LayerNorm
 times gate, and depthwise convolution and SiLU.
 
 Example:
@@ -151,6 +151,7 @@ def main() -> None:
     for part in chain.from_iterable(
         make_parts(variant, arguments.image_size, device, dtype) for variant in arguments.variants
     ):
+        torch.compiler.reset()  # all parts share their code, of which PyTorch compiles a few versions only
         compiled = torch.compile(part.module, dynamic=False)
         for pass_name, batch_size in product(arguments.passes, arguments.batch_sizes):
             run = train if pass_name == "training step" else infer

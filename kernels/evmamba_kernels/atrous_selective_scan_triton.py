@@ -400,7 +400,9 @@ def carry_kernel(
         i_time = i_chunk * times_per_chunk + times_per_chunk - 1
         mask = (o_count < num_chunks - 1)[:, None] & m_d[None, :]  # the last chunk's end is nobody's start
         b_end = tl.load(ends + ((i_end * state_size + n) * channels)[:, None] + o_d[None, :], mask=mask, other=0.0)
-        b_time = tl.load(time + (i_time * channels)[:, None] + o_d[None, :], mask=mask, other=0.0)
+        # nothing decays before the first, which may be the last chunk, and short of segments
+        m_time = mask & (o_count > 0)[:, None]
+        b_time = tl.load(time + (i_time * channels)[:, None] + o_d[None, :], mask=m_time, other=0.0)
         b_states, b_state = run_states(tl.exp2(b_time * b_A[None, :]), b_end, b_state)
         i_carried = (i_chunk + direction) * state_size + n
         tl.store(carried + (i_carried * channels)[:, None] + o_d[None, :], b_states, mask=mask)

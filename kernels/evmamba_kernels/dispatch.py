@@ -5,8 +5,8 @@ import torch
 from .atrous_selective_scan import LOWER_DTYPES, choose_backend, in_forward_mode
 
 
-# Bytes of a map from which on a pass over it less is worth more than the host's time for an operator of our own: 16 us
-# more than for three of PyTorch, in which an H100 moves 50 MB. An estimate, see benchmarks/NOTES.md.
+# Bytes of a map from which on the four passes over it that a kernel of our own saves are worth what it takes the host
+# more than PyTorch's three operators: 64 MiB, 20 us of an H100. An estimate, see benchmarks/NOTES.md.
 SMALLEST_MAP_ON_GPU = 2**24
 
 
@@ -29,9 +29,11 @@ def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether the scan of such maps runs in GPU kernels, and the map, which comes first, is large enough."""
+    if not is_plain_call():  # first: a graph must not depend on the size of the map
+        return False
     hidden_states = tensors[0]
     num_bytes = hidden_states.numel() * hidden_states.element_size()
-    if num_bytes < SMALLEST_MAP_ON_GPU or hidden_states.dtype not in LOWER_DTYPES or not is_plain_call():
+    if num_bytes < SMALLEST_MAP_ON_GPU or hidden_states.dtype not in LOWER_DTYPES:
         return False
     return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "triton"
 

@@ -12,7 +12,7 @@ from .atrous_selective_scan import NAMESPACE
 from .dispatch import check_argument, is_for_cpu_kernel, is_for_gpu_kernel
 
 
-LARGEST_CHANNELS_ON_GPU = 4096  # a row lies in the registers of four warps
+LARGEST_CHANNELS_ON_GPU = 1024  # more would not stay in the registers of four warps
 
 
 def layer_norm_gated(
@@ -23,12 +23,12 @@ def layer_norm_gated(
     Args:
         hidden_states: (..., D), any floating dtype.
         gate: (..., D), of the same shape and dtype.
-        weight: (D).
-        bias: (D).
+        weight: (D), of the same dtype; under autocast, float32 too.
+        bias: (D), as `weight`.
         eps: is added to the variance.
 
     Returns:
-        (..., D), in the dtype of `hidden_states`.
+        (..., D), in the dtype of `hidden_states`. Large maps on GPUs can be differentiated once, not twice.
 
     Raises:
         ValueError: where shapes do not fit together, or tensors lie on several devices.

@@ -18,7 +18,7 @@ from .atrous_selective_scan_triton import cdiv, current_device, describe_device,
 
 
 BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread, of up to eight values at a time in the backward pass
-PROGRAMS_PER_MULTIPROCESSOR = 4  # in the backward pass: each adds up what its rows give to weight and bias
+PROGRAMS_PER_MULTIPROCESSOR = 3  # that find room in the backward pass, each adding up its rows' share of parameters
 
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -98,7 +98,7 @@ def gated_backward_kernel(
         tl.store(grad_gate + p_out, b_grad_z.to(grad_gate.dtype.element_ty), mask=mask)
 
         b_grad *= b_z * b_sigmoid
-        b_grad_weight += b_grad * b_normalized
+        b_grad_weight += tl.where(mask, b_grad * b_normalized, 0.0)  # rows of zeros may have no deviation
         b_grad_bias += b_grad
         b_grad *= b_weight[None, :]
         b_mean = tl.sum(b_grad, 1) / channels

@@ -51,7 +51,7 @@ def test_device_map(tmp_path, model, pixel_values, classifier_device):
     placed = EfficientVMambaForImageClassification.from_pretrained(tmp_path, device_map=device_map)
     assert placed.efficientvmamba.encoder.stages[0].layers[0].layernorm.weight.device.type == DEVICE.type
     with torch.no_grad():
-        logits, expected = placed(pixel_values).logits, model(pixel_values).logits
+        logits, expected = placed(pixel_values.to(DEVICE)).logits, model(pixel_values).logits
     assert relative_error(logits.cpu(), expected) < TF32_BOUND
 
 

@@ -9,7 +9,9 @@ if IS_INTERPRETED:
     pytest.skip("nothing is compiled in Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed, which there are no wheels of for this system")
 
+from benchmarks import triton_report
 from benchmarks.triton_report import KERNELS, TARGETS, compile_kernel
+from evmamba_kernels.layer_norm import LARGEST_CHANNELS_ON_GPU
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -29,6 +31,11 @@ def test_nothing_spills(kernel, target, capsys):
 @pytest.mark.parametrize("kernel", ["scan", "adjoint", "gated_backward"])
 def test_nothing_spills_in_lower_dtypes(kernel, dtype):
     assert compile_kernel(kernel, "sm_90", dtype).spilled_bytes == 0
+
+
+def test_nothing_spills_with_the_most_channels(monkeypatch):
+    monkeypatch.setattr(triton_report, "NORM_CHANNELS", LARGEST_CHANNELS_ON_GPU)
+    assert compile_kernel("gated_backward", "sm_90").spilled_bytes == 0
 
 
 @pytest.mark.parametrize("state_size, rank", [(1, 1), (64, 12)])

@@ -53,7 +53,7 @@ def check(tensors, bound=2e-6):
         assert result.is_contiguous(), name
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 9, 11, 96), (40, 128), (3, 1000), (2, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 9, 11, 96), (40, 128), (3, 1000), (2, 1024)], ids=str)
 def test_shapes(shape):
     check(make_arguments(*shape))
 
@@ -85,6 +85,14 @@ def test_large_means_and_gates_of_any_size():
     check([x, gate, *others], bound=2e-4)
 
 
+def test_rows_beside_the_map_count_for_nothing():
+    """They are zeros, over a deviation of zero where nothing is added to it."""
+    tensors = make_arguments(5, 96)
+    y = gated_on_gpu_operator(*tensors, 0.0)
+    for gradient in torch.autograd.grad(y, tensors, torch.ones_like(y)):
+        assert gradient.isfinite().all()
+
+
 def test_two_runs_give_the_same_bits():
     tensors = make_arguments(100, 96)
     grad = torch.randn_like(tensors[0])
@@ -104,8 +112,8 @@ def test_what_runs(monkeypatch):
         monkeypatch.setattr(dispatch, "SMALLEST_MAP_ON_GPU", 4 * 16 * 4)
         assert is_ours(tensors)
         assert not is_ours([tensor.detach().double() for tensor in tensors])
-        x, *others = tensors
-        assert not is_ours([x.detach().bfloat16(), *others])
+        x, gate, *others = tensors
+        assert not is_ours([x, gate.detach().bfloat16(), *others])
     with use_backend("torch"):
         assert not is_ours(tensors)
 
@@ -117,6 +125,19 @@ def test_only_maps_and_parameters_are_kept(monkeypatch):
     with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         layer_norm_gated(*tensors, EPS)
     assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in tensors]
+
+
+def test_exported_for_small_and_large_maps(monkeypatch):
+    class Norm(torch.nn.Module):
+        def forward(self, *tensors):
+            return layer_norm_gated(*tensors, EPS)
+
+    monkeypatch.setattr(dispatch, "SMALLEST_MAP_ON_GPU", 4 * 16 * 100)
+    sizes = {0: torch.export.Dim.DYNAMIC}
+    small, large = ([tensor.detach() for tensor in make_arguments(rows, 16)] for rows in (7, 300))
+    with use_backend("triton"):
+        program = torch.export.export(Norm(), tuple(small), dynamic_shapes=((sizes, sizes, None, None),))
+        assert relative_error(program.module()(*large), exact(*large)) < 1e-6
 
 
 def test_operator_registration():
