@@ -41,6 +41,9 @@ KERNELS = {
 MATRIX_KERNELS = ("project", "unproject", "weight")
 KERNELS_OF_STATES = ("states", "scan", "chunk_adjoints", "adjoint")
 NORM_KERNELS = ("gated", "gated_backward")
+OPTIONS = dict.fromkeys(MATRIX_KERNELS, kernels.MATRIX_WARPS) | dict.fromkeys(
+    NORM_KERNELS, layer_norm_triton.FOUR_WARPS
+)
 BACKWARD_KERNELS = ("chunk_adjoints", "adjoint", "unproject", "weight")
 
 NORM_CHANNELS = 96  # stage 1 of T
@@ -121,14 +124,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
             signature[parameter.name] = f"*{dtype}" if parameter.name in maps else "*fp32"
             attributes[i,] = [["tt.divisibility", 16]]  # as memory of PyTorch is
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = (
-        kernels.MATRIX_WARPS
-        if is_matrix
-        else layer_norm_triton.FOUR_WARPS
-        if name in NORM_KERNELS
-        else kernels.ONE_WARP
-    )
-    compiled = triton.compile(source, target=gpu, options=options)
+    compiled = triton.compile(source, target=gpu, options=OPTIONS.get(name, kernels.ONE_WARP))
 
     if gpu.backend == "cuda":
         registers, spilled, code = read_cubin(compiled.asm["cubin"])

@@ -288,19 +288,26 @@ def fake_scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log,
     return hidden_states.new_empty(hidden_states.shape)
 
 
-@adjoint_operator.register_fake
-def fake_adjoint(grad, hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
-    arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    return tuple(argument.new_empty(argument.shape) for argument in arguments)
+def register_gradient(operator: torch.library.CustomOpDef, adjoint: torch.library.CustomOpDef) -> None:
+    """Makes `adjoint` the derivative of `operator`, and tells what it does to fake tensors.
+
+    The last argument of `operator` is no tensor. `adjoint` takes the gradient of its result and all of its arguments,
+    which are all that is kept for it, and returns the gradients of the tensors.
+    """
+
+    def keep_arguments(ctx, inputs, output) -> None:
+        *tensors, ctx.last = inputs
+        ctx.save_for_backward(*tensors)
+
+    def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *adjoint(grad, *ctx.saved_tensors, ctx.last), None
+
+    operator.register_autograd(differentiate, setup_context=keep_arguments)
+
+    @adjoint.register_fake
+    def fake_adjoint(grad, *arguments):
+        *tensors, _ = arguments
+        return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-def keep_arguments(ctx, inputs, output) -> None:
-    *arguments, ctx.backend = inputs
-    ctx.save_for_backward(*arguments)  # all that the backward pass needs; states are made again
-
-
-def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *adjoint_operator(grad, *ctx.saved_tensors, ctx.backend), None
-
-
-scan_operator.register_autograd(differentiate, setup_context=keep_arguments)
+register_gradient(scan_operator, adjoint_operator)

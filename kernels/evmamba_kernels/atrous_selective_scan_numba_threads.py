@@ -118,12 +118,6 @@ def compiled_kernel(do_jobs: Callable) -> CFunc:
         return compile_with()(do_jobs)
 
 
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """As (rows, D), channels dense: a view where rows are evenly spaced, as in half of the channels of another map."""
-    rows = tensor.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 @cache
 def structure_of(record_type: np.dtype) -> type[ctypes.Structure]:
     """The same record in C, which is made in half the time."""

@@ -1,4 +1,4 @@
-"""When the kernels for inference on CPUs compute, and those of large maps on GPUs, and checks of their arguments."""
+"""When the kernels for inference on CPUs compute, and those of large maps on GPUs; what they share about arguments."""
 
 import torch
 
@@ -41,6 +41,12 @@ def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
 def in_function_transform() -> bool:
     """Whether `torch.func` transforms a function: under `vmap`, tensors do not say whether they require gradients."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """As (rows, D), channels dense: a view where rows are evenly spaced, as in half of the channels of another map."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor, shape: tuple[int, ...]) -> None:

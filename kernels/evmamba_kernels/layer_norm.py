@@ -8,7 +8,7 @@ large maps on GPUs there is a kernel for the gate, with gradients, for which not
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import NAMESPACE
+from .atrous_selective_scan import NAMESPACE, register_gradient
 from .dispatch import check_argument, is_for_cpu_kernel, is_for_gpu_kernel
 
 
@@ -113,21 +113,7 @@ def fake_gated_on_gpu(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
 
 
-@gated_on_gpu_adjoint_operator.register_fake
-def fake_gated_on_gpu_adjoint(grad, hidden_states, gate, weight, bias, eps):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (hidden_states, gate, weight, bias))
-
-
-def keep_arguments(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *gated_on_gpu_adjoint_operator(grad, *ctx.saved_tensors, ctx.eps), None
-
-
-gated_on_gpu_operator.register_autograd(differentiate, setup_context=keep_arguments)
+register_gradient(gated_on_gpu_operator, gated_on_gpu_adjoint_operator)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean", mutates_args=(), device_types="cpu")

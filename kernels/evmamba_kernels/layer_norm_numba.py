@@ -37,7 +37,8 @@ from .atrous_selective_scan_numba_simd import (
     subtract,
     sum_of_parts,
 )
-from .atrous_selective_scan_numba_threads import COUNTERS, as_rows, claim_job, compiled_kernel, finish_job, run_jobs
+from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+from .dispatch import as_rows
 
 
 GATED_WORK = np.dtype(

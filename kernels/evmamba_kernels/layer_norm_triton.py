@@ -15,6 +15,7 @@ import torch
 
 # triton too: its import there says what is missing, and transformers would ask for it wherever it loads remote code
 from .atrous_selective_scan_triton import cdiv, current_device, describe_device, new_buffer, tl, triton
+from .dispatch import as_rows
 
 
 BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread, of up to eight values at a time in the backward pass
@@ -108,12 +109,6 @@ def gated_backward_kernel(
     p_parameters = grad_parameters + tl.program_id(0) * channels + o_d
     tl.store(p_parameters, tl.sum(b_grad_weight, 0), mask=m_d)
     tl.store(p_parameters + tl.num_programs(0) * channels, tl.sum(b_grad_bias, 0), mask=m_d)
-
-
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., D) as (rows, D), channels next to each other; a view where rows are evenly apart."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def block_sizes(channels: int) -> dict[str, int]:
