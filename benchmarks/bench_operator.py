@@ -24,6 +24,7 @@ from measure import (
     describe_environment,
     in_fresh_process,
     median_times,
+    parse_device,
     peak_memory,
     print_table,
     write_csv,
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
         default=list(RIVALS),
         help="what else to time where it is installed, the first being what results and times are compared with",
     )
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default), cuda, ...")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument(
         "--scaling", action="store_true", help="also measure time per pixel and peak memory of growing maps, D = 96"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bench_operator import make_inputs, parse_shape
-from measure import RESULTS_DIR, describe_environment, median_times, print_table, write_csv
+from measure import RESULTS_DIR, describe_environment, median_times, parse_device, print_table, write_csv
 
 from evmamba_kernels import atrous_selective_scan_triton as kernels
 
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="states per channel; default: 16")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
-    parser.add_argument("--device", type=torch.device, default="cuda", help="default: cuda")
+    parser.add_argument("--device", type=parse_device, default="cuda", help="default: cuda")
     parser.add_argument(
         "--output-dir", type=Path, default=RESULTS_DIR, help="folder of the CSV file; default: benchmarks/results"
     )

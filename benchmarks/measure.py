@@ -1,5 +1,6 @@
 """What the benchmarks share: timing in rounds, peak memory, the description of the machine, tables and CSV files."""
 
+import argparse
 import csv
 import math
 import platform
@@ -24,6 +25,19 @@ error_console = Console(stderr=True, highlight=False)
 RESULTS_DIR = Path(__file__).parent / "results"
 WARM_UP_ROUNDS = 2  # the first call compiles
 CALLS_PER_ROUND = 4  # the first is not timed: it finds the caches, and the allocator, as the method before left them
+
+
+def parse_device(text: str) -> torch.device:
+    """A device of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: where PyTorch finds none of that name.
+    """
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"PyTorch finds no device {text!r} here: {reason}") from error
 
 
 def median_times(

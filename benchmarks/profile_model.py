@@ -25,6 +25,7 @@ from measure import (
     console,
     describe_environment,
     median_times,
+    parse_device,
     peak_memory,
     print_table,
     write_csv,
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of which the median is taken; default: 20")
-    parser.add_argument("--device", type=torch.device, default="cuda", help="default: cuda")
+    parser.add_argument("--device", type=parse_device, default="cuda", help="default: cuda")
     parser.add_argument(
         "--output-dir", type=Path, default=RESULTS_DIR, help="folder of CSV files; default: benchmarks/results"
     )
