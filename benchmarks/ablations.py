@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D, EfficientVMambaEVSSLayer
 

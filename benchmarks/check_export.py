@@ -18,8 +18,8 @@ from torch import nn
 from transformers import BitImageProcessorPil
 from transformers.utils import logging
 
-from hub_scripts.classify import find_bundled_model
-from hub_scripts.export import Logits, Runtime, check_images, load_exportable, write_and_open
+from evmamba_demo.bundled import find_bundled_model
+from evmamba_hub.export.export import Logits, Runtime, check_images, load_exportable, write_and_open
 from modeling_evmamba import (
     VARIANTS,
     EfficientVMambaConfig,

@@ -7,7 +7,6 @@ other dataset: make the backbone from a checkpoint, put it under a head, train, 
     python examples/segment_shapes.py --checkpoint someone/efficientvmamba-tiny --steps 500
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -22,9 +21,9 @@ from transformers import UperNetConfig, UperNetForSemanticSegmentation
 # the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from hub_scripts.classify import find_bundled_model
-from hub_scripts.errors import UserError
-from hub_scripts.info import find_configs
+from evmamba_demo.bundled import find_bundled_model
+from evmamba_hub.errors import UserError, exit_on_user_error
+from evmamba_hub.info import find_configs
 from modeling_evmamba import EfficientVMambaBackbone
 
 
@@ -192,7 +191,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         typer.run(main)
-    except UserError as error:
-        sys.exit(f"Error: {error}")

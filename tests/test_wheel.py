@@ -83,4 +83,4 @@ def test_what_would_be_uploaded(environment, tmp_path):
         "128,184 parameters",
     ):
         assert text in files
-    run(environment, "python", "-c", "from hub_scripts.republish import load_manifest; assert load_manifest()")
+    run(environment, "python", "-c", "from evmamba_hub.publish.republish import load_manifest; assert load_manifest()")

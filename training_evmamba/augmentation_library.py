@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from accelerate.utils import gather_object
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 from training_evmamba.augmentation import Mixing, MixingSettings, TrainingTransform, TransformSettings
 from training_evmamba.recipe import Recipe
 

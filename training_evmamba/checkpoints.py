@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from hub_scripts.errors import UserError
-from hub_scripts.files import partial_name
+from evmamba_hub.errors import UserError
+from evmamba_hub.files import partial_name
 from training_evmamba.optimization import ExponentialMovingAverage
 
 

@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from hub_scripts.errors import UserError
-from hub_scripts.evaluation import Preprocessor
-from hub_scripts.labeled_images import (
+from evmamba_hub.errors import UserError
+from evmamba_hub.images.labeled_images import (
     EVALUATION_SPLITS,
     ImageFolder,
     IndexedImages,
@@ -29,6 +28,7 @@ from hub_scripts.labeled_images import (
     StreamedImages,
     open_splits,
 )
+from evmamba_hub.inference.evaluation import Preprocessor
 from training_evmamba.recipe import Recipe
 
 

@@ -7,11 +7,8 @@ measured on it, and the example images are taken from it.
     python -m training_evmamba.digits FOLDER
 """
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
@@ -19,7 +16,8 @@ import torch
 import typer
 from PIL import Image, ImageOps
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError, exit_on_user_error, require
+from evmamba_hub.files import check_is_free, staged
 
 
 SEED = 0
@@ -42,11 +40,10 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 def load_splits() -> tuple[Digits, Digits]:
     """The digits to train on and those held out, every class in the same proportion."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UserError('the digits come with scikit-learn: pip install "efficientvmamba[digits]"') from error
+    require("sklearn.datasets", extra="digits")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     splits = train_test_split(data.images, data.target, test_size=HELD_OUT, random_state=SEED, stratify=data.target)
     train_pixels, held_out_pixels, train_labels, held_out_labels = splits
@@ -63,20 +60,13 @@ def save_folder(folder: Path, training: Digits, held_out: Digits) -> None:
         UserError: if the folder holds something already, or cannot be written.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: remove it or choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary_dir:
-            staging = Path(temporary_dir) / folder.name
-            for split, digits in (("train", training), ("validation", held_out)):
-                for index, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
-                    path = staging / split / str(label) / f"{index:04}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    image.save(path)
-            os.rename(staging, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+    check_is_free(folder)
+    with staged(folder) as staging:
+        for split, digits in (("train", training), ("validation", held_out)):
+            for index, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
+                path = staging / split / str(label) / f"{index:04}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
 
 
 def save_examples(folder: Path, digits: Digits) -> None:
@@ -111,7 +101,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         typer.run(main)
-    except UserError as error:
-        sys.exit(f"Error: {error}")

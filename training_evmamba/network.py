@@ -13,9 +13,9 @@ from torch import nn
 from transformers import BitImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from hub_scripts.errors import UserError
-from hub_scripts.evaluation import match_labels
-from hub_scripts.push import find_weights, load_config
+from evmamba_hub.errors import UserError
+from evmamba_hub.inference.evaluation import match_labels
+from evmamba_hub.publish.push import find_weights, load_config
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, create_recipe
 

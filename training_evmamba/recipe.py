@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 
 
 # ruff: noqa: RUF009 (the defaults are what `dataclasses.field` returns)

@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
-from hub_scripts.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
+from evmamba_hub.publish.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import describe_library
 from training_evmamba.checkpoints import RunProgress

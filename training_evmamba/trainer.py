@@ -27,10 +27,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hub_scripts.errors import UserError
-from hub_scripts.evaluation import Counts, Preprocessor
-from hub_scripts.files import partial_name, write_whole
-from hub_scripts.hub import fetch_model
+from evmamba_hub.client import fetch_model
+from evmamba_hub.errors import UserError
+from evmamba_hub.files import partial_name, write_atomic
+from evmamba_hub.inference.evaluation import Counts, Preprocessor
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import choose_library, create_augmentation, describe_library
 from training_evmamba.checkpoints import Checkpoints, RunProgress, copy_averages, whole_folder
@@ -305,11 +305,11 @@ class TrainingRun:
         """Writes the recipe, and takes back what the log says beyond the checkpoint."""
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(self.output_dir / RECIPE_NAME, dump_recipe(self.recipe).encode())
+            write_atomic(self.output_dir / RECIPE_NAME, dump_recipe(self.recipe).encode())
             self.checkpoints.folder.mkdir(exist_ok=True)
             self.checkpoints.clean_up()
             kept = [record for record in self.read_log() if record["step"] <= self.progress.step]
-            write_whole(self.output_dir / LOG_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_atomic(self.output_dir / LOG_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
         except OSError as error:
             raise UserError(f"{self.output_dir} cannot be written: {error}") from error
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from evmamba_demo import drawings, explanations
 from evmamba_demo.models import MAX_PIXELS, Models, classify, measure_latency, read_picture
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 
 
 MAX_FILE_SIZE = "20mb"

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import ImageClassificationPipeline
 
+from evmamba_hub.errors import UserError
+from evmamba_hub.images.images import read_image
+from evmamba_hub.inference.classify import load_classifier
 from evmamba_kernels import choose_backend
-from hub_scripts.classify import load_classifier
-from hub_scripts.errors import UserError
-from hub_scripts.images import read_image
 from modeling_evmamba import EfficientVMambaForImageClassification
 
 

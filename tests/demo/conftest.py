@@ -12,7 +12,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from hub_scripts.push_space import MODEL_VARIABLE, collect_files
+from evmamba_demo.bundled import find_space_files
+from evmamba_hub.publish.push_space import MODEL_VARIABLE, collect_space_files
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -27,7 +28,7 @@ class Space(NamedTuple):
 @pytest.fixture(scope="session")
 def space(tmp_path_factory):
     folder, models = tmp_path_factory.mktemp("space"), tmp_path_factory.mktemp("models")
-    for name, source in collect_files(DEMO, "someone/space", "someone/model").items():
+    for name, source in collect_space_files(find_space_files(), "someone/space", "someone/model").items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
     shutil.copytree(DEMO / "digits", models / "shown")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evmamba_demo.bundled import find_bundled_model
 from evmamba_demo.drawings import draw_activation, draw_receptive_field, draw_scan, to_picture
 from evmamba_demo.explanations import (
     activation_map,
@@ -15,7 +16,6 @@ from evmamba_demo.explanations import (
     run_stages,
     scan_paths,
 )
-from hub_scripts.classify import find_bundled_model
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 

@@ -12,9 +12,9 @@ import yaml
 from gradio_client import Client, handle_file
 from PIL import Image
 
+from evmamba_demo.bundled import find_bundled_model
 from evmamba_demo.models import MAX_SQUARES, Models, read_picture
-from hub_scripts.classify import find_bundled_model
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 
 
 ROOT = Path(__file__).parents[2]

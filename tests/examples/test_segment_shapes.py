@@ -15,9 +15,9 @@ from transformers import ResNetConfig
 # the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from evmamba_demo.bundled import find_bundled_model
+from evmamba_hub.errors import UserError
 from examples import segment_shapes
-from hub_scripts.classify import find_bundled_model
-from hub_scripts.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
 
 

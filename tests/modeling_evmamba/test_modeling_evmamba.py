@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from devices import BACKENDS, DEVICE
+from evmamba_hub.convert.original_checkpoint import original_name
 from evmamba_kernels import use_backend
 from golden_values import GOLDEN_DIR, image, load_cases, original_state_dict, relative_error
-from hub_scripts.original_checkpoint import original_name
 from modeling_evmamba import (
     VARIANTS,
     EfficientVMambaBackbone,

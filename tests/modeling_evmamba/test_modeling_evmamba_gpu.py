@@ -7,8 +7,8 @@ import torch
 from transformers import pipeline
 
 from devices import DEVICE
+from evmamba_demo.bundled import find_bundled_model, find_examples
 from golden_values import relative_error
-from hub_scripts.classify import find_bundled_model, find_examples
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 

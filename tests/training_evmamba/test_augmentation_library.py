@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 from training_evmamba.augmentation_library import choose_library, create_augmentation, find_timm_problem
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.checkpoints import Checkpoints, RunProgress, whole_folder
 from training_evmamba.network import complete_recipe, create_model
@@ -141,7 +141,7 @@ def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from training_evmamba.train import main
+from evmamba_hub.cli.main import main
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails, like on a full disk
 checkpoint = Path(sys.argv.pop()) / "checkpoints" / "step-0000005"
@@ -164,13 +164,14 @@ def test_a_full_disk_leaves_the_checkpoints_before(make_recipe, tmp_path):
 
     (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe(checkpoint_steps=5)))
     output = tmp_path / "run"
-    command = [sys.executable, "-c", FULL_DISK, "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(output)]
-    ended = subprocess.run([*command, str(output)], capture_output=True, text=True, timeout=300)
+    options = ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(output)]
+    command = [sys.executable, "-c", FULL_DISK, *options, str(output)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert "step-0000010 cannot be written" in ended.stderr
     assert "File too large" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert sorted(os.listdir(output / "checkpoints")) == ["step-0000005"]
-    resumed = [sys.executable, "-m", "training_evmamba.train", *command[3:], "--resume", "auto"]
+    resumed = [sys.executable, "-m", "evmamba_hub.cli", *options, "--resume", "auto"]
     assert subprocess.run(resumed, timeout=300).returncode == 0
     EfficientVMambaForImageClassification.from_pretrained(output / "model")

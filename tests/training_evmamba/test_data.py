@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hub_scripts.errors import UserError
-from hub_scripts.evaluation import Preprocessor
-from hub_scripts.labeled_images import ImageFolder, SelectedImages
+from evmamba_hub.errors import UserError
+from evmamba_hub.images.labeled_images import ImageFolder, SelectedImages
+from evmamba_hub.inference.evaluation import Preprocessor
 from training_evmamba.augmentation_library import create_augmentation
 from training_evmamba.data import (
     MAX_UNREADABLE_IN_A_ROW,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hub_scripts.errors import UserError
-from hub_scripts.labeled_images import open_dataset
+from evmamba_hub.errors import UserError
+from evmamba_hub.images.labeled_images import open_dataset
 from training_evmamba.digits import Digits, load_splits, main, save_folder
 
 
@@ -81,7 +81,11 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
         text=True,
     )
     assert completed.returncode == 1
-    assert completed.stderr.startswith("Error: cannot write") and completed.stderr.count("\n") == 1
+    assert (
+        completed.stderr.startswith("Error: ")
+        and "cannot be written" in completed.stderr
+        and completed.stderr.count("\n") == 1
+    )
     assert not completed.stdout
 
 

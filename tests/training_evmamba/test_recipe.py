@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from hub_scripts.errors import UserError
+from evmamba_hub.errors import UserError
 from training_evmamba.recipe import (
     PRESETS,
     Recipe,

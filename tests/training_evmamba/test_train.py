@@ -9,12 +9,12 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hub_scripts.card import load_card
-from hub_scripts.cli import app
-from hub_scripts.errors import UserError
+from evmamba_hub.cli.main import app
+from evmamba_hub.cli.train import find_overrides, with_recipe_options
+from evmamba_hub.errors import UserError
+from evmamba_hub.publish.card import load_card
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, dump_recipe, get_kinds, load_recipe
-from training_evmamba.train import find_overrides, with_recipe_options
 from training_evmamba.trainer import TrainingRun
 
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from hub_scripts.card import load_card
-from hub_scripts.errors import UserError
-from hub_scripts.push import collect_files
+from evmamba_hub.errors import UserError
+from evmamba_hub.publish.card import load_card
+from evmamba_hub.publish.push import collect_model_files
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import create_recipe, dump_recipe, read_values
 from training_evmamba.trainer import TrainingRun, create_accelerator
@@ -97,7 +97,7 @@ def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path)
     assert accuracy.metric_value == pytest.approx(results["top1"])
     assert "learning_rate: 0.003" in card.text
     assert "in 37 steps of 8 images (8 epochs)" in card.text
-    assert "model.safetensors" in collect_files(output / "model", "someone/stripes")
+    assert "model.safetensors" in collect_model_files(output / "model", "someone/stripes")
 
 
 def test_the_moving_average_is_evaluated_and_exported(make_recipe, tmp_path):
@@ -230,7 +230,7 @@ def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "training_evmamba.train", "--recipe", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "evmamba_hub.cli", "train", "--recipe", str(tmp_path / "recipe.yaml")]
     with FileLock(output / ".lock"):
         processes = [
             subprocess.Popen(
@@ -349,7 +349,7 @@ def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subpr
     path.write_text(dump_recipe(recipe))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     return subprocess.run(
-        [*command, "-m", "training_evmamba.train", "--recipe", str(path), "--output-dir", str(output_dir), *options],
+        [*command, "-m", "evmamba_hub.cli", "train", "--recipe", str(path), "--output-dir", str(output_dir), *options],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,0 +1,59 @@
+"""`evmamba check-runtimes`"""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Column, Table
+
+from evmamba_hub.cli.console import console, error_console
+from evmamba_hub.cli.options import RevisionOption
+from evmamba_hub.errors import UserError
+
+
+def check_runtimes(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A runtime to try, as the table names it. Can be given several times.", show_default="all"),
+    ] = None,
+    revision: RevisionOption = None,
+) -> None:
+    """Runs a classifier through every runtime that is here, and shows how exact and how fast each is.
+
+    Differences are to PyTorch in float64, the largest of all logits of images of three sizes; times are medians of one
+    image of the model's own size. Compilers take minutes. Needs the extra `export` of this package for ONNX Runtime.
+
+    Examples:
+
+        evmamba check-runtimes efficientvmamba-tiny
+
+        evmamba check-runtimes efficientvmamba-tiny --only PyTorch --only "ONNX Runtime"
+    """
+    from transformers.utils import logging
+
+    from evmamba_hub.export.runtimes import RUNTIMES, compare_runtimes
+
+    unknown = [name for name in only or [] if name not in RUNTIMES]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is no runtime, choose among {', '.join(map(repr, RUNTIMES))}")
+    logging.disable_progress_bar()
+    table = Table(
+        "runtime",
+        Column("largest difference", justify="right"),
+        Column("ms for one image", justify="right"),
+        title=escape(model),
+        title_justify="left",
+    )
+    names = only or list(RUNTIMES)
+    checks = compare_runtimes(model, names, revision)
+    missing = []
+    for check in track(checks, "Checking", len(names), console=error_console, transient=True):
+        if check.missing is None:
+            table.add_row(check.runtime, f"{check.difference:.2g}", f"{check.milliseconds:.1f}")
+        else:
+            missing.append(check)
+    console.print(table)
+    for check in missing:
+        console.print(f"Not tried: {escape(check.runtime)}: {escape(check.missing)}")

@@ -1,0 +1,77 @@
+"""`evmamba classify`"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.progress import track
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from evmamba_hub.cli.console import console, error_console
+from evmamba_hub.cli.options import Dtype, RevisionOption
+from evmamba_hub.errors import UserError
+
+
+if TYPE_CHECKING:
+    from evmamba_hub.inference.classify import ClassifiedFile
+
+
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders to search for images.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of the model.", show_default="the bundled model of handwritten digits"),
+    ] = None,
+    revision: RevisionOption = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many labels to show per image.")] = 5,
+    device: Annotated[
+        str, typer.Option(help="Where to compute: `cpu`, `cuda`, `cuda:1`, `mps`, ..., or the first accelerator.")
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")] = False,
+) -> None:
+    """Classifies images.
+
+    A file that is no image, or a damaged one, is reported and the others go on; the exit code is then 1.
+
+    Examples:
+
+        evmamba classify demo/examples
+
+        evmamba classify cat.jpg dog.png --model efficientvmamba-tiny --top-k 3
+
+        evmamba classify photos --model efficientvmamba-tiny --json > labels.json
+    """
+    from evmamba_demo.bundled import find_bundled_model
+    from evmamba_hub.images.images import find_images
+    from evmamba_hub.inference.classify import classify_files, load_classifier
+
+    paths = find_images(images)
+    classifier = load_classifier(model or str(find_bundled_model()), device, dtype, revision)
+    results = classify_files(classifier, paths, top_k)
+    progress = track(results, "Classifying", len(paths), console=error_console, transient=True, disable=len(paths) < 2)
+    if as_json:
+        classifications = list(progress)
+        print(json.dumps([classification.as_json() for classification in classifications], indent=2))
+    else:
+        classifications = []
+        for classification in progress:
+            classifications.append(classification)
+            console.print(to_table(classification))
+    num_broken = sum(classification.error is not None for classification in classifications)
+    if num_broken:
+        raise UserError(f"{num_broken} of {len(paths)} images could not be classified")
+
+
+def to_table(classified: "ClassifiedFile") -> Table:
+    table = Table(title=escape(str(classified.path)), title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    if classified.error is not None:
+        table.add_row(f"[bold red]{escape(classified.error)}[/]")
+    for prediction in classified.predictions:
+        bar = ProgressBar(total=1.0, completed=prediction["score"], width=20)
+        table.add_row(escape(prediction["label"]), f"{prediction['score']:.1%}", bar)
+    return table

@@ -1,0 +1,86 @@
+"""`evmamba convert`"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from evmamba_hub.cli.console import console
+from evmamba_hub.cli.options import Dtype, PrivateOption
+from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload
+from evmamba_hub.errors import UserError
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A `.pth`, `.pth.tar` or `.safetensors` file, or a repository on the Hub.")
+    ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Argument(help="Directory to write. It must not exist or be empty. Not needed with `--push-to`."),
+    ] = None,
+    weights: Annotated[
+        Literal["raw", "ema"] | None,
+        typer.Option(
+            help="Which weights of a checkpoint with both.", show_default="ema where the checkpoint has them"
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the copy.")] = "float32",
+    file: Annotated[
+        str | None, typer.Option(help="The file in a repository that holds several checkpoints.", show_default=False)
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option(help="Repository on the Hub to upload the result to.", show_default=False)
+    ] = None,
+    private: PrivateOption = False,
+) -> None:
+    """Converts a checkpoint of the authors for `from_pretrained`, and uploads it where `--push-to` says so.
+
+    Sizes, variant and number of classes are read off the tensors. Files that want to run code are refused.
+
+    Examples:
+
+        evmamba convert TerryPei/EfficientVMamba-Tiny efficientvmamba-tiny
+
+        evmamba convert checkpoint.pth.tar efficientvmamba-tiny-fp16 --weights raw --dtype float16
+
+        evmamba convert TerryPei/EfficientVMamba-Tiny --push-to someone/efficientvmamba-tiny
+    """
+    from transformers.utils import logging
+
+    from evmamba_hub.client import check_repo_id
+    from evmamba_hub.convert.convert import convert_checkpoint
+    from evmamba_hub.publish.push import push_model
+    from evmamba_hub.publish.republish import collect_converted_files
+
+    if output_dir is None and push_to is None:
+        raise UserError("give a directory to write, or --push-to a repository, or both")
+    if push_to is not None:
+        check_repo_id(push_to)
+    logging.disable_progress_bar()
+    with TemporaryDirectory() as temporary_dir:
+        model_dir = output_dir or Path(temporary_dir) / "model"
+        conversion = convert_checkpoint(source, model_dir, weights=weights, dtype=dtype, file_name=file)
+        console.print(f"[bold green]Converted[/] {escape(source)}")
+        console.print(f"  variant     {conversion.variant or 'of no published size'}")
+        console.print(f"  parameters  {conversion.num_parameters:,}")
+        console.print(f"  weights     {conversion.weights}, {dtype}")
+        console.print(
+            f"  classes     {'none, a backbone' if conversion.num_labels is None else conversion.num_labels}"
+        )
+        if output_dir is not None:
+            console.print(f"  written to  {escape(str(output_dir))}")
+            if conversion.num_labels is not None:
+                console.print(f"Try it: [bold]evmamba classify IMAGE --model {escape(str(output_dir))}[/]")
+        if push_to is not None:
+            try:
+                files = collect_converted_files(source, conversion, model_dir, push_to)
+                report_upload(push_model(push_to, files, message=UPLOAD_MESSAGE, private=private))
+            except UserError as error:
+                if output_dir is None:
+                    raise
+                raise UserError(
+                    f"{error}. `evmamba push {output_dir} {push_to}` uploads what was converted"
+                ) from error

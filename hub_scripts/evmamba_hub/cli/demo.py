@@ -1,0 +1,41 @@
+"""`evmamba demo`"""
+
+from typing import Annotated
+
+import typer
+
+from evmamba_hub.errors import require
+
+
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or Hub id of a model. The first is shown, further ones are there to be compared.",
+            show_default="the bundled model of handwritten digits",
+        ),
+    ] = None,
+    allow_any_model: Annotated[
+        bool,
+        typer.Option(
+            "--allow-any-model", help="Let visitors name models too, on the Hub and in folders of this disk."
+        ),
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+) -> None:
+    """Shows a model in the browser: classify, look inside, compare, measure.
+
+    Needs the extra `demo` of this package.
+
+    Examples:
+
+        evmamba demo
+
+        evmamba demo --model efficientvmamba-tiny --model someone/efficientvmamba-small --port 8000
+    """
+    require("gradio", extra="demo")
+    from evmamba_demo.bundled import find_bundled_model, find_examples
+    from evmamba_demo.interface import launch
+
+    launch([*(model or []), str(find_bundled_model())], find_examples(), allow_any_model, host, port)

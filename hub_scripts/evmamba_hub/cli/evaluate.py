@@ -1,0 +1,145 @@
+"""`evmamba evaluate`"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Column, Table
+
+from evmamba_hub.cli.console import console, error_console
+from evmamba_hub.cli.options import Dtype, RevisionOption
+from evmamba_hub.errors import UserError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Folder with a folder of images per class, folder of a dataset, or the Hub id of a dataset."
+        ),
+    ],
+    revision: RevisionOption = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration of the dataset.", show_default="its only one")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the dataset.", show_default="validation, test, or its only one")
+    ] = None,
+    dataset_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the dataset on the Hub.", show_default="main")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column with the images.", show_default="the only one of this type")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column with the labels.", show_default="the only one of this type")
+    ] = None,
+    label_map: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with the model's label for labels of the dataset that are spelled otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read and scale images.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = "float32",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file for the results. An interrupted evaluation with the same file goes on where it was.",
+            show_default=False,
+            resolve_path=True,  # the file is replaced: a link to it is to stay one
+        ),
+    ] = None,
+    updates_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the results into the metadata of the model's card.")
+    ] = False,
+) -> None:
+    """Measures how often a classifier is right on a dataset.
+
+    Labels are matched by name. Needs the extra `evaluate` of this package. Started by `accelerate launch`, several
+    processes share the images.
+
+    Examples:
+
+        evmamba evaluate efficientvmamba-tiny --dataset imagenet/val --output results.json
+
+        evmamba evaluate someone/efficientvmamba-tiny --dataset ILSVRC/imagenet-1k --split validation --update-card
+
+        accelerate launch -m evmamba_hub.cli evaluate efficientvmamba-tiny --dataset imagenet/val
+    """
+    from transformers.utils import logging
+
+    from evmamba_hub.client import fetch_model
+    from evmamba_hub.images.labeled_images import open_dataset
+    from evmamba_hub.inference.evaluation import Evaluation, join_processes, read_label_map, save_results
+    from evmamba_hub.publish.card import load_card, to_eval_results, update_card
+
+    if output is not None and os.path.exists(output) and not os.path.isfile(output):  # of any name
+        raise UserError(f"{output} is a folder or a device, --output is a file for the results")
+    logging.disable_progress_bar()
+    names = {} if label_map is None else read_label_map(label_map)
+    processes = join_processes()
+    with processes.main_process_first():
+        folder = fetch_model(model, revision)
+        card = load_card(model) if updates_card and processes.is_main_process else None
+        images = open_dataset(
+            dataset,
+            config=config,
+            split=split,
+            revision=dataset_revision,
+            image_column=image_column,
+            label_column=label_column,
+        )
+    evaluation = Evaluation(
+        processes,
+        model,
+        folder,
+        images,
+        batch_size=batch_size,
+        dtype=dtype,
+        workers=workers,
+        label_map=names,
+        progress_file=output,
+    )
+    with Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=error_console,
+        disable=not processes.is_main_process,
+    ) as progress:
+        task = progress.add_task("Evaluating", total=evaluation.num_images, completed=evaluation.num_resumed)
+        if evaluation.num_resumed and processes.is_main_process:
+            progress.console.print(f"Going on after {evaluation.num_resumed:,} images")
+        for num_images in evaluation.run():
+            progress.advance(task, num_images)
+    results = evaluation.finish()
+    if processes.is_main_process:
+        show_results(results)
+        if output is not None:
+            save_results(output, results)
+        if card is not None:
+            update_card(model, card, to_eval_results(results))
+    evaluation.discard_progress()
+
+
+def show_results(results: dict) -> None:
+    table = Table(show_header=False, title=escape(f"{results['model']} on {results['dataset']}"), title_justify="left")
+    table.add_row("images", f"{results['images']:,}")
+    table.add_row("top-1", f"{results['top1']:.2%}")
+    table.add_row("top-5", f"{results['top5']:.2%}")
+    table.add_row("loss", f"{results['loss']:.4f}")
+    if results["images_per_second"] is not None:  # all images were counted before an interruption
+        table.add_row("images per second", f"{results['images_per_second']:.1f}")
+    console.print(table)
+    if results["most_confused"]:
+        confusions = Table("label", "taken for", Column("images", justify="right"), box=box.SIMPLE_HEAD)
+        for confusion in results["most_confused"]:
+            confusions.add_row(escape(confusion["label"]), escape(confusion["predicted"]), f"{confusion['images']:,}")
+        console.print(confusions)

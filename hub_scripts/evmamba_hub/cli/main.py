@@ -1,0 +1,65 @@
+"""The command line `evmamba`. This module only registers the commands."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from evmamba_hub.cli.check_runtimes import check_runtimes
+from evmamba_hub.cli.classify import classify
+from evmamba_hub.cli.console import console
+from evmamba_hub.cli.convert import convert
+from evmamba_hub.cli.demo import demo
+from evmamba_hub.cli.evaluate import evaluate
+from evmamba_hub.cli.export import export
+from evmamba_hub.cli.info import info
+from evmamba_hub.cli.push import push
+from evmamba_hub.cli.push_space import push_space
+from evmamba_hub.cli.republish import republish
+from evmamba_hub.cli.train import train
+from evmamba_hub.errors import exit_on_user_error
+
+
+app = typer.Typer(
+    help="EfficientVMamba on the Hugging Face Hub.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+for command in (
+    classify,
+    info,
+    convert,
+    push,
+    republish,
+    push_space,
+    export,
+    check_runtimes,
+    demo,
+    train,
+    evaluate,
+):
+    app.command()(command)
+
+
+def show_version(requested: bool) -> None:
+    if requested:
+        console.print(f"evmamba {version('efficientvmamba')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line. A `UserError` becomes one line on stderr and exit code 1."""
+    with exit_on_user_error():
+        app()

@@ -1,0 +1,34 @@
+"""`evmamba republish`"""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from evmamba_hub.cli.console import console
+from evmamba_hub.cli.options import DryRunOption, PrivateOption
+from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload, show_files
+
+
+def republish(
+    namespace: Annotated[str, typer.Argument(help="User or organization on the Hub to own the repositories.")],
+    private: PrivateOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Converts all of the authors' checkpoints and uploads them, each with its card.
+
+    The manifest `evmamba_hub/publish/data/checkpoints.yaml` names them.
+
+    Examples:
+
+        evmamba republish someone --dry-run
+    """
+    from evmamba_hub.publish.push import WEIGHTS_PATTERNS, push_model
+    from evmamba_hub.publish.republish import convert_all
+
+    for source, repo_id, files in convert_all(namespace):
+        console.print(f"[bold green]Converted[/] {escape(source)}")
+        if dry_run:
+            show_files(repo_id, files, WEIGHTS_PATTERNS)
+        else:
+            report_upload(push_model(repo_id, files, message=UPLOAD_MESSAGE, private=private))

@@ -1,0 +1,140 @@
+"""`evmamba train`: an option for every value of a recipe."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+from rich.markup import escape
+
+from evmamba_hub.cli.console import error_console
+from evmamba_hub.errors import UserError, require
+from training_evmamba.recipe import NONE, Recipe, get_kinds, load_recipe
+
+
+def parse_fields(text: str) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise typer.BadParameter("give YAML, like {depths: [1, 1, 1, 1]}")
+    return fields
+
+
+def parse_number_or_none(text: str, kind: type) -> Any:
+    try:
+        return text if text == NONE else kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a valid {kind.__name__} nor `{NONE}`") from None
+
+
+def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
+    """The command line's option for a field of the recipe. An option that is not given is None.
+
+    Where the field may be none, the option takes the word, which `coerce` understands.
+    """
+    kinds = get_kinds(field.type)
+    may_be_none = type(None) in kinds
+    (kind,) = kinds - {type(None)}
+    number = float if kind == list[float] else kind
+    parser, metavar = None, None
+    if kind == dict[str, Any]:
+        kind, parser, metavar = dict, parse_fields, "YAML"
+    elif may_be_none and number in (int, float):
+        parser, metavar = partial(parse_number_or_none, kind=number), f"<{number.__name__}|{NONE}>"
+    elif may_be_none and get_origin(kind) is Literal:
+        kind = Literal[(*get_args(kind), NONE)]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    shown = "" if default in (None, {}) else f" \\[{default}]"
+    option = typer.Option(
+        help=field.metadata["help"] + shown,
+        rich_help_panel=field.metadata["group"],
+        show_default=False,
+        parser=parser,
+        metavar=metavar,
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def with_recipe_options(command: Callable) -> Callable:
+    """Gives a command an option for every field of the recipe, in place of its `**values`."""
+    signature = inspect.signature(command)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [to_parameter(field) for field in dataclasses.fields(Recipe)]
+    command.__signature__ = signature.replace(parameters=own + options)
+    return command
+
+
+def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says about the recipe."""
+    return {name: value for name, value in values.items() if value is not None and value != []}
+
+
+@with_recipe_options
+def train(
+    output_dir: Annotated[Path, typer.Option(help="Folder of the run: log, checkpoints, and the model.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A preset (`tiny`, `small`, `base`, `finetune`, `digits`) or a YAML file of the options below."
+        ),
+    ] = "finetune",
+    resume: Annotated[
+        Literal["no", "auto"], typer.Option(help="`auto` goes on from the last checkpoint, where there is one.")
+    ] = "no",
+    push_to: Annotated[
+        str | None, typer.Option(help="Repository on the Hub to upload the model to.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    **values: Any,
+) -> None:
+    """Trains a network from scratch, or fine-tunes a checkpoint on images of your own.
+
+    A recipe says all, and every value can be changed by its option. The folder of the run gets the recipe with all
+    values (`recipe.yaml`), a line of `log.jsonl` every few steps, checkpoints that survive a crash at any moment, the
+    curves, and `model`, which `from_pretrained` loads and `evmamba push` uploads. Needs the extra `train` of this
+    package. Started by `accelerate launch`, several processes share each batch.
+
+    Examples:
+
+        evmamba train --model someone/efficientvmamba-tiny --dataset flowers --output-dir runs/flowers
+
+        evmamba train --recipe tiny --dataset imagenet --output-dir runs/tiny --batch-size 512 --learning-rate 5e-4
+
+        accelerate launch -m evmamba_hub.cli train --recipe base --output-dir runs/base --resume auto
+    """
+    require("accelerate", "datasets", "filelock", "matplotlib", extra="train")
+    from huggingface_hub import get_token
+
+    from evmamba_hub.client import LOGIN_HINT, check_repo_id
+    from evmamba_hub.publish.push import collect_model_files, push_model
+    from training_evmamba.trainer import TrainingRun
+
+    if push_to is not None:
+        check_repo_id(push_to)
+        if get_token() is None:
+            raise UserError(f"there is no access token for --push-to: {LOGIN_HINT}")
+        values["name"] = values.get("name") or push_to
+    run = TrainingRun(
+        load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto", console=error_console
+    )
+    results = run.train()
+    if not run.accelerator.is_main_process:
+        return
+    accuracy = "" if results is None else f", top-1 {results['top1']:.2%} on {results['images']:,} held-out images"
+    error_console.print(f"[bold green]Trained[/] {escape(str(run.model_dir))}{accuracy}")
+    if push_to is not None:
+        upload = push_model(
+            push_to,
+            collect_model_files(run.model_dir, push_to),
+            message="Upload the model with evmamba train",
+            private=private,
+        )
+        error_console.print(f"[bold green]Uploaded[/] {upload.url}")

@@ -1,0 +1,37 @@
+"""What commands show of uploads: the files before, the result after."""
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Column, Table
+
+from evmamba_hub.cli.console import console
+from evmamba_hub.client import Files, Upload
+
+
+UPLOAD_MESSAGE = "Upload EfficientVMamba with evmamba push"
+
+
+def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None:
+    """What would be uploaded: paths, sizes in bytes, and the card; and patterns of the names that would be deleted."""
+    table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
+    sizes = {
+        path: len(source) if isinstance(source, bytes) else source.stat().st_size
+        for path, source in sorted(files.items())
+    }
+    for path, size in sizes.items():
+        table.add_row(escape(path), f"{size:,}")
+    table.add_section()
+    table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
+    console.print(table)
+    if replaced:
+        console.print(f"Other files of these names would be deleted in the repository: {', '.join(replaced)}")
+    card = files["README.md"]
+    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
+
+
+def report_upload(result: Upload) -> None:
+    if result.changed:
+        console.print(f"[bold green]Uploaded[/] {escape(result.url)}")
+    else:
+        console.print("Nothing has changed since the last upload: no commit was made")

@@ -1,0 +1,1 @@
+"""Convert the checkpoints of the authors for `from_pretrained`."""

@@ -1,0 +1,1 @@
+"""Export a classifier for other runtimes, and compare the runtimes."""

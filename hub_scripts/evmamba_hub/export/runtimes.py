@@ -1,0 +1,156 @@
+"""`evmamba check-runtimes`: one checkpoint through every runtime that is here."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from evmamba_hub.errors import UserError
+from evmamba_hub.export.export import (
+    FORMATS,
+    Logits,
+    Runtime,
+    check_images,
+    check_sizes,
+    load_exportable,
+    require_compiler,
+    without_chatter,
+    write_and_open,
+)
+from evmamba_kernels import use_backend
+from modeling_evmamba import EfficientVMambaForImageClassification, optimize_for_inference
+
+
+WARM_UP_CALLS, TIMED_CALLS = 3, 15
+
+
+@dataclass
+class Check:
+    """What one runtime made of the checkpoint, or why it could not be tried."""
+
+    runtime: str
+    difference: float | None = None  # the largest of all logits
+    milliseconds: float | None = None  # the median of a call with one image
+    missing: str | None = None
+
+
+@dataclass
+class Candidate:
+    """A folder or Hub id, and the classifier from there in float32."""
+
+    name: str
+    revision: str | None
+    model: EfficientVMambaForImageClassification
+
+
+def build_eager(candidate: Candidate) -> Runtime:
+    return Logits(candidate.model)
+
+
+def build_plain_scan(candidate: Candidate) -> Runtime:
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        with use_backend("torch"):
+            return candidate.model(pixel_values).logits
+
+    return run
+
+
+def build_optimized(candidate: Candidate) -> Runtime:
+    return Logits(optimize_for_inference(candidate.model))
+
+
+def build_bfloat16(candidate: Candidate) -> Runtime:
+    model = load_exportable(candidate.name, "bfloat16", candidate.revision).model
+    return lambda pixel_values: model(pixel_values.bfloat16()).logits.float()
+
+
+def build_accelerator(candidate: Candidate) -> Runtime:
+    if not torch.accelerator.is_available():
+        raise UserError("PyTorch finds no accelerator")
+    device = torch.accelerator.current_accelerator()
+    model = deepcopy(candidate.model).to(device)
+    return lambda pixel_values: model(pixel_values.to(device)).logits.cpu()
+
+
+def build_compiled(candidate: Candidate) -> Runtime:
+    require_compiler()
+    return torch.compile(Logits(candidate.model), fullgraph=True, dynamic=True)
+
+
+def build_from_file(format: str, dtype: str = "float32") -> Callable[[Candidate], Runtime]:
+    def build(candidate: Candidate) -> Runtime:
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / f"model{FORMATS[format].suffix}"
+            return write_and_open(candidate.name, format, file, dtype=dtype, revision=candidate.revision)
+
+    return build
+
+
+# name -> builder, which raises a UserError where something is missing
+RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
+    "PyTorch": build_eager,
+    "PyTorch, optimize_for_inference": build_optimized,
+    "PyTorch, scan in plain operators": build_plain_scan,
+    "PyTorch, bfloat16": build_bfloat16,
+    "PyTorch, accelerator": build_accelerator,
+    "torch.compile": build_compiled,
+    "torch.export": build_from_file("torch-export"),
+    "AOTInductor": build_from_file("aoti"),
+    "ONNX Runtime": build_from_file("onnx"),
+    "ONNX Runtime, float16": build_from_file("onnx", "float16"),
+    "ONNX Runtime, int8": build_from_file("onnx", "int8"),
+}
+
+
+def compare_runtimes(
+    model: str, names: Iterable[str] = tuple(RUNTIMES), revision: str | None = None
+) -> Iterator[Check]:
+    """Compares each runtime with PyTorch in float64, on several sizes of images, and takes its time for one image.
+
+    Args:
+        model: folder or Hub id.
+        names: of `RUNTIMES`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: for a model that cannot be loaded, and for other networks.
+    """
+    candidate = Candidate(model, revision, load_exportable(model, "float32", revision).model)
+    exact = deepcopy(candidate.model).double()
+    batches = []
+    for size in check_sizes(exact.config, None):
+        images = check_images(exact.config, size)
+        with torch.inference_mode():
+            batches.append((images, exact(images.double()).logits))
+    for name in names:
+        try:
+            runtime = RUNTIMES[name](candidate)
+        except UserError as error:
+            yield Check(name, missing=str(error))
+            continue
+        with without_chatter():  # of compilers, at the first call
+            difference = find_largest_difference(runtime, batches)
+        images, _ = batches[0]
+        yield Check(name, difference, measure_latency(runtime, images))
+
+
+@torch.inference_mode()
+def find_largest_difference(runtime: Runtime, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Of all logits; NaN where one is."""
+    return torch.stack([(runtime(images) - expected).abs().max() for images, expected in batches]).max().item()
+
+
+@torch.inference_mode()
+def measure_latency(runtime: Runtime, images: torch.Tensor) -> float:
+    """Median milliseconds of a call."""
+    milliseconds = []
+    for _ in range(WARM_UP_CALLS + TIMED_CALLS):
+        start = time.perf_counter()
+        runtime(images)
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(milliseconds[WARM_UP_CALLS:])

@@ -1,0 +1,1 @@
+"""Run a classifier: on image files, and over a whole dataset."""

@@ -1,0 +1,122 @@
+"""`evmamba info`: the size of a network, counted, and what runs it on this machine."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from evmamba_hub.errors import UserError
+from evmamba_kernels import choose_backend
+from modeling_evmamba import (
+    VARIANTS,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    EfficientVMambaPreTrainedModel,
+)
+from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D
+
+
+SCAN_MACS_PER_STATE = 9  # the authors' convention
+
+MACS_CONVENTION = (
+    "Multiply-accumulates of convolutions and linear layers, the projections to delta, B and C among them, plus "
+    f"{SCAN_MACS_PER_STATE} per state of the selective scan (pixels x channels x states), as the authors count. "
+    "Norms, activations and gates are left out."
+)
+
+
+@dataclass
+class Size:
+    """Parameters of a network and its multiply-accumulates for one image."""
+
+    parameters: int
+    macs: int
+
+
+def measure_size(
+    config: EfficientVMambaConfig,
+    height: int,
+    width: int,
+    model_class: type[EfficientVMambaPreTrainedModel] = EfficientVMambaForImageClassification,
+) -> Size:
+    """Counts by running the network on the meta device: nothing is computed and no memory is taken.
+
+    Args:
+        config: the network.
+        height, width: sides of the image in pixels.
+        model_class: with which head, or none.
+    """
+    macs = 0
+
+    def count_convolution(module: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal macs
+        macs += output.numel() * module.weight[0].numel()
+
+    def count_linear(module: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal macs
+        macs += output.numel() * module.in_features
+
+    def count_scan(module: EfficientVMambaES2D, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal macs
+        num_pixels = output.shape[:3].numel()  # of (B, H, W, C): the zeros that continue odd sides do not count
+        _, channels, rank = module.dt_proj_weight.shape
+        state_size = module.A_log.shape[-1]
+        projections = rank + 2 * state_size + rank
+        macs += num_pixels * channels * (projections + SCAN_MACS_PER_STATE * state_size)
+
+    counters = {nn.Conv2d: count_convolution, nn.Linear: count_linear, EfficientVMambaES2D: count_scan}
+    with torch.device("meta"), torch.no_grad():
+        model = model_class(config).eval()
+        for module in model.modules():
+            for counted_class, counter in counters.items():
+                if isinstance(module, counted_class):
+                    module.register_forward_hook(counter)
+        model(torch.empty(1, config.num_channels, height, width))
+    return Size(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def find_variant(config: EfficientVMambaConfig) -> str | None:
+    """The published network that has these sizes, or None."""
+    for name, fields in VARIANTS.items():
+        if all(getattr(config, field) == value for field, value in fields.items()):
+            return name
+    return None
+
+
+def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
+    """The configuration of a local folder or Hub id, or those of the published networks.
+
+    Raises:
+        UserError: for a model that cannot be found or is no EfficientVMamba.
+    """
+    if model is None:
+        return {
+            f"EfficientVMamba-{variant.capitalize()}": EfficientVMambaConfig(**fields, num_labels=1000)
+            for variant, fields in VARIANTS.items()
+        }
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {model!r} cannot be loaded: {error}") from error
+    if not isinstance(config, EfficientVMambaConfig):
+        raise UserError(
+            f"the model {model!r} is of the type {config.model_type!r}, not {EfficientVMambaConfig.model_type!r}"
+        )
+    return {model: config}
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and devices that decide how fast the network runs here."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    scan = choose_backend("cpu" if accelerator is None else accelerator.type, torch.float32)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerator": "none" if accelerator is None else str(accelerator),
+        "threads": str(torch.get_num_threads()),
+        "scan": f"{scan.backend}: {scan.reason}",
+    }

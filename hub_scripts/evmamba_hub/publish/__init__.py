@@ -1,0 +1,1 @@
+"""Publish models, their code and cards, and the demo on the Hub."""

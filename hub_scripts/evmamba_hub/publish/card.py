@@ -1,0 +1,211 @@
+"""Model cards: rendered from `data/model_card.md`, and evaluation results in their metadata."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+)
+
+from evmamba_hub.client import translate_hub_errors, upload
+from evmamba_hub.errors import UserError
+from evmamba_hub.files import write_atomic
+from evmamba_hub.info import MACS_CONVENTION, find_variant, measure_size
+from modeling_evmamba import (
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    EfficientVMambaPreTrainedModel,
+)
+
+
+TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
+
+# The Hub's newer form of results is a file per benchmark; what it does not know yet stays in the card's metadata.
+EVAL_RESULTS_FOLDER = ".eval_results"
+TASK = "image-classification"
+TOP1 = "Top-1 accuracy"
+
+UNKNOWN_TRAINING = "Its owner has not described the training."
+UNKNOWN_LIMITS = (
+    "It knows the classes that it was trained with and gives any picture one of them. What the training images lack "
+    "it does not recognize; what is over-represented in them it prefers. Its owner has not described them any further."
+)
+
+
+@dataclass
+class CardDetails:
+    """What a card says beyond what the configuration tells."""
+
+    license: str | None = None
+    base_model: str | None = None  # of a fine-tuned model
+    datasets: list[str] = field(default_factory=list)
+    training: str = UNKNOWN_TRAINING
+    limits: str = UNKNOWN_LIMITS
+    results: list[EvalResult] = field(default_factory=list)
+
+
+def describe_network(config: EfficientVMambaConfig, is_classifier: bool) -> str:
+    """One sentence on the size and the purpose."""
+    if variant := find_variant(config):
+        size = f"the published size {variant}"
+    else:
+        size = f"{len(config.depths)} stages of {', '.join(map(str, config.hidden_sizes))} channels"
+    purpose = f"a classifier of {config.num_labels} classes" if is_classifier else "the network without a classifier"
+    return f"This is {purpose}, of {size}."
+
+
+def render_card(
+    repo_id: str,
+    config: EfficientVMambaConfig,
+    model_class: type[EfficientVMambaPreTrainedModel],
+    details: CardDetails,
+) -> ModelCard:
+    """The card of a model. The same model and details give the same text.
+
+    Args:
+        repo_id: where the model will be found on the Hub.
+        config: of the network; parameters and operations are counted from it.
+        model_class: of the checkpoint.
+        details: everything else.
+    """
+    is_classifier = model_class is EfficientVMambaForImageClassification
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    title = repo_id.rpartition("/")[2]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK if is_classifier else "image-feature-extraction",
+        license=details.license,
+        base_model=details.base_model,
+        datasets=details.datasets or None,
+        tags=["efficientvmamba", "vision", "mamba", "state-space-model"],
+        metrics=["accuracy"] if details.results else None,
+        model_name=title if details.results else None,
+        eval_results=details.results or None,
+    )
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        title=title,
+        summary=describe_network(config, is_classifier),
+        repo_id=repo_id,
+        is_classifier=is_classifier,
+        out_features=[stage for stage in config.stage_names if stage != "stem"]
+        if is_classifier
+        else config.out_features,
+        size=measure_size(config, height, width, model_class),
+        height=height,
+        width=width,
+        macs_convention=MACS_CONVENTION,
+        training=details.training,
+        limits=details.limits,
+        eval_results=details.results,
+    )
+
+
+def load_card(model: str) -> ModelCard:
+    """The card of a model, in its folder or its repository on the Hub.
+
+    Raises:
+        UserError: where there is none, or its metadata are damaged.
+    """
+    if not Path(model).is_dir():
+        with translate_hub_errors(model):
+            path = Path(HfApi().hf_hub_download(model, constants.REPOCARD_NAME))
+    elif not (path := Path(model) / constants.REPOCARD_NAME).is_file():
+        raise UserError(f"{model} holds no {path.name}: `evmamba push --results FILE` renders one with results")
+    try:
+        return ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the metadata of {path} cannot be read: {error}") from error
+
+
+def to_eval_results(results: dict) -> list[EvalResult]:
+    """What `evmamba evaluate` found, as a card keeps it."""
+    name = results["dataset_id"] or Path(results["dataset"]).resolve().name
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=name,
+            dataset_name=name,
+            dataset_config=results["dataset_config"],
+            dataset_split=results["dataset_split"],
+            dataset_revision=results["dataset_revision"],
+            metric_type=metric_type,
+            metric_name=metric_name,
+            metric_value=round(results[key], 4),
+        )
+        for key, metric_type, metric_name in [
+            ("top1", "accuracy", TOP1),
+            ("top5", "accuracy", "Top-5 accuracy"),
+            ("loss", "loss", "Loss"),
+        ]
+    ]
+
+
+def read_results(path: Path) -> list[EvalResult]:
+    """The results in a file that `evmamba evaluate` wrote.
+
+    Raises:
+        UserError: for any other file.
+    """
+    try:
+        return to_eval_results(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no results of `evmamba evaluate`: {error!r}") from error
+
+
+def add_results(card: ModelCard, results: Iterable[EvalResult], model_name: str) -> None:
+    """Writes results into a card's metadata, in place of older ones of the same measurement."""
+    results = list(results)
+    kept = [old for old in card.data.eval_results or [] if not any(new.is_equal_except_value(old) for new in results)]
+    card.data.model_name = card.data.get("model_name", model_name)
+    card.data.eval_results = [*kept, *results]
+
+
+def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
+    """Top-1 accuracies on datasets of the Hub in its newer form: path in the repository -> content.
+
+    Values are percentages there, as on the leaderboards of the Hub, and fractions in the card's metadata.
+    """
+    files = {}
+    for result in results:
+        if result.metric_name != TOP1 or "/" not in result.dataset_type:
+            continue
+        entry = EvalResultEntry(
+            dataset_id=result.dataset_type,
+            task_id=result.dataset_config or "default",
+            value=round(100 * result.metric_value, 2),
+            dataset_revision=result.dataset_revision,
+            source_url=result.source_url,
+            source_name=result.source_name,
+            notes=", ".join(filter(None, [TOP1, result.dataset_split])),
+        )
+        path = f"{EVAL_RESULTS_FOLDER}/{result.dataset_type.rpartition('/')[2]}.yaml"
+        files[path] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False).encode()
+    return files
+
+
+def update_card(model: str, card: ModelCard, results: list[EvalResult]) -> None:
+    """Writes results into the card of a model, in its folder or, as one commit, in its repository on the Hub.
+
+    Raises:
+        UserError: where the files cannot be written or uploaded.
+    """
+    folder = Path(model)
+    is_local = folder.is_dir()
+    add_results(card, results, folder.resolve().name if is_local else model.rpartition("/")[2])
+    files = {constants.REPOCARD_NAME: str(card).encode(), **result_entries(results)}
+    if not is_local:
+        upload(model, files, "Add evaluation results")
+        return
+    for path, content in files.items():
+        write_atomic(folder / path, content)

@@ -1,0 +1,28 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from evmamba_hub.cli.main import main
+from training_evmamba.digits import load_splits, save_folder
+
+
+@pytest.fixture
+def evmamba(monkeypatch, capsys):
+    """Runs the command line: exit code, stdout, stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evmamba", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        return exit_info.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digit_images(tmp_path_factory) -> Path:
+    """The digits that the bundled model was not trained with, 599 of them, in a folder for every class."""
+    folder = tmp_path_factory.mktemp("digits")
+    save_folder(folder, *load_splits())
+    return folder / "validation"

@@ -1,0 +1,47 @@
+"""`evmamba check-runtimes` on the bundled model."""
+
+import pytest
+import torch
+
+from evmamba_demo.bundled import find_bundled_model
+
+
+# the largest difference of a logit, of 5 or so
+BOUNDS = {
+    "PyTorch": 1e-5,
+    "PyTorch, optimize_for_inference": 1e-5,
+    "PyTorch, scan in plain operators": 1e-5,
+    "PyTorch, bfloat16": 0.2,
+    "ONNX Runtime": 1e-5,
+}
+
+
+@pytest.mark.slow
+def test_table_of_runtimes(evmamba):
+    options = [option for name in [*BOUNDS, "PyTorch, accelerator"] for option in ("--only", name)]
+    exit_code, stdout, stderr = evmamba("check-runtimes", find_bundled_model(), *options)
+    assert exit_code == 0, stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in stdout.splitlines() if line.startswith("│")]
+    measured = {runtime: (float(difference), float(milliseconds)) for runtime, difference, milliseconds in rows}
+    for name, bound in BOUNDS.items():
+        difference, milliseconds = measured.pop(name)
+        assert 0 < difference < bound, name
+        assert milliseconds > 0, name
+    if torch.accelerator.is_available():
+        assert measured["PyTorch, accelerator"][0] < 1e-3
+    else:
+        assert not measured and "Not tried: PyTorch, accelerator: PyTorch finds no accelerator" in stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([find_bundled_model(), "--only", "TensorFlow"], "'TensorFlow' is no runtime, choose among 'PyTorch'"),
+        (["no/such/folder"], "'no/such/folder' is no valid repository id"),
+    ],
+    ids=["runtime", "model"],
+)
+def test_bad_arguments_get_one_message(evmamba, arguments, message):
+    exit_code, _, stderr = evmamba("check-runtimes", *arguments)
+    assert exit_code == 1
+    assert message in stderr

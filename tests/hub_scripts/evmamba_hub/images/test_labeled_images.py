@@ -1,0 +1,179 @@
+"""Datasets of every kind, and their shares for several processes."""
+
+import random
+import shutil
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import pytest
+
+from evmamba_hub.errors import UserError
+from evmamba_hub.images.labeled_images import IndexedImages, LabeledImages, StreamedImages, open_dataset, open_splits
+
+
+NAMES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def digits(digit_images) -> datasets.Dataset:
+    """61 digits in a dataset, shuffled."""
+    paths = sorted(digit_images.glob("*/*.png"))
+    random.Random(0).shuffle(paths)
+    paths = paths[:61]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    columns = {"image": [str(path) for path in paths], "label": [int(path.parent.name) for path in paths]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def parquet_files(dataset: datasets.Dataset, folder: Path, num_shards: int, split: str = "test") -> dict[str, bytes]:
+    files = {}
+    for index in range(num_shards):
+        path = folder / f"{split}-{index:05}-of-{num_shards:05}.parquet"
+        dataset.shard(num_shards, index, contiguous=True).to_parquet(path)
+        files[f"data/{path.name}"] = path.read_bytes()
+    return files
+
+
+@pytest.fixture(params=["saved", "saved_dict", "parquet", "hub"])
+def opened(request, hub, digits, tmp_path) -> LabeledImages:
+    if request.param == "saved":
+        digits.save_to_disk(tmp_path / "digits")
+    elif request.param == "saved_dict":
+        datasets.DatasetDict({"train": digits.select(range(3)), "test": digits}).save_to_disk(tmp_path / "digits")
+    else:
+        files = parquet_files(digits, tmp_path, 2)
+        if request.param == "hub":
+            hub.create("someone/digits-data", files, kind="dataset")
+            return open_dataset("someone/digits-data")
+        (tmp_path / "digits" / "data").mkdir(parents=True)
+        for name, content in files.items():
+            (tmp_path / "digits" / name).write_bytes(content)
+    return open_dataset(str(tmp_path / "digits"))
+
+
+def pixels_and_labels(images) -> list[tuple[bytes, int]]:
+    return [(image.read().tobytes(), image.label) for image in images]
+
+
+def test_kinds_of_datasets(opened, digits):
+    assert opened.class_names == NAMES
+    assert opened.num_images in (61, None)
+    expected = [(row["image"].convert("RGB").tobytes(), row["label"]) for row in digits]
+    assert sorted(pixels_and_labels(opened.share(0, 1, 0))) == sorted(expected)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_shares_are_the_dataset_each_image_once(opened, num_processes):
+    shares = [pixels_and_labels(opened.share(index, num_processes, 0)) for index in range(num_processes)]
+    everything = pixels_and_labels(opened.share(0, 1, 0))
+    assert sorted(chain(*shares)) == sorted(everything)
+    for index, share in enumerate(shares):
+        assert len(share) > 0
+        assert pixels_and_labels(opened.share(index, num_processes, 7)) == share[7:]
+
+
+def test_images_by_index(opened):
+    if isinstance(opened, StreamedImages):
+        pytest.skip("a stream has no indices")
+    everything = list(opened.share(0, 1, 0))
+    assert isinstance(opened, IndexedImages)
+    assert opened.labels == [image.label for image in everything]
+    assert opened[60].read().tobytes() == everything[60].read().tobytes()
+
+
+def test_a_shuffled_stream(hub, digits, tmp_path):
+    hub.create("someone/digits-data", parquet_files(digits, tmp_path, 2), kind="dataset")
+    opened = open_dataset("someone/digits-data")
+    orders = [pixels_and_labels(opened.shuffle(*order).share(0, 1, 0)) for order in [(0, 0), (0, 0), (0, 1), (1, 0)]]
+    assert orders[0] == orders[1]
+    assert orders[0] not in orders[2:]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(pixels_and_labels(opened.share(0, 1, 0)))
+
+
+def test_a_folder_of_images(digit_images):
+    opened = open_dataset(str(digit_images))
+    assert (opened.class_names, opened.num_images, opened.hub_id) == (NAMES, 599, None)
+    shares = [list(opened.share(index, 2, 0)) for index in range(2)]
+    assert [len(share) for share in shares] == [300, 299]
+    for image in chain(*shares):
+        assert Path(image.name).parent.name == opened.class_names[image.label]
+
+
+def test_streams_of_the_hub_keep_to_one_commit(hub, digits, tmp_path):
+    repo = hub.create("someone/digits-data", parquet_files(digits, tmp_path, 1), kind="dataset")
+    old = repo.refs["main"]
+    opened = open_dataset("someone/digits-data")
+    assert (opened.hub_id, opened.revision, opened.split) == ("someone/digits-data", old, "test")
+    files = {name: blob for name, blob in repo.commits[old].files.items() if not name.endswith(".parquet")}
+    repo.commit("main", files, "Remove the data", old)
+    assert len(list(opened.share(0, 1, 0))) == 61
+    assert len(list(open_dataset("someone/digits-data", revision=old).share(0, 1, 0))) == 61
+
+
+def test_gated_and_missing_datasets(hub, digits, tmp_path):
+    hub.create("else/gated", parquet_files(digits, tmp_path, 1), kind="dataset", gated=True)
+    with pytest.raises(UserError, match="else/gated is gated"):
+        open_dataset("else/gated")
+    for name in ("someone/missing", str(tmp_path / "missing")):
+        with pytest.raises(UserError, match="repository"):
+            open_dataset(name)
+
+
+def test_a_stream_that_breaks_off(hub, digits, tmp_path):
+    hub.create("someone/digits-data", parquet_files(digits, tmp_path, 1), kind="dataset")
+    opened = open_dataset("someone/digits-data")
+    hub.repos.clear()
+    with pytest.raises(UserError, match="someone/digits-data"):
+        list(opened.share(0, 1, 0))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"split": "train"}, "choose a split of .* with --split: it has a, b"),
+        ({}, "choose a split of .* with --split: it has a, b"),
+        ({"split": "a", "image_column": "photo"}, "has no column photo, it has image, label"),
+        ({"split": "a", "image_column": "label"}, "the column label of .* holds no images"),
+    ],
+)
+def test_wrong_splits_and_columns(digits, tmp_path, options, message):
+    datasets.DatasetDict({"a": digits, "b": digits}).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_dataset(str(tmp_path), **options)
+
+
+def test_columns_without_the_usual_types(digits, tmp_path):
+    names = digits.cast_column("label", datasets.Value("string")).rename_column("label", "kind")
+    names.save_to_disk(tmp_path)
+    with pytest.raises(UserError, match=r"choose the label column of .* with --label-column: it has image, kind"):
+        open_dataset(str(tmp_path))
+    opened = open_dataset(str(tmp_path), label_column="kind")
+    assert opened.class_names is None
+    assert next(opened.share(0, 1, 0)).label in NAMES
+
+
+def test_options_that_a_folder_of_images_has_not(digit_images):
+    with pytest.raises(UserError, match="has no splits, leave --split out"):
+        open_dataset(str(digit_images), split="test")
+    with pytest.raises(UserError, match="neither configurations, revisions nor columns"):
+        open_dataset(str(digit_images), revision="main")
+
+
+def test_a_folder_of_splits(digit_images, tmp_path):
+    for split, digit in (("train", "3"), ("train", "5"), ("val", "3")):
+        shutil.copytree(digit_images / digit, tmp_path / split / digit)
+    assert {split: opened().class_names for split, opened in open_splits(str(tmp_path)).items()} == {
+        "train": ["3", "5"],
+        "val": ["3"],
+    }
+    opened = open_dataset(str(tmp_path))
+    assert (opened.split, opened.class_names) == ("val", ["3"])
+    shutil.copytree(digit_images / "7", tmp_path / "car")  # now `train` is a class, too
+    assert open_dataset(str(tmp_path)).class_names == ["car", "train", "val"]
+
+
+def test_images_beside_the_classes(tmp_path, digit_images):
+    (tmp_path / "loose.png").write_bytes(next(digit_images.glob("*/*.png")).read_bytes())
+    with pytest.raises(UserError, match=r"loose\.png lies in no class"):
+        open_dataset(str(tmp_path))

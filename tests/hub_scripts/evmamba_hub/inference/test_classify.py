@@ -1,0 +1,83 @@
+"""`evmamba classify` on the bundled model and the example images."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaModel
+
+
+EXAMPLES = Path(__file__).parents[4] / "demo" / "examples"
+
+
+def label_in_name(path: str | Path) -> str:
+    return Path(path).stem[-1]  # the examples are called digit_0.png ... digit_9.png
+
+
+def test_examples_are_classified_right(evmamba):
+    exit_code, stdout, stderr = evmamba("classify", EXAMPLES, "--json", "--top-k", 2)
+    assert exit_code == 0, stderr
+    classifications = json.loads(stdout)
+    assert len(classifications) == len(list(EXAMPLES.glob("*.png"))) > 0
+    for classification in classifications:
+        first, second = classification["predictions"]
+        assert first["label"] == label_in_name(classification["image"])
+        assert 1 >= first["score"] >= second["score"] >= 0
+
+
+def test_tables_name_image_and_label(evmamba):
+    image = sorted(EXAMPLES.glob("*.png"))[3]
+    exit_code, stdout, stderr = evmamba("classify", image)
+    assert exit_code == 0, stderr
+    lines = stdout.splitlines()
+    assert image.name in stdout
+    labels = [line.split()[0] for line in lines if "%" in line]
+    assert len(labels) == 5 and labels[0] == label_in_name(image)
+
+
+def test_a_broken_image_is_reported_and_the_rest_goes_on(evmamba, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    image = sorted(EXAMPLES.glob("*.png"))[0]
+    exit_code, stdout, stderr = evmamba("classify", broken, image, "--json", "--device", "cpu", "--dtype", "bfloat16")
+    assert exit_code == 1
+    first, second = json.loads(stdout)
+    assert first == {"image": str(broken), "error": "it is not an image in a format that Pillow reads"}
+    assert second["predictions"][0]["label"] == label_in_name(image)
+    assert "1 of 2 images could not be classified" in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, expected_code, message",
+    [
+        (["missing.png"], 1, "missing.png does not exist"),
+        ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is no valid repository id"),
+        ([EXAMPLES, "--device", "abacus"], 1, "device 'abacus' cannot be used"),
+        ([EXAMPLES, "--dtype", "int8"], 2, "int8"),
+        ([EXAMPLES, "--top-k", "0"], 2, "top-k"),
+        ([], 2, "Missing argument"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_message(evmamba, arguments, expected_code, message):
+    exit_code, _, stderr = evmamba("classify", *arguments)
+    assert exit_code == expected_code
+    assert message in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_model_without_a_head_is_refused(evmamba, tmp_path):
+    EfficientVMambaModel(EfficientVMambaConfig(hidden_sizes=[8] * 4, depths=[1] * 4)).save_pretrained(tmp_path)
+    exit_code, _, stderr = evmamba("classify", EXAMPLES, "--model", tmp_path)
+    assert exit_code == 1
+    assert "Traceback" not in stderr
+
+
+def test_half_precision_agrees_with_float32(evmamba):
+    scores = {}
+    for dtype in ("float32", "float16"):
+        _, stdout, _ = evmamba("classify", EXAMPLES, "--json", "--dtype", dtype)
+        scores[dtype] = torch.tensor([item["predictions"][0]["score"] for item in json.loads(stdout)])
+    assert torch.allclose(scores["float32"], scores["float16"], atol=0.02)

@@ -1,0 +1,469 @@
+"""`evmamba evaluate`: counts that are exact, whatever the dataset and the number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from datasets import load_dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from evmamba_hub.errors import UserError
+from evmamba_hub.images import imagenet
+from evmamba_hub.images.labeled_images import LabeledImage
+from evmamba_hub.inference.evaluation import Counts, Preprocessor, match_labels
+from hub_server import USERS, Fault
+
+
+ROOT = Path(__file__).parents[4]
+DIGITS = ROOT / "demo" / "digits"
+
+
+@pytest.fixture
+def few_digits(digit_images, tmp_path) -> Path:
+    """Seven digits of every class."""
+    for folder in digit_images.iterdir():
+        (tmp_path / "few" / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir())[:7]:
+            shutil.copy(path, tmp_path / "few" / folder.name)
+    return tmp_path / "few"
+
+
+def evaluate(evmamba, *arguments) -> dict:
+    output = Path(arguments[arguments.index("--output") + 1])
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 0, err
+    return json.loads(output.read_text())
+
+
+def test_what_the_card_of_the_digits_says(evmamba, digit_images, tmp_path):
+    results = evaluate(evmamba, DIGITS, "--dataset", digit_images, "--output", tmp_path / "results.json")
+    stated = [result.metric_value for result in ModelCard.load(DIGITS / "README.md").data.eval_results]
+    assert results["images"] == 599
+    assert [round(results[name], 4) for name in ("top1", "top5", "loss")] == stated
+    assert results["top1"] < results["top5"] <= 1 and 0 < results["loss"] < 0.2
+    assert results["images_per_second"] > 0
+    num_wrong = round(599 * (1 - results["top1"]))
+    assert sum(confusion["images"] for confusion in results["most_confused"]) == num_wrong
+    assert len(results["worst_classes"]) == 10
+    assert sum(entry["images"] for entry in results["worst_classes"]) == 599
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
+
+
+def test_two_processes(evmamba, few_digits, tmp_path):
+    """69 images on two processes: 35 and 34, where batches of 8 would be padded by others."""
+    next(few_digits.glob("3/*.png")).unlink()
+    single = evaluate(evmamba, DIGITS, "--dataset", few_digits, "--output", tmp_path / "single.json")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
+    arguments = ["--dataset", few_digits, "--output", tmp_path / "double.json", "--batch-size", "8"]
+    completed = subprocess.run(
+        [*launch, "evmamba_hub.cli", "evaluate", DIGITS, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.count("images per second") == 1  # one of the processes reports
+    double = json.loads((tmp_path / "double.json").read_text())
+    assert (single["processes"], double["processes"]) == (1, 2)
+    for name in ("images", "top1", "top5", "most_confused", "worst_classes"):
+        assert double[name] == single[name]
+    assert double["images"] == 69
+    assert double["loss"] == pytest.approx(single["loss"], rel=1e-5)
+    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["double.json", "single.json"]
+
+
+def test_an_interrupted_evaluation_goes_on(evmamba, few_digits, tmp_path):
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 4]
+    expected = evaluate(evmamba, *arguments, "--output", tmp_path / "expected.json")
+
+    last = sorted(few_digits.glob("7/*.png"))[3]
+    content = last.read_bytes()
+    last.write_bytes(b"no image")
+    arguments += ["--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and f"{last}: it is not an image" in err
+    assert not (tmp_path / "results.json").exists()
+    (progress,) = tmp_path.glob("results.json.progress-*")
+
+    last.write_bytes(content)
+    _, _, err = evmamba("evaluate", *arguments, "--dtype", "bfloat16")  # another measurement starts anew
+    assert "Going on" not in err
+
+    last.write_bytes(b"no image")
+    assert evmamba("evaluate", *arguments)[0] == 1
+    last.write_bytes(content)
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 0 and "Going on after 52 images" in err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {**results, "images_per_second": None} == {**expected, "images_per_second": None}
+    assert not progress.exists()
+
+
+def test_a_damaged_progress_file_is_no_obstacle(evmamba, few_digits, tmp_path):
+    (tmp_path / "results.json.progress-0-of-1").write_bytes(b"damaged")
+    arguments = [DIGITS, "--dataset", few_digits, "--output", tmp_path / "results.json"]
+    assert evaluate(evmamba, *arguments)["images"] == 70
+
+
+def test_counts():
+    """Against sums over single images."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
+    counts = Counts.start(7)
+    for batch in torch.arange(200).split(48):
+        counts.add(logits[batch], labels[batch])
+    predictions = logits.argmax(dim=-1)
+    assert (counts.num_images, counts.num_classes) == (200, 7)
+    assert counts.confusion.diag().sum() == (predictions == labels).sum()
+    for label in range(7):
+        for prediction in range(7):
+            expected = ((labels == label) & (predictions == prediction)).sum()
+            assert counts.confusion[label, prediction] == expected
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
+    assert counts.sums[1] == (ranks < 5).sum() < 200
+    assert counts.sums[0].item() == pytest.approx(F.cross_entropy(logits, labels).item() * 200, rel=1e-6)
+
+
+def test_a_batch_counts_as_a_whole_or_not(monkeypatch):
+    """Ctrl-C before each line that counts, one after the other."""
+    logits, labels = torch.eye(7)[:4], torch.arange(4)
+
+    def interrupt(frame, event, _):
+        nonlocal num_lines
+        if frame.f_code is Counts.add.__code__ and event == "line":
+            num_lines -= 1
+            if num_lines == 0:
+                raise KeyboardInterrupt
+        return interrupt
+
+    outcomes = []
+    for line in range(1, 100):
+        counts, num_lines, trace = Counts.start(7), line, sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            counts.add(logits, labels)
+        except KeyboardInterrupt:
+            outcomes.append((counts.num_images, counts.sums[1].item()))
+        else:
+            break
+        finally:
+            sys.settrace(trace)
+    assert len(outcomes) > 3 and set(outcomes) <= {(0, 0), (4, 4)}
+    assert (counts.num_images, counts.sums[1].item()) == (4, 4)
+
+
+@pytest.fixture
+def at_second_batch(monkeypatch):
+    """Lets something happen once while the second batch is being counted."""
+    cross_entropy, calls = F.cross_entropy, []
+
+    def prepare(action) -> None:
+        def count_and_act(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 2:
+                action()
+            return cross_entropy(*args, **kwargs)
+
+        monkeypatch.setattr(F, "cross_entropy", count_and_act)
+
+    return prepare
+
+
+def test_ctrl_c_while_a_batch_is_counted(evmamba, few_digits, tmp_path, at_second_batch):
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--output"]
+    expected = evaluate(evmamba, *arguments, tmp_path / "expected.json")
+    at_second_batch(lambda: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with another
+    code, out, _ = evmamba("evaluate", *arguments, tmp_path / "results.json")
+    signal.signal(signal.SIGINT, handler)
+    assert code != 0 and "top-1" not in out
+    code, _, err = evmamba("evaluate", *arguments, tmp_path / "results.json")
+    assert code == 0 and "Going on after 8 images" in err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+    ignored = {"images_per_second": None, "loss": None}
+    assert {**results, **ignored} == {**expected, **ignored}
+
+
+@pytest.mark.parametrize("output", ["file/results.json", "r" * 250, "r" * 300], ids=["folder", "name", "long"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(evmamba, few_digits, tmp_path, output):
+    (tmp_path / "file").touch()
+    first = sorted(few_digits.glob("0/*.png"))[0]
+    first.write_bytes(b"no image")
+    code, out, err = evmamba("evaluate", DIGITS, "--dataset", few_digits, "--output", tmp_path / output)
+    assert (code, out) == (1, "")
+    assert f"{output}.progress-0-of-1 cannot be written" in err and str(first) not in err
+
+
+def test_what_broke_it_off_is_told_where_nothing_can_be_saved_any_more(evmamba, few_digits, tmp_path, at_second_batch):
+    last = sorted(few_digits.glob("9/*.png"))[-1]
+    last.write_bytes(b"no image")
+
+    def spoil() -> None:
+        path = tmp_path / "results.json.progress-0-of-1"
+        path.unlink()
+        path.mkdir()
+
+    at_second_batch(spoil)
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and f"{last}: it is not an image" in err
+
+
+# Labels
+
+
+def test_labels_are_matched_by_name(evmamba, few_digits, tmp_path):
+    """Not by number: the dataset's class 0 is "1" here, and "zero" the last one."""
+    (few_digits / "0").rename(few_digits / "zero")
+    (tmp_path / "map.json").write_text(json.dumps({"zero": "0"}))
+    arguments = [DIGITS, "--dataset", few_digits, "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "1 of the 10 labels of the dataset are none of the model's: 'zero'" in err
+    results = evaluate(evmamba, *arguments, "--label-map", tmp_path / "map.json")
+    assert results["top1"] > 0.95
+
+
+def test_a_part_of_the_classes(evmamba, few_digits, tmp_path):
+    for label in "0245679":
+        shutil.rmtree(few_digits / label)
+    results = evaluate(evmamba, DIGITS, "--dataset", few_digits, "--output", tmp_path / "results.json")
+    assert results["images"] == 21 and results["top1"] > 0.9
+    assert {entry["label"] for entry in results["worst_classes"]} == {"1", "3", "8"}
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["cat, animal", "dog, hound, animal"], [1, 0]),
+        (["hound"], [0]),
+        (["feline"], "'feline'"),
+        (["crane"], [2]),
+        (["machine", "crane"], [3, 2]),
+        (["animal"], "'animal'"),  # of two classes
+        (["a", "b", "c", "d", "e", "f", "cat"], "6 of the 7 labels .* 'e', ..."),
+        (["Katze"], [1]),
+    ],
+    ids=str,
+)
+def test_names(names, expected):
+    id2label = dict(enumerate(["dog, hound, animal", "cat, animal", "crane", "crane, machine"]))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            match_labels(names, id2label, {"Katze": "cat"})
+    else:
+        assert match_labels(names, id2label, {"Katze": "cat"}) == expected
+
+
+def test_names_of_imagenet():
+    labels, synsets = imagenet.load_labels(), imagenet.load_synsets()
+    assert len(set(labels)) == len(set(synsets)) == 1000
+    assert synsets == sorted(synsets)
+    id2label = dict(enumerate(labels))
+    assert match_labels(synsets, id2label, {}) == match_labels(labels, id2label, {}) == list(range(1000))
+    names = ["n02012849", "n03126707", "crane", "construction crane", "tank suit", "maillot", "tench"]
+    assert match_labels(names, id2label, {}) == [134, 517, 134, 517, 639, 638, 0]
+    with pytest.raises(UserError):
+        match_labels(["n01440764"], {0: "dog", 1: "cat"}, {})
+
+
+def test_models_without_names():
+    id2label = {index: f"LABEL_{index}" for index in range(3)}
+    assert match_labels(["a", "b", "c"], id2label, {}) == [0, 1, 2]
+    with pytest.raises(UserError, match="3 classes without names, which cannot be matched with 2 labels"):
+        match_labels(["a", "b"], id2label, {})
+
+
+# Images
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (300, 300), (500, 375), (257, 999)])
+def test_images_are_cropped_like_torchvision(evmamba, tmp_path, size):
+    preprocessor = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    actual = Preprocessor(image_processor)(LabeledImage("image", tmp_path / "image.png", 0))
+
+    # torchvision's Resize(256), CenterCrop(224), ToTensor and Normalize, in their own words
+    width, height = size
+    scaled = (256, int(256 * height / width)) if width < height else (int(256 * width / height), 256)
+    resized = Image.fromarray(noise).resize(scaled, Image.Resampling.BICUBIC)
+    left, top = round((scaled[0] - 224) / 2.0), round((scaled[1] - 224) / 2.0)
+    cropped = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=np.float32) / 255
+    expected = (cropped - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    torch.testing.assert_close(actual, torch.from_numpy(expected).permute(2, 0, 1).float(), atol=1e-5, rtol=0)
+
+
+# Results
+
+
+def test_results_in_a_card(evmamba, few_digits, tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "model")
+    arguments = [tmp_path / "model", "--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
+    results = evaluate(evmamba, *arguments)
+    evaluate(evmamba, *arguments)
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.text == ModelCard.load(DIGITS / "README.md").text
+    earlier, added = card.data.eval_results[:3], card.data.eval_results[3:]
+    assert earlier == ModelCard.load(DIGITS / "README.md").data.eval_results
+    assert [(result.dataset_name, result.metric_type) for result in added] == [
+        ("few", "accuracy"),
+        ("few", "accuracy"),
+        ("few", "loss"),
+    ]
+    assert added[0].metric_value == round(results["top1"], 4)
+    assert not (tmp_path / "model" / ".eval_results").exists()
+
+
+def test_results_and_card_are_replaced_as_a_whole(evmamba, few_digits, tmp_path):
+    """Who has opened an older file goes on reading it, and links stay links."""
+    shutil.copytree(DIGITS, tmp_path / "model")
+    (tmp_path / "elsewhere.json").write_text("old")
+    (tmp_path / "results.json").symlink_to(tmp_path / "elsewhere.json")
+    arguments = ["--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
+    with (tmp_path / "elsewhere.json").open() as old_results, (tmp_path / "model" / "README.md").open() as old_card:
+        results = evaluate(evmamba, tmp_path / "model", *arguments)
+        assert old_results.read() == "old"
+        assert old_card.read() == (DIGITS / "README.md").read_text()
+    assert (tmp_path / "results.json").is_symlink()
+    assert json.loads((tmp_path / "elsewhere.json").read_text()) == results
+    assert "few" in (tmp_path / "model" / "README.md").read_text()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.fixture
+def hub_data(hub, few_digits, tmp_path) -> str:
+    """A dataset of the Hub, of seven digits of every class."""
+    load_dataset("imagefolder", data_dir=str(few_digits), split="train").to_parquet(tmp_path / "data.parquet")
+    hub.create("someone/data", {"test.parquet": (tmp_path / "data.parquet").read_bytes()}, kind="dataset")
+    return "someone/data"
+
+
+def test_results_are_shown_before_a_card_fails(evmamba, hub_data, tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "model")
+    (tmp_path / "model" / ".eval_results").touch()  # where a folder is needed
+    arguments = ["--dataset", hub_data, "--output", tmp_path / "results.json", "--update-card"]
+    code, out, err = evmamba("evaluate", tmp_path / "model", *arguments)
+    assert code == 1 and "100.00%" in out
+    assert "data.yaml cannot be written" in err.splitlines()[-1] and "Traceback" not in err
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 70
+
+
+def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, hub_data, tmp_path):
+    assert evmamba("push", DIGITS, "someone/digits")[0] == 0
+    before = len(hub.repos["model", "someone/digits"].history)
+
+    arguments = ["--dataset", hub_data, "--output", tmp_path / "results.json", "--update-card"]
+    results = evaluate(evmamba, "someone/digits", *arguments)
+    assert (results["images"], results["dataset_split"]) == (70, "test")
+    assert results["model_revision"] in hub.repos["model", "someone/digits"].commits
+    assert results["dataset_revision"] == hub.repos["dataset", "someone/data"].refs["main"]
+
+    repo = hub.repos["model", "someone/digits"]
+    assert len(repo.history) == before + 1
+    card = ModelCard(repo.files()["README.md"].decode())
+    assert {result.dataset_type for result in card.data.eval_results} == {"digits", "someone/data"}
+    (entry,) = yaml.safe_load(repo.files()[".eval_results/data.yaml"])
+    assert entry["dataset"]["id"] == "someone/data" and entry["value"] == round(100 * results["top1"], 2)
+    assert repo.files()["model.safetensors"] == (DIGITS / "model.safetensors").read_bytes()
+
+    shutil.copytree(DIGITS, tmp_path / "own", ignore=shutil.ignore_patterns("README.md"))
+    code, _, err = evmamba("push", tmp_path / "own", "someone/own", "--results", tmp_path / "results.json")
+    assert code == 0, err
+    card = hub.repos["model", "someone/own"].files()["README.md"].decode()
+    assert f"| someone/data | Top-1 accuracy | {round(results['top1'], 4)} | measured by" in card
+    assert ".eval_results/data.yaml" in hub.repos["model", "someone/own"].files()
+    assert not any(token in card for token in USERS)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no/such/model", "--dataset", "DATA"], "no valid repository id"),
+        ([DIGITS, "--dataset", "no/such/data"], "no valid repository id"),
+        ([DIGITS, "--dataset", "DATA", "--revision", "main"], "only repositories on the Hub have revisions"),
+        ([DIGITS, "--dataset", "DATA", "--label-map", "missing.json"], "missing.json cannot be read as JSON"),
+        ([DIGITS.parent, "--dataset", "DATA"], "cannot be loaded as an image classifier"),
+        (["MODEL", "--dataset", "DATA", "--update-card"], "holds no README.md"),
+        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is a folder or a device, --output is a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is a folder or a device, --output is a file"),
+        (["someone/missing", "--dataset", "DATA"], "neither a path here nor a repository on the Hub"),
+    ],
+)
+def test_bad_arguments_get_one_message(evmamba, hub, few_digits, tmp_path, arguments, message):
+    shutil.copytree(DIGITS, tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
+    places = {"DATA": few_digits, "MODEL": tmp_path / "model"}
+    code, out, err = evmamba("evaluate", *(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (1, "")
+    assert message in err and "Traceback" not in err
+
+
+def test_the_hub_is_asked_before_the_work_begins(evmamba, hub, few_digits):
+    """A card that cannot be read is found before the evaluation, not after."""
+    assert evmamba("push", DIGITS, "someone/digits")[0] == 0
+    repo = hub.repos["model", "someone/digits"]
+    del repo.commits[repo.refs["main"]].files["README.md"]
+    code, _, err = evmamba("evaluate", "someone/digits", "--dataset", few_digits, "--update-card")
+    assert code == 1 and "someone/digits" in err and "Evaluating" not in err
+
+
+def test_images_of_different_sizes(evmamba, few_digits, tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "model")
+    path = tmp_path / "model" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_center_crop": False}))
+    Image.open(next(few_digits.glob("3/*.png"))).crop((0, 0, 100, 160)).save(few_digits / "3" / "narrow.png")
+    arguments = [tmp_path / "model", "--dataset", few_digits, "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "different sizes: use --batch-size 1" in err
+    assert evaluate(evmamba, *arguments, "--batch-size", 1)["images"] == 71
+
+
+@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no right")])
+def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path, action, message):
+    assert evmamba("push", DIGITS, "someone/digits")[0] == 0
+    hub.faults = [Fault("commit", action)]
+    arguments = ["someone/digits", "--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
+    code, out, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "100.00%" in out and message in err.splitlines()[-1] and err.count("Error:") == 1
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 70
+    code, out, err = evmamba("evaluate", *arguments)
+    assert code == 0 and "Going on after 70 images" in err and "100.00%" in out
+    assert json.loads((tmp_path / "results.json").read_text())["images_per_second"] is None
+    assert len(hub.repos["model", "someone/digits"].history) == 3
+    assert not list(tmp_path.glob("*.progress-*"))
+
+
+def test_missing_packages(evmamba, few_digits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    code, _, err = evmamba("evaluate", DIGITS, "--dataset", few_digits)
+    assert code == 1 and 'pip install "efficientvmamba[evaluate]"' in err
+
+
+def test_a_damaged_download(evmamba, hub, few_digits, tmp_path):
+    assert evmamba("push", DIGITS, "someone/damaged")[0] == 0
+    hub.faults = [Fault("download", "corrupt")]
+    arguments = ["someone/damaged", "--dataset", few_digits, "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and "model.safetensors was damaged on its way" in err
+    assert evaluate(evmamba, *arguments)["images"] == 70

@@ -1,0 +1,178 @@
+"""The network's code in a repository, used with `trust_remote_code=True` where this package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from PIL import Image
+from transformers import AutoModelForImageClassification
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from evmamba_hub.publish.bundle import find_remote_code
+from evmamba_hub.publish.push import collect_model_files
+from modeling_evmamba import EfficientVMambaForImageClassification
+
+
+ROOT = Path(__file__).parents[4]
+DIGITS = ROOT / "demo" / "digits"
+EXAMPLE = ROOT / "demo" / "examples" / "digit_3.png"
+
+# Everything that a stranger does with the repository. Prints what it found as JSON.
+SCRIPT = """
+import json, sys
+from importlib.util import find_spec
+
+import torch
+from PIL import Image
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+PACKAGES = ["torchvision", "numba", "triton", "modeling_evmamba", "evmamba_kernels", "evmamba_hub"]
+repo_id, other_repo_id, example = sys.argv[1:]
+options = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(repo_id, **options)
+model = AutoModelForImageClassification.from_pretrained(repo_id, **options)
+inputs = AutoImageProcessor.from_pretrained(repo_id)(Image.open(example).convert("RGB"), return_tensors="pt")
+backbone = AutoBackbone.from_pretrained(repo_id, out_features=["stage1", "stage4"], **options)
+other = AutoModelForImageClassification.from_pretrained(other_repo_id, **options)
+
+with torch.no_grad(), torch.profiler.profile() as profile:
+    logits = model(**inputs).logits
+with torch.no_grad():
+    other_logits = other(**inputs).logits
+    hidden_states = AutoModel.from_pretrained(repo_id, **options)(**inputs).last_hidden_state
+    shapes = [feature_map.shape for feature_map in backbone(**inputs).feature_maps]
+loss = model(**inputs, labels=torch.tensor([3])).loss
+loss.backward()
+
+operator = sys.modules[type(model).__module__].atrous_selective_scan
+print(json.dumps({
+    "installed": [name for name in PACKAGES if find_spec(name)],
+    "modules": [type(config).__module__, type(model).__module__, operator.__module__],
+    "logits": logits.tolist(),
+    "other_logits": other_logits.tolist(),
+    "hidden_states": list(hidden_states.shape),
+    "feature_maps": shapes,
+    "gradient": model.classifier.weight.grad.norm().item(),
+    "label": pipeline("image-classification", model=repo_id, **options)(example)[0]["label"],
+    "backend": sys.modules[operator.__module__].choose_backend("cpu", torch.float32).backend,
+    "operators": [event.key for event in profile.key_averages() if event.key.startswith("transformers_modules")],
+}))
+"""
+
+
+@pytest.mark.parametrize("name, path", find_remote_code().items())
+def test_files_of_a_bundle_demand_no_package(name, path):
+    """What a file imports outside of `try` is demanded of every user, whether it is used or not."""
+    known = {*sys.stdlib_module_names, "huggingface_hub", "numpy", "torch", "transformers"}
+    assert set(get_imports(path)) <= known
+    assert {f"{module}.py" for module in get_relative_imports(path)} <= find_remote_code().keys()
+
+
+def find_requirements(name: str, found: set[str]) -> set[str]:
+    """The distributions that one needs, itself included."""
+    if name not in found:
+        found.add(name)
+        for line in distribution(name).requires or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                find_requirements(requirement.name, found)
+    return found
+
+
+def link_distributions(environment: Path, names: list[str]) -> None:
+    """Puts installed distributions, and what they need, into another virtual environment, without copying them."""
+    paths = sysconfig.get_paths("venv", vars={"base": str(environment)})
+    for name in set().union(*(find_requirements(name, set()) for name in names)):
+        found = distribution(name)
+        for top in {Path(file).parts[0] for file in found.files} - {"..", "__pycache__"}:
+            link = Path(paths["purelib"], top)
+            if not link.exists():
+                link.symlink_to(found.locate_file(top))
+
+
+def create_environment(folder: Path, kind: str) -> Path:
+    """A virtual environment with torch, transformers and Pillow (without which transformers reads no image)."""
+    venv.create(folder, with_pip=kind == "installed")
+    if kind == "installed":
+        packages = ["-c", ROOT / "constraints.txt", "torch", "transformers", "pillow"]
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True)
+    else:
+        link_distributions(folder, ["torch", "transformers", "pillow", *(["numba"] if kind == "with_numba" else [])])
+    return folder
+
+
+def use(environment: Path, hub, *arguments: object) -> dict:
+    """Runs the script far from the repository, with an empty cache."""
+    variables = {name: os.environ[name] for name in ("PATH", "HF_ENDPOINT", "HF_HUB_DISABLE_XET")}
+    home = environment / "home"
+    completed = subprocess.run(
+        [environment / "bin" / "python", "-c", SCRIPT, *map(str, arguments)],
+        cwd=environment,
+        env={**variables, "HOME": str(home), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def repositories(hub) -> list[str]:
+    """Two repositories that carry the same code."""
+    repo_ids = ["someone/digits", "someone/other-digits"]
+    for repo_id in repo_ids:
+        files = collect_model_files(DIGITS, repo_id)
+        hub.create(
+            repo_id, {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
+        )
+    return repo_ids
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "linked",
+        "with_numba",
+        pytest.param("installed", marks=[pytest.mark.wheel, pytest.mark.timeout(1200)]),
+    ],
+)
+def test_a_clean_environment(hub, repositories, tmp_path, kind):
+    found = use(create_environment(tmp_path / "environment", kind), hub, *repositories, EXAMPLE)
+    accelerated = kind == "with_numba"
+    assert found["installed"] == (["numba"] if accelerated else [])
+    assert all(module.startswith("transformers_modules.someone.digits.") for module in found["modules"])
+    assert found["backend"] == ("numba" if accelerated else "torch")
+    # operators of our own are what the accelerated backends are called by; without them, nothing but PyTorch's run.
+    # The code of the other repository is loaded by then, and must not have taken their names.
+    names = {operator.partition("::")[2] for operator in found["operators"]}
+    assert names == ({"atrous_selective_scan", "layer_norm_gated", "layer_norm_mean"} if accelerated else set())
+    assert all(operator.startswith("transformers_modules_someone_digits_") for operator in found["operators"])
+
+    model = EfficientVMambaForImageClassification.from_pretrained(DIGITS)
+    inputs = AutoImageProcessor.from_pretrained(DIGITS)(Image.open(EXAMPLE).convert("RGB"), return_tensors="pt")
+    outputs = model(**inputs, labels=torch.tensor([3]))
+    outputs.loss.backward()
+    for logits in (found["logits"], found["other_logits"]):
+        torch.testing.assert_close(torch.tensor(logits), outputs.logits.detach(), rtol=1e-4, atol=1e-4)
+    assert found["gradient"] == pytest.approx(model.classifier.weight.grad.norm().item(), rel=1e-3)
+    assert found["hidden_states"] == [1, 64, 2, 2]
+    assert found["feature_maps"] == [[1, 16, 16, 16], [1, 64, 2, 2]]
+    assert found["label"] == "3"
+
+
+def test_a_bundle_beside_the_installed_package(hub, repositories, tmp_path):
+    """A class that is registered is preferred to the repository's, and nobody is asked to trust anything."""
+    for options in ({}, {"trust_remote_code": True}):
+        model = AutoModelForImageClassification.from_pretrained(repositories[0], **options)
+        assert type(model) is EfficientVMambaForImageClassification

@@ -1,0 +1,154 @@
+"""What model cards say, and where it comes from."""
+
+import re
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from evmamba_hub.errors import UserError
+from evmamba_hub.publish.card import (
+    TOP1,
+    UNKNOWN_TRAINING,
+    CardDetails,
+    add_results,
+    read_results,
+    render_card,
+    result_entries,
+    to_eval_results,
+)
+from evmamba_hub.publish.republish import load_manifest
+from modeling_evmamba import (
+    VARIANTS,
+    EfficientVMambaBackbone,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+)
+
+
+RESULTS = {
+    "dataset": "someone/flowers",
+    "dataset_id": "someone/flowers",
+    "dataset_config": None,
+    "dataset_split": "test",
+    "dataset_revision": "0" * 40,
+    "top1": 0.87654321,
+    "top5": 0.98,
+    "loss": 0.5,
+}
+
+
+def render_classifier_card(details: CardDetails) -> ModelCard:
+    return render_card(
+        "someone/model", EfficientVMambaConfig(num_labels=7), EfficientVMambaForImageClassification, details
+    )
+
+
+def metadata(card: ModelCard) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.DOTALL)[1])
+
+
+def sections(card: ModelCard) -> list[str]:
+    return re.findall(r"^## (.*)$", card.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("checkpoint", load_manifest(), ids=lambda checkpoint: checkpoint.variant)
+def test_cards_of_the_authors_checkpoints(checkpoint):
+    config = EfficientVMambaConfig(**VARIANTS[checkpoint.variant], num_labels=1000)
+    card = render_card("someone/model", config, EfficientVMambaForImageClassification, checkpoint.details)
+    data = metadata(card)
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-classification"
+    assert data["license"] == "apache-2.0"
+    assert data["datasets"] == ["ILSVRC/imagenet-1k"]
+    assert {"efficientvmamba", "vision"} < set(data["tags"])
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"]["type"] == "ILSVRC/imagenet-1k"
+    assert result["metrics"] == [{"type": "accuracy", "value": checkpoint.top1 / 100, "name": TOP1}]
+    assert result["source"]["url"] == checkpoint.log
+
+    size = {"tiny": ("6,493,660", "0.787"), "small": ("11,273,688", "1.317"), "base": ("33,717,136", "3.950")}
+    for value in (*size[checkpoint.variant], str(checkpoint.top1 / 100), checkpoint.log, checkpoint.source):
+        assert value in card.text
+    assert f"published size {checkpoint.variant}" in card.text
+    assert sections(card) == [
+        "How to use",
+        "Size and speed",
+        "Results",
+        "Training",
+        "Limits and biases",
+        "Citation",
+    ]
+    assert "benchmarks/RESULTS.md" in card.text
+    assert "{" not in card.text.split("```bibtex")[0]  # nothing of the template is left
+
+
+def test_the_code_of_a_card_is_python(tmp_path):
+    for model_class, num_blocks in [(EfficientVMambaForImageClassification, 4), (EfficientVMambaBackbone, 1)]:
+        config = EfficientVMambaConfig(hidden_sizes=[8] * 4, depths=[1] * 4)
+        card = render_card("someone/model", config, model_class, CardDetails())
+        assert f"{model_class(config).num_parameters():,} parameters" in card.text
+        blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        assert len(blocks) == num_blocks
+        for block in blocks:
+            compile(block, "card", "exec")
+            assert "someone/model" in block
+
+
+def test_a_card_says_no_more_than_is_known():
+    card = render_card(
+        "someone/model", EfficientVMambaConfig(num_labels=7), EfficientVMambaForImageClassification, CardDetails()
+    )
+    assert metadata(card).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "Results" not in sections(card)
+    assert UNKNOWN_TRAINING in card.text and "a classifier of 7 classes" in card.text
+
+
+def test_a_fine_tuned_model():
+    details = CardDetails(
+        license="mit",
+        base_model="someone/tiny",
+        datasets=["someone/flowers"],
+        results=to_eval_results(RESULTS),
+    )
+    card = render_card(
+        "someone/model", EfficientVMambaConfig(num_labels=7), EfficientVMambaForImageClassification, details
+    )
+    data = metadata(card)
+    assert (data["license"], data["base_model"], data["datasets"]) == ("mit", "someone/tiny", ["someone/flowers"])
+    assert "| someone/flowers | Top-1 accuracy | 0.8765 | measured by the package |" in card.text
+    assert str(ModelCard(str(card))) == str(card)
+
+
+def test_results_replace_older_ones_of_the_same_measurement():
+    card = ModelCard("---\nlicense: mit\n---\nText\n")
+    other = EvalResult("image-classification", "digits", "Digits", "accuracy", 0.5)
+    add_results(card, [other, *to_eval_results(RESULTS)], "model")
+    add_results(card, to_eval_results({**RESULTS, "top1": 0.9}), "model")
+    values = [(result.dataset_type, result.metric_name, result.metric_value) for result in card.data.eval_results]
+    flowers = [(TOP1, 0.9), ("Top-5 accuracy", 0.98), ("Loss", 0.5)]
+    assert values == [("digits", None, 0.5), *(("someone/flowers", name, value) for name, value in flowers)]
+    assert str(card).endswith("---\nText\n") and metadata(card)["license"] == "mit"
+
+
+def test_results_in_the_newer_form():
+    (path, content), *others = result_entries(to_eval_results(RESULTS)).items()
+    assert (path, others) == (".eval_results/flowers.yaml", [])
+    dataset = {"id": "someone/flowers", "task_id": "default", "revision": "0" * 40}
+    assert yaml.safe_load(content) == [{"dataset": dataset, "value": 87.65, "notes": "Top-1 accuracy, test"}]
+    assert result_entries(to_eval_results({**RESULTS, "dataset_id": None, "dataset": "photos"})) == {}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"top1": 1}'])
+def test_files_that_hold_no_results(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match="holds no results"):
+        read_results(tmp_path / "results.json")
+
+
+def test_markup_in_names_is_data():
+    """Names come from repositories of others: they are no template."""
+    details = CardDetails(license="mit", base_model="{{ 7 * 7 }}/x", datasets=["a: [b"])
+    card = render_classifier_card(details)
+    assert metadata(card)["base_model"] == "{{ 7 * 7 }}/x"
+    assert card.data == ModelCardData(**metadata(card))
