@@ -19,7 +19,7 @@ from transformers import BitImageProcessorPil
 from transformers.utils import logging
 
 from evmamba_demo.bundled import find_bundled_model
-from evmamba_hub.export.export import Logits, Runtime, check_images, load_exportable, write_and_open
+from evmamba_hub.export.export import Logits, Runtime, create_check_images, load_exportable, write_and_open
 from modeling_evmamba import (
     VARIANTS,
     EfficientVMambaConfig,
@@ -83,7 +83,7 @@ def measure_differences(variant: str, runtimes: dict[str, Runtime]) -> list[dict
     rows = []
     for height, width in IMAGE_SIZES:
         for batch_size in CHECKED_BATCH_SIZES:
-            images = check_images(config, (batch_size, height, width))
+            images = create_check_images(config, (batch_size, height, width))
             expected = runtimes["PyTorch"](images)
             row = {"network": variant, "image": f"{height} x {width}", "batch": batch_size}
             row["largest logit"] = expected.abs().max().item()

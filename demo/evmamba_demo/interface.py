@@ -14,7 +14,7 @@ from gradio.data_classes import ImageData
 from PIL import Image
 
 from evmamba_demo import drawings, explanations
-from evmamba_demo.models import MAX_PIXELS, Models, classify, measure_latency, read_picture
+from evmamba_demo.models import MAX_PIXELS, Models, measure_sides, predict, read_picture
 from evmamba_hub.errors import UserError
 
 
@@ -117,7 +117,7 @@ class Demonstration:
         """Labels with scores, what the network saw, and how long it took."""
         if picture is None:
             return None, None, NO_PICTURE
-        found = classify(self.models.shown, read_picture(picture))
+        found = predict(self.models.shown, read_picture(picture))
         _, _, height, width = found.pixel_values.shape
         described = (
             f"The network saw {width} x {height} pixels. Its forward pass took {found.milliseconds:.1f} ms, "
@@ -195,7 +195,7 @@ class Demonstration:
         if picture is None:
             return None, None, NO_PICTURE
         image = read_picture(picture)
-        found = [classify(self.models.load(name), image) for name in (first_model, second_model)]
+        found = [predict(self.models.load(name), image) for name in (first_model, second_model)]
         first, second = [next(iter(one.scores)) for one in found]
         shared = len(found[0].scores.keys() & found[1].scores.keys())
         verdict = f"Both say “{first}”" if first == second else f"They differ: “{first}” and “{second}”"
@@ -205,7 +205,7 @@ class Demonstration:
     def measure(self) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
         """Milliseconds by image size, as the measurements come in."""
         rows = []
-        for side, milliseconds in measure_latency(self.models.shown):
+        for side, milliseconds in measure_sides(self.models.shown):
             rows.append({"side": side, "pixels": side * side, "milliseconds": round(milliseconds, 2)})
             table = pd.DataFrame(rows)
             yield table, table
@@ -408,7 +408,7 @@ def launch(models: list[str], examples: list[Path], allow_any: bool, host: str |
         UserError: for models that cannot be shown and ports that are taken.
     """
     shown = Models(models, allow_any)
-    classify(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels, which the first visitor need not wait for
+    predict(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels, which the first visitor need not wait for
     app = create_app(shown, examples)
     try:
         app.launch(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from transformers import ImageClassificationPipeline
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
 from evmamba_hub.inference.classify import load_classifier
+from evmamba_hub.info import measure_latency
 from evmamba_kernels import choose_backend
 from modeling_evmamba import EfficientVMambaForImageClassification
 
@@ -33,7 +34,7 @@ LATENCY_SIDES = (64, 128, 192, 256, 320, 384, 448)
 LATENCY_ROUNDS = 3
 
 
-class Classification(NamedTuple):
+class Prediction(NamedTuple):
     scores: dict[str, float]  # by label, the most likely first
     pixel_values: torch.Tensor  # (1, C, H, W), what the network saw
     milliseconds: float  # of the forward pass
@@ -75,7 +76,7 @@ class Models:
 
 
 def read_picture(path: str) -> Image.Image:
-    """An uploaded file as an image for `classify`, refused where it is no image or too large.
+    """An uploaded file as an image for `predict`, refused where it is no image or too large.
 
     Raises:
         UserError: with the reason.
@@ -89,24 +90,19 @@ def read_picture(path: str) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top))
 
 
-def classify(classifier: ImageClassificationPipeline, image: Image.Image) -> Classification:
+def predict(classifier: ImageClassificationPipeline, image: Image.Image) -> Prediction:
     """The most likely labels of an image, with the time that the network took, without reading and scaling."""
     inputs = classifier.preprocess(image)
-    milliseconds, outputs = measure(classifier, inputs)
+    start = time.perf_counter()
+    outputs = classifier.forward(inputs)  # on the CPU, so that the device is done
+    milliseconds = 1000 * (time.perf_counter() - start)
     predictions = classifier.postprocess(outputs, top_k=TOP_K)
-    return Classification(
+    return Prediction(
         {prediction["label"]: prediction["score"] for prediction in predictions},
         inputs["pixel_values"],
         milliseconds,
         describe_backend(classifier),
     )
-
-
-def measure(classifier: ImageClassificationPipeline, inputs: dict[str, torch.Tensor]) -> tuple[float, dict]:
-    """Milliseconds of a forward pass, and what it returned (on the CPU, so that the device is done)."""
-    start = time.perf_counter()
-    outputs = classifier.forward(inputs)
-    return (time.perf_counter() - start) * 1000, outputs
 
 
 def describe_backend(classifier: ImageClassificationPipeline) -> str:
@@ -116,10 +112,9 @@ def describe_backend(classifier: ImageClassificationPipeline) -> str:
     return choose_backend(classifier.device.type, classifier.model.dtype).backend
 
 
-def measure_latency(classifier: ImageClassificationPipeline) -> Iterator[tuple[int, float]]:
+def measure_sides(classifier: ImageClassificationPipeline) -> Iterator[tuple[int, float]]:
     """Sides of square images in pixels with the milliseconds that one takes, the best of a few runs."""
     channels = classifier.model.config.num_channels
     for side in LATENCY_SIDES:
         inputs = {"pixel_values": torch.zeros(1, channels, side, side)}
-        measure(classifier, inputs)  # the first run of a size allocates
-        yield side, min(measure(classifier, inputs)[0] for _ in range(LATENCY_ROUNDS))
+        yield side, 1000 * min(measure_latency(partial(classifier.forward, inputs), LATENCY_ROUNDS))

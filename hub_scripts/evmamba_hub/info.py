@@ -1,6 +1,8 @@
-"""`evmamba info`: the size of a network, counted, and what runs it on this machine."""
+"""`evmamba info`: the size of a network, counted, what runs it on this machine, and how long calls take."""
 
 import platform
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +78,30 @@ def measure_size(
                     module.register_forward_hook(counter)
         model(torch.empty(1, config.num_channels, height, width))
     return Size(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def measure_latency(call: Callable[[], object], num_calls: int, warm_up_calls: int = 1) -> list[float]:
+    """Measures the seconds of calls in a row, each until the accelerator is done, if there is one.
+
+    Args:
+        call: what to measure.
+        num_calls: how often.
+        warm_up_calls: calls before, which are not measured: the first ones compile and allocate.
+    """
+    seconds = []
+    for _ in range(warm_up_calls + num_calls):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[warm_up_calls:]
+
+
+def synchronize() -> None:
+    """Waits until the accelerator has done all that it was given. Without one, there is nothing to wait for."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def find_variant(config: EfficientVMambaConfig) -> str | None:

@@ -238,11 +238,11 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
         "wrong shape": wrong,
     }
     if any(problems.values()):
-        raise UserError(f"{path.name} does not fit the network: " + "; ".join(describe(problems)))
+        raise UserError(f"{path.name} does not fit the network: " + "; ".join(list_problems(problems)))
     return OriginalCheckpoint(model_class, config, state_dict, kind)
 
 
-def describe(problems: dict[str, list[str]]) -> list[str]:
+def list_problems(problems: dict[str, list[str]]) -> list[str]:
     """One phrase per kind of problem, with the first names and the number of the others."""
     phrases = []
     for kind, names in problems.items():

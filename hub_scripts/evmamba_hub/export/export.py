@@ -45,7 +45,7 @@ class Logits(nn.Module):
 
 
 @dataclass
-class Export:
+class ExportReport:
     """What was written, and how far its logits are from PyTorch's."""
 
     images: str  # which ones it takes
@@ -72,7 +72,7 @@ def smallest_side(config: EfficientVMambaConfig) -> int:
     return config.patch_size * (2 ** (config.num_stages - 1) + 1)
 
 
-def check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int] | None) -> Sizes:
+def choose_check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int] | None) -> Sizes:
     """What an export is tried on: the model's own size, odd sides that no patch divides, small images."""
     if image_size is not None:
         return [(batch_size, *image_size) for batch_size in CHECK_BATCH_SIZES]
@@ -83,7 +83,7 @@ def check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int] | Non
     return [(batch_size, *pair) for batch_size, pair in zip(CHECK_BATCH_SIZES, sides, strict=True)]
 
 
-def check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> torch.Tensor:
+def create_check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> torch.Tensor:
     """Noise on a colour of its own for every image, so that their logits differ."""
     batch_size, height, width = size
     generator = torch.Generator().manual_seed(0)
@@ -104,8 +104,8 @@ def check_logits(
         UserError: where one is beyond the bound, in units of the largest logit (of 1 at least), or no number.
     """
     differences = {}
-    for size in check_sizes(reference.config, image_size):
-        images = check_images(reference.config, size)
+    for size in choose_check_sizes(reference.config, image_size):
+        images = create_check_images(reference.config, size)
         expected = reference(images).logits
         differences[size] = (runtime(images) - expected).abs().max().item()
         if not differences[size] <= bound * max(1.0, expected.abs().max().item()):
@@ -124,7 +124,7 @@ def export_model(
     image_size: tuple[int, int] | None = None,
     dtype: str = "float32",
     revision: str | None = None,
-) -> Export:
+) -> ExportReport:
     """Writes one file, which takes `pixel_values` (B, C, H, W) and returns `logits` (B, labels), both in `dtype`.
 
     Args:
@@ -155,8 +155,9 @@ def export_model(
         runtime = write_and_open(model, format, file, image_size=image_size, dtype=dtype, revision=revision)
         differences = check_logits(runtime, reference, image_size, BOUNDS[dtype])
     if image_size is None:
-        return Export(f"images of any size from {smallest_side(config)} x {smallest_side(config)} pixels", differences)
-    return Export("images of {} x {} pixels".format(*image_size), differences)
+        smallest = smallest_side(config)
+        return ExportReport(f"images of any size from {smallest} x {smallest} pixels", differences)
+    return ExportReport("images of {} x {} pixels".format(*image_size), differences)
 
 
 def write_and_open(
@@ -180,7 +181,7 @@ def write_and_open(
 
 
 @contextmanager
-def without_chatter() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Keeps what exporters say to their developers off the terminal."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -200,11 +201,11 @@ def trace(
     height, width = image_size or (2 * smallest, 3 * smallest)  # any will do that are not special
     pixel_values = torch.zeros(2, model.config.num_channels, height, width, dtype=model.dtype)
     dynamic = {0: Dim.DYNAMIC} if image_size else {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    with torch.no_grad(), use_backend(backend), without_chatter():
+    with torch.no_grad(), use_backend(backend), quiet_exporters():
         return torch.export.export(Logits(model), (pixel_values,), dynamic_shapes=(dynamic,))
 
 
-def describe(classifier: ImageClassificationPipeline) -> dict[str, str]:
+def describe_inputs(classifier: ImageClassificationPipeline) -> dict[str, str]:
     """What a user of the logits has to know besides: names of the labels, and how images become pixel values."""
     id2label = classifier.model.config.id2label
     return {
@@ -221,7 +222,7 @@ def write_onnx(classifier: ImageClassificationPipeline, image_size: tuple[int, i
 
     # the scan as one node, whichever the kernel, which `onnx_scan` translates
     program = trace(classifier.model, image_size, "numba")
-    with without_chatter():
+    with quiet_exporters():
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -236,7 +237,7 @@ def write_onnx(classifier: ImageClassificationPipeline, image_size: tuple[int, i
         optimizer.optimize(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     for node in exported.model.graph.all_nodes():
         node.metadata_props.clear()  # lines of our code, two thirds of a small file
-    exported.model.metadata_props.update(describe(classifier))
+    exported.model.metadata_props.update(describe_inputs(classifier))
     exported.save(file)
 
 
@@ -250,7 +251,7 @@ def quantize_onnx(file: Path) -> None:
     products_of_scan = [  # one for each of its groups, or none of weights
         node.name for node in model.graph.node if node.op_type == "MatMul" and matrices.isdisjoint(node.input)
     ]
-    with without_chatter():
+    with quiet_exporters():
         quantize_dynamic(
             model, file, op_types_to_quantize=["MatMul"], per_channel=True, nodes_to_exclude=products_of_scan
         )
@@ -270,13 +271,13 @@ def write_torch_export(
 ) -> None:
     # the scan in PyTorch's operators: the file needs nothing of this package
     program = trace(classifier.model, image_size, "torch")
-    extra_files = {f"{name}.json": text for name, text in describe(classifier).items()}
-    with without_chatter():
+    extra_files = {f"{name}.json": text for name, text in describe_inputs(classifier).items()}
+    with quiet_exporters():
         torch.export.save(program, file, extra_files=extra_files)
 
 
 def load_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    with without_chatter():
+    with quiet_exporters():
         program = torch.export.load(file)
     return program.module()
 
@@ -294,12 +295,12 @@ def write_aoti(classifier: ImageClassificationPipeline, image_size: tuple[int, i
     require_compiler()
     # the scan as a call of our kernel: in PyTorch's operators, it would take many minutes to compile
     program = trace(classifier.model, image_size, "numba")
-    with without_chatter():
+    with quiet_exporters():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
 def load_aoti(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    with without_chatter():
+    with quiet_exporters():
         return torch._inductor.aoti_load_package(str(file))
 
 

@@ -1,10 +1,10 @@
 """`evmamba check-runtimes`: one checkpoint through every runtime that is here."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,13 +15,14 @@ from evmamba_hub.export.export import (
     FORMATS,
     Logits,
     Runtime,
-    check_images,
-    check_sizes,
+    choose_check_sizes,
+    create_check_images,
     load_exportable,
+    quiet_exporters,
     require_compiler,
-    without_chatter,
     write_and_open,
 )
+from evmamba_hub.info import measure_latency
 from evmamba_kernels import use_backend
 from modeling_evmamba import EfficientVMambaForImageClassification, optimize_for_inference
 
@@ -30,7 +31,7 @@ WARM_UP_CALLS, TIMED_CALLS = 3, 15
 
 
 @dataclass
-class Check:
+class RuntimeReport:
     """What one runtime made of the checkpoint, or why it could not be tried."""
 
     runtime: str
@@ -109,7 +110,7 @@ RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
 
 def compare_runtimes(
     model: str, names: Iterable[str] = tuple(RUNTIMES), revision: str | None = None
-) -> Iterator[Check]:
+) -> Iterator[RuntimeReport]:
     """Compares each runtime with PyTorch in float64, on several sizes of images, and takes its time for one image.
 
     Args:
@@ -123,34 +124,25 @@ def compare_runtimes(
     candidate = Candidate(model, revision, load_exportable(model, "float32", revision).model)
     exact = deepcopy(candidate.model).double()
     batches = []
-    for size in check_sizes(exact.config, None):
-        images = check_images(exact.config, size)
+    for size in choose_check_sizes(exact.config, None):
+        images = create_check_images(exact.config, size)
         with torch.inference_mode():
             batches.append((images, exact(images.double()).logits))
     for name in names:
         try:
             runtime = RUNTIMES[name](candidate)
         except UserError as error:
-            yield Check(name, missing=str(error))
+            yield RuntimeReport(name, missing=str(error))
             continue
-        with without_chatter():  # of compilers, at the first call
+        with quiet_exporters():  # of compilers, at the first call
             difference = find_largest_difference(runtime, batches)
         images, _ = batches[0]
-        yield Check(name, difference, measure_latency(runtime, images))
+        with torch.inference_mode():
+            seconds = measure_latency(partial(runtime, images), TIMED_CALLS, WARM_UP_CALLS)
+        yield RuntimeReport(name, difference, 1e3 * statistics.median(seconds))
 
 
 @torch.inference_mode()
 def find_largest_difference(runtime: Runtime, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Of all logits; NaN where one is."""
     return torch.stack([(runtime(images) - expected).abs().max() for images, expected in batches]).max().item()
-
-
-@torch.inference_mode()
-def measure_latency(runtime: Runtime, images: torch.Tensor) -> float:
-    """Median milliseconds of a call."""
-    milliseconds = []
-    for _ in range(WARM_UP_CALLS + TIMED_CALLS):
-        start = time.perf_counter()
-        runtime(images)
-        milliseconds.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(milliseconds[WARM_UP_CALLS:])
