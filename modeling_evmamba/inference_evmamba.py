@@ -114,7 +114,7 @@ def write_channels_last(model: nn.Module) -> None:
             module.patch_embeddings.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
 
 
-class Packed(nn.Module):
+class PackedLayer(nn.Module):
     """A layer whose weights lie as oneDNN wants them: nothing else can read them."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # for pickle and copy
@@ -128,7 +128,7 @@ class Packed(nn.Module):
             )
 
 
-class PackedLinear(Packed):
+class PackedLinear(PackedLayer):
     """A linear layer with the activation behind it, in oneDNN."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"):
@@ -260,7 +260,7 @@ def pack_linear_layers(model: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child.weight, child.bias))
 
 
-class BlocksOnParts(nn.Module):
+class MicroBatchedBlocks(nn.Module):
     """Blocks that take a large batch in parts, all blocks one part before the next, whose maps stay in the cache.
 
     Args:
@@ -286,7 +286,7 @@ def split_batches(model: EfficientVMambaPreTrainedModel) -> None:
     stages = [module for module in model.modules() if isinstance(module, EfficientVMambaStage)]
     for stage, hidden_size, block_type in zip(stages, config.hidden_sizes, config.block_types, strict=True):
         widest = hidden_size * (2 * config.expand if block_type == "evss" else config.expand_ratio)
-        stage.layers = nn.ModuleList([BlocksOnParts(stage.layers, widest)])
+        stage.layers = nn.ModuleList([MicroBatchedBlocks(stage.layers, widest)])
 
 
 __all__ = ["optimize_for_inference"]
