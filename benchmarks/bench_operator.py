@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from baselines import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 from matplotlib import pyplot as plt
 from measure import (
     RESULTS_DIR,
@@ -29,16 +30,16 @@ from measure import (
     print_table,
     write_csv,
 )
-from rivals import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 
 from evmamba_kernels import atrous_selective_scan, choose_backend
+from evmamba_kernels.atrous_selective_scan_reference import random_arguments
 from evmamba_kernels.backends import BACKENDS
 
 
 PLAIN = "plain recurrence"
 MAMBAPY = "mambapy pscan"
 MAMBA_SSM = "mamba_ssm"
-RIVALS = {PLAIN: plain_recurrence, MAMBAPY: mambapy_pscan, MAMBA_SSM: mamba_ssm_scan}
+BASELINES = {PLAIN: plain_recurrence, MAMBAPY: mambapy_pscan, MAMBA_SSM: mamba_ssm_scan}
 MODES = ("forward", "forward + backward")
 # Of the largest value. Float32 sums over all pixels in different orders, seen: below 1e-5. The others round the map.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -62,10 +63,10 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the map; default: float32"
     )
     parser.add_argument(
-        "--rivals",
+        "--baselines",
         nargs="+",
-        choices=RIVALS,
-        default=list(RIVALS),
+        choices=BASELINES,
+        default=list(BASELINES),
         help="what else to time where it is installed, the first being what results and times are compared with",
     )
     parser.add_argument("--device", type=parse_device, default="cpu", help="cpu (default), cuda, ...")
@@ -108,8 +109,8 @@ def find_backends(device: torch.device) -> list[str]:
     return backends
 
 
-def find_rivals(names: list[str], device: torch.device) -> list[str]:
-    rivals = []
+def find_baselines(names: list[str], device: torch.device) -> list[str]:
+    baselines = []
     for name in names:
         package = {MAMBAPY: "mambapy", MAMBA_SSM: "mamba_ssm"}.get(name)
         if package and not find_spec(package):
@@ -117,31 +118,21 @@ def find_rivals(names: list[str], device: torch.device) -> list[str]:
         elif name == MAMBA_SSM and device.type != "cuda":
             console.print(f"without {name}: it computes on cuda alone")
         else:
-            rivals.append(name)
-    return rivals
+            baselines.append(name)
+    return baselines
 
 
 def get_method(name: str) -> Callable:
-    return RIVALS.get(name) or partial(atrous_selective_scan, backend=name)
+    return BASELINES.get(name) or partial(atrous_selective_scan, backend=name)
 
 
 def make_inputs(
     shape: Shape, state_size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    """Arguments as in a network of random weights, the map in the `dtype`."""
-    torch.manual_seed(0)
-    channels = shape[-1]
-    rank = math.ceil(channels / 32)  # a sixteenth of the stage's channels, of which D is twice as many
-    A_log = torch.arange(1, state_size + 1).log().expand(4, channels, state_size).contiguous()
-    inputs = [
-        torch.randn(shape, dtype=dtype),
-        torch.randn(4, rank + 2 * state_size, channels) * channels**-0.5,
-        torch.randn(4, channels, rank) * rank**-0.5,
-        torch.rand(4, channels) * 4 - 6,
-        A_log,
-        torch.ones(4, channels),
-    ]
-    return [tensor.to(device).requires_grad_() for tensor in inputs]
+    """Arguments of the sizes that they have in a network, the map in the `dtype`."""
+    rank = math.ceil(shape[-1] / 32)  # a sixteenth of the stage's channels, of which D is twice as many
+    inputs = random_arguments(*shape, state_size, rank, dtype=dtype, device=device)
+    return [tensor.requires_grad_() for tensor in inputs]
 
 
 def run_forward(method: Callable, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -159,7 +150,7 @@ def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.
     bound = LARGEST_DIFFERENCE[expected[0].dtype]
     for result, reference in zip(results, expected, strict=True):
         difference = ((result - reference).abs().max() / reference.abs().max()).item()
-        assert difference < bound, f"{name} differs from the first rival by {difference:.1e}"
+        assert difference < bound, f"{name} differs from the first baseline by {difference:.1e}"
 
 
 def measure_shape(
@@ -168,7 +159,7 @@ def measure_shape(
     """Rows of the table; `limits` are the `gpu_limits.Limits` of a GPU, None on a CPU."""
     inputs = make_inputs(shape, arguments.state_size, arguments.device, getattr(torch, arguments.dtype))
     grad = torch.randn_like(inputs[0])
-    reference = next((name for name in names if name in RIVALS), "torch")
+    reference = next((name for name in names if name in BASELINES), "torch")
     expected = run_forward_backward(get_method(reference), inputs, grad)
     shape_name = "x".join(map(str, shape))
     methods = {}
@@ -272,7 +263,7 @@ def main() -> None:
         ["operator", *([device] if device != "cpu" else []), *([dtype] if dtype != "float32" else [])]
     )
     backends = find_backends(arguments.device)
-    names = [*backends, *find_rivals(arguments.rivals, arguments.device)]
+    names = [*backends, *find_baselines(arguments.baselines, arguments.device)]
 
     limits = None
     if device == "cuda":

@@ -2,7 +2,7 @@
 instructions of the loops over tiles per state. Needs no GPU: Triton brings the assemblers.
 
 Example:
-    python benchmarks/triton_report.py --targets sm_90 gfx942 --kernels scan adjoint
+    python benchmarks/triton_report.py --targets sm_90 gfx942 --kernels scan_fwd scan_bwd
 """
 
 import argparse
@@ -20,8 +20,13 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from evmamba_kernels import atrous_selective_scan_triton as kernels
-from evmamba_kernels import layer_norm_triton
+from evmamba_kernels import atrous_selective_scan_triton as host
+from evmamba_kernels import (
+    atrous_selective_scan_triton_bwd,
+    atrous_selective_scan_triton_fwd,
+    layer_norm_triton,
+    triton_device,
+)
 
 
 TARGETS = {
@@ -32,19 +37,22 @@ TARGETS = {
 }
 
 KERNELS = {
-    name: getattr(kernels, f"{name}_kernel")
-    for name in ("project", "states", "carry", "scan", "chunk_adjoints", "adjoint", "unproject", "weight")
-} | {
-    "gated": layer_norm_triton.gated_kernel,
-    "gated_backward": layer_norm_triton.gated_backward_kernel,
+    "project_fwd": atrous_selective_scan_triton_fwd.project_fwd_kernel,
+    "chunk_state_fwd": atrous_selective_scan_triton_fwd.chunk_state_fwd_kernel,
+    "state_passing": atrous_selective_scan_triton_fwd.state_passing_kernel,
+    "scan_fwd": atrous_selective_scan_triton_fwd.scan_fwd_kernel,
+    "chunk_state_bwd": atrous_selective_scan_triton_bwd.chunk_state_bwd_kernel,
+    "scan_bwd": atrous_selective_scan_triton_bwd.scan_bwd_kernel,
+    "project_bwd_input": atrous_selective_scan_triton_bwd.project_bwd_input_kernel,
+    "project_bwd_weight": atrous_selective_scan_triton_bwd.project_bwd_weight_kernel,
+    "layer_norm_gated_fwd": layer_norm_triton.layer_norm_gated_fwd_kernel,
+    "layer_norm_gated_bwd": layer_norm_triton.layer_norm_gated_bwd_kernel,
 }
-MATRIX_KERNELS = ("project", "unproject", "weight")
-KERNELS_OF_STATES = ("states", "scan", "chunk_adjoints", "adjoint")
-NORM_KERNELS = ("gated", "gated_backward")
-OPTIONS = dict.fromkeys(MATRIX_KERNELS, kernels.MATRIX_WARPS) | dict.fromkeys(
-    NORM_KERNELS, layer_norm_triton.FOUR_WARPS
-)
-BACKWARD_KERNELS = ("chunk_adjoints", "adjoint", "unproject", "weight")
+MATRIX_KERNELS = ("project_fwd", "project_bwd_input", "project_bwd_weight")
+KERNELS_OF_STATES = ("chunk_state_fwd", "scan_fwd", "chunk_state_bwd", "scan_bwd")
+NORM_KERNELS = ("layer_norm_gated_fwd", "layer_norm_gated_bwd")
+OPTIONS = dict.fromkeys(MATRIX_KERNELS, host.MATRIX_WARPS) | dict.fromkeys(NORM_KERNELS, layer_norm_triton.FOUR_WARPS)
+BACKWARD_KERNELS = ("chunk_state_bwd", "scan_bwd", "project_bwd_input", "project_bwd_weight")
 
 NORM_CHANNELS = 96  # stage 1 of T
 
@@ -87,10 +95,10 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
     """
     kernel, gpu = KERNELS[name], TARGETS[target]
     capability = gpu.arch if gpu.backend == "cuda" else 0
-    config = kernels.find_config(kernels.Device(gpu.backend, gpu.warp_size, capability, multiprocessors=1))
-    is_matrix, is_adjoint = name in MATRIX_KERNELS, name == "adjoint"
+    config = host.find_config(triton_device.Device(gpu.backend, gpu.warp_size, capability, multiprocessors=1))
+    is_matrix, is_scan_bwd = name in MATRIX_KERNELS, name == "scan_bwd"
     tile = config.backward_tile if name in BACKWARD_KERNELS else config.forward_tile
-    channels = config.backward_channels if is_adjoint else config.forward_channels
+    channels = config.backward_channels if is_scan_bwd else config.forward_channels
     values = {
         "N": state_size,
         "FIRST_STATE": 0,
@@ -98,10 +106,10 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
         "R": rank,
         "T": tile,
         "CHUNKS": tile,
-        "CHANNELS": kernels.MATRIX_CHANNELS if is_matrix else channels,
-        "STEPS": kernels.MATRIX_STEPS,
-        "DEPTH": kernels.MATRIX_DEPTH,
-        "OUTPUTS": kernels.MATRIX_OUTPUTS,
+        "CHANNELS": host.MATRIX_CHANNELS if is_matrix else channels,
+        "STEPS": host.MATRIX_STEPS,
+        "DEPTH": host.MATRIX_DEPTH,
+        "OUTPUTS": host.MATRIX_OUTPUTS,
         "PRECISION": config.precision,
         "LONG_LINES": not is_matrix,
         "WIDE": False,
@@ -124,7 +132,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
             signature[parameter.name] = f"*{dtype}" if parameter.name in maps else "*fp32"
             attributes[i,] = [["tt.divisibility", 16]]  # as memory of PyTorch is
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=gpu, options=OPTIONS.get(name, kernels.ONE_WARP))
+    compiled = triton.compile(source, target=gpu, options=OPTIONS.get(name, host.ONE_WARP))
 
     if gpu.backend == "cuda":
         registers, spilled, code = read_cubin(compiled.asm["cubin"])
@@ -133,8 +141,8 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
     if name not in KERNELS_OF_STATES:
         return Report(registers, compiled.metadata.shared, spilled, Counter(), states=0)
     steps = tile * channels // gpu.warp_size  # of a lane, in a tile
-    # adjoint_kernel goes through the states twice, in loops of their own
-    num_loops, unrolled, repeated = (2, 1, state_size) if is_adjoint else (1, values["STATES"], 1)
+    # scan_bwd_kernel goes through the states twice, in loops of their own
+    num_loops, unrolled, repeated = (2, 1, state_size) if is_scan_bwd else (1, values["STATES"], 1)
     loop = count_tile(code, num_loops, steps * unrolled, repeated)
     states = steps * unrolled * repeated if loop else 0
     return Report(registers, compiled.metadata.shared, spilled, loop, states)

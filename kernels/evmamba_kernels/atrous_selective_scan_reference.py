@@ -43,3 +43,40 @@ def atrous_selective_scan_reference(
             h = torch.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None, :]  # (B, D, N)
             output[:, row, column] = (h * C[:, None, :]).sum(-1) + D[k] * u
     return output[:, :height, :width]
+
+
+def random_arguments(
+    batch_size: int,
+    height: int,
+    width: int,
+    channels: int,
+    state_size: int = 16,
+    rank: int = 3,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """Returns arguments of the operator for tests and benchmarks, of the sizes that they have in a network.
+
+    Args:
+        dtype: of the map. The parameters are float64 beside a float64 map, else float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden_states, *parameters = [
+        normal(batch_size, height, width, channels),
+        normal(4, rank + 2 * state_size, channels) / channels**0.5,
+        normal(4, channels, rank) / rank**0.5,
+        normal(4, channels) - 2,  # time steps around 0.1
+        normal(4, channels, state_size).abs(),
+        normal(4, channels),
+    ]
+    return [
+        hidden_states.to(device, dtype),
+        *(parameter.to(device, parameter_dtype) for parameter in parameters),
+    ]

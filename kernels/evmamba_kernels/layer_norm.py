@@ -88,9 +88,9 @@ def fake_gated(hidden_states, gate, weight, bias, eps):
 def gated_on_gpu_operator(
     hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    from .layer_norm_triton import gated
+    from .layer_norm_triton import layer_norm_gated_fwd
 
-    return gated(hidden_states, gate, weight, bias, eps)
+    return layer_norm_gated_fwd(hidden_states, gate, weight, bias, eps)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_on_gpu_backward", mutates_args=())
@@ -102,9 +102,9 @@ def gated_on_gpu_bwd_operator(
     bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from .layer_norm_triton import gated_backward
+    from .layer_norm_triton import layer_norm_gated_bwd
 
-    return gated_backward(grad, hidden_states, gate, weight, bias, eps)
+    return layer_norm_gated_bwd(grad, hidden_states, gate, weight, bias, eps)
 
 
 @gated_on_gpu_operator.register_fake

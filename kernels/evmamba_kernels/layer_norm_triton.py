@@ -13,9 +13,8 @@ Sums over rows have an order, so that two runs give the same bits. All in float3
 
 import torch
 
-# triton too: its import there says what is missing, and transformers would ask for it wherever it loads remote code
-from .atrous_selective_scan_triton import cdiv, current_device, describe_device, new_buffer, tl, triton
 from .backends import as_rows
+from .triton_device import cdiv, current_device, describe_device, new_buffer, tl, triton
 
 
 BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread, of up to eight values at a time in the backward pass
@@ -33,7 +32,7 @@ def normalize(b_x, m_d, channels, eps):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def gated_kernel(
+def layer_norm_gated_fwd_kernel(
     x,  # (rows, D)
     gate,  # (rows, D)
     weight,  # (D)
@@ -61,7 +60,7 @@ def gated_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def gated_backward_kernel(
+def layer_norm_gated_bwd_kernel(
     grad,  # (rows, D)
     x,  # (rows, D)
     gate,  # (rows, D)
@@ -116,7 +115,7 @@ def block_sizes(channels: int) -> dict[str, int]:
     return {"ROWS": max(1, BLOCK_ELEMENTS // block_channels), "CHANNELS": block_channels}
 
 
-def gated(
+def layer_norm_gated_fwd(
     hidden_states: torch.Tensor,  # (..., D)
     gate: torch.Tensor,  # (..., D)
     weight: torch.Tensor,  # (D)
@@ -128,15 +127,24 @@ def gated(
         num_rows, channels = x.shape
         y = hidden_states.new_empty(hidden_states.shape)
         sizes = block_sizes(channels)
-        gated_kernel[(cdiv(num_rows, sizes["ROWS"]),)](
-            *(x, z, weight.contiguous(), bias.contiguous(), y, num_rows, channels, x.stride(0), z.stride(0), eps),
+        layer_norm_gated_fwd_kernel[(cdiv(num_rows, sizes["ROWS"]),)](
+            x=x,
+            gate=z,
+            weight=weight.contiguous(),
+            bias=bias.contiguous(),
+            y=y,
+            num_rows=num_rows,
+            channels=channels,
+            x_stride=x.stride(0),
+            gate_stride=z.stride(0),
+            eps=eps,
             **sizes,
             **FOUR_WARPS,
         )
         return y
 
 
-def gated_backward(
+def layer_norm_gated_bwd(
     grad: torch.Tensor,  # (..., D)
     hidden_states: torch.Tensor,  # (..., D)
     gate: torch.Tensor,  # (..., D)
@@ -144,7 +152,7 @@ def gated_backward(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of the four tensors of `gated`, each in the dtype of its tensor."""
+    """The gradients of the four tensors of `layer_norm_gated_fwd`, each in the dtype of its tensor."""
     with current_device(hidden_states):
         grad_y, x, z = as_rows(grad), as_rows(hidden_states), as_rows(gate)
         num_rows, channels = x.shape
@@ -153,9 +161,21 @@ def gated_backward(
         multiprocessors = describe_device(hidden_states.device).multiprocessors
         num_programs = min(cdiv(num_rows, sizes["ROWS"]), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
         grad_parameters = new_buffer(x, 2, num_programs, channels)
-        gated_backward_kernel[(num_programs,)](
-            *(grad_y, x, z, weight.contiguous(), bias.contiguous(), grad_x, grad_gate, grad_parameters),
-            *(num_rows, channels, grad_y.stride(0), x.stride(0), z.stride(0), eps),
+        layer_norm_gated_bwd_kernel[(num_programs,)](
+            grad=grad_y,
+            x=x,
+            gate=z,
+            weight=weight.contiguous(),
+            bias=bias.contiguous(),
+            grad_x=grad_x,
+            grad_gate=grad_gate,
+            grad_parameters=grad_parameters,
+            num_rows=num_rows,
+            channels=channels,
+            grad_stride=grad_y.stride(0),
+            x_stride=x.stride(0),
+            gate_stride=z.stride(0),
+            eps=eps,
             **sizes,
             **FOUR_WARPS,
         )

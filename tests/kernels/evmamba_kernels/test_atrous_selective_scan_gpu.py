@@ -10,6 +10,7 @@ import torch
 
 from devices import DEVICE
 from evmamba_kernels import atrous_selective_scan
+from evmamba_kernels.atrous_selective_scan_reference import random_arguments
 from golden_values import relative_error
 
 
@@ -18,16 +19,9 @@ if DEVICE.type == "cpu":
 
 
 def make_arguments(batch_size, height, width, channels, state_size=16, rank=3, dtype=torch.float32, seed=0):
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    arguments = [torch.randn(batch_size, height, width, channels, generator=generator, device=DEVICE, dtype=dtype)]
-    for shape in [
-        (rank + 2 * state_size, channels),
-        (channels, rank),
-        (channels,),
-        (channels, state_size),
-        (channels,),
-    ]:
-        arguments.append(torch.randn(4, *shape, generator=generator, device=DEVICE) * shape[-1] ** -0.5)
+    arguments = random_arguments(
+        batch_size, height, width, channels, state_size, rank, dtype=dtype, device=DEVICE, seed=seed
+    )
     return [argument.requires_grad_() for argument in arguments]
 
 

@@ -23,19 +23,11 @@ from evmamba_kernels import atrous_selective_scan
 from evmamba_kernels import atrous_selective_scan_numba as kernels
 from evmamba_kernels import numba_simd as simd
 from evmamba_kernels import numba_threads as threads
+from evmamba_kernels.atrous_selective_scan_reference import random_arguments
 
 
 def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, rank=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        (batch_size, height, width, channels),
-        (4, rank + 2 * state_size, channels),
-        (4, channels, rank),
-        (4, channels),
-        (4, channels, state_size),
-        (4, channels),
-    ]
-    return [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
+    return random_arguments(batch_size, height, width, channels, state_size, rank, seed=seed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch brings other OpenMP runtimes")

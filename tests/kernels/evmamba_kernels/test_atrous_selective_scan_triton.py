@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from devices import BACKENDS, DEVICE, IS_INTERPRETED, sized
-from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference
+from evmamba_kernels.atrous_selective_scan_reference import atrous_selective_scan_reference, random_arguments
 from golden_values import load_cases, relative_error
 
 
@@ -23,23 +23,15 @@ import triton
 import triton.language as tl
 
 from evmamba_kernels import atrous_selective_scan_triton as kernels
+from evmamba_kernels import atrous_selective_scan_triton_fwd as triton_functions
 
 
 CASES = load_cases("atrous_scan_fp64.safetensors")
 NAMES = ["hidden_states", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"]
 
 
-def make_arguments(batch_size, height, width, channels, state_size=2, rank=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        (batch_size, height, width, channels),
-        (4, rank + 2 * state_size, channels),
-        (4, channels, rank),
-        (4, channels),
-        (4, channels, state_size),
-        (4, channels),
-    ]
-    return [(torch.randn(shape, generator=generator) * 0.4).to(DEVICE) for shape in shapes]
+def make_arguments(batch_size, height, width, channels, state_size=2, rank=2):
+    return random_arguments(batch_size, height, width, channels, state_size, rank, device=DEVICE)
 
 
 def run(arguments, grad):
@@ -101,7 +93,7 @@ def prepare(request, monkeypatch):
     "batch_size, forward_chunks, backward_chunks", [(1, 49, 49), (16, 7, 8), (64, 1, 2), (128, 1, 1)]
 )
 def test_chunks_fill_the_device(monkeypatch, batch_size, forward_chunks, backward_chunks):
-    """An H100 has room for 1452 programs of scan_kernel, and 1056 of adjoint_kernel."""
+    """An H100 has room for 1452 programs of scan_fwd_kernel, and 1056 of scan_bwd_kernel."""
     monkeypatch.setattr(kernels, "describe_device", lambda _: kernels.Device("cuda", 32, 90, multiprocessors=132))
     u = torch.empty(batch_size, 56, 56, 96, device="meta")
     assert kernels.make_plan(u).num_chunks == forward_chunks
@@ -221,8 +213,8 @@ def test_nan_stays_visible(argument):
 def apply_kernel(x, softplus, sigmoid, BLOCK: tl.constexpr):
     o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + o_x)
-    tl.store(softplus + o_x, kernels.softplus(b_x))
-    tl.store(sigmoid + o_x, kernels.sigmoid(b_x))
+    tl.store(softplus + o_x, triton_functions.softplus(b_x))
+    tl.store(sigmoid + o_x, triton_functions.sigmoid(b_x))
 
 
 def test_softplus_and_sigmoid_are_accurate():

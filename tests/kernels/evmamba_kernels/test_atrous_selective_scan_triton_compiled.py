@@ -19,7 +19,9 @@ from benchmarks import triton_report
 from benchmarks.triton_report import KERNELS, TARGETS, compile_kernel
 from evmamba_kernels import atrous_selective_scan_triton as kernels
 from evmamba_kernels import layer_norm_triton
+from evmamba_kernels.atrous_selective_scan_reference import random_arguments
 from evmamba_kernels.layer_norm import LARGEST_CHANNELS_ON_GPU
+from evmamba_kernels.triton_device import describe_device
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -36,24 +38,24 @@ def test_nothing_spills(kernel, target, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("kernel", ["scan", "adjoint", "gated_backward"])
+@pytest.mark.parametrize("kernel", ["scan_fwd", "scan_bwd", "layer_norm_gated_bwd"])
 def test_nothing_spills_in_lower_dtypes(kernel, dtype):
     assert compile_kernel(kernel, "sm_90", dtype).spilled_bytes == 0
 
 
 def test_nothing_spills_with_the_most_channels(monkeypatch):
     monkeypatch.setattr(triton_report, "NORM_CHANNELS", LARGEST_CHANNELS_ON_GPU)
-    assert compile_kernel("gated_backward", "sm_90").spilled_bytes == 0
+    assert compile_kernel("layer_norm_gated_bwd", "sm_90").spilled_bytes == 0
 
 
 @pytest.mark.parametrize("state_size, rank", [(1, 1), (64, 12)])
 def test_nothing_spills_with_other_sizes(state_size, rank):
-    assert compile_kernel("scan", "sm_90", state_size=state_size, rank=rank).spilled_bytes == 0
+    assert compile_kernel("scan_fwd", "sm_90", state_size=state_size, rank=rank).spilled_bytes == 0
 
 
 def test_a_state_takes_one_exponential_and_no_shuffle():
     """States lie in the registers of one thread. 2 of 32 exponentials are those of softplus and its division."""
-    report = compile_kernel("scan", "sm_90")
+    report = compile_kernel("scan_fwd", "sm_90")
     assert 1 <= report.per_state("exp") < 1.1
     assert report.loop["shuffle"] == report.loop["local"] == 0
 
@@ -87,16 +89,26 @@ def launches():
     )
     before = dict(vars(triton.runtime.driver))
     triton.runtime.driver.set_active(driver)
-    kernels.describe_device.cache_clear()
+    describe_device.cache_clear()
     yield launched
     vars(triton.runtime.driver).update(before)
-    kernels.describe_device.cache_clear()
+    describe_device.cache_clear()
 
 
-ONE_CHUNK = ["project", "scan", "project", "states", "adjoint", "unproject", "weight"]
+PROJECT_BWD = ["project_bwd_input", "project_bwd_weight"]
+ONE_CHUNK = ["project_fwd", "scan_fwd", "project_fwd", "chunk_state_fwd", "scan_bwd", *PROJECT_BWD]
 CHUNKS = [
-    *("project", "states", "carry", "scan"),
-    *("project", "states", "carry", "chunk_adjoints", "carry", "adjoint", "unproject", "weight"),
+    "project_fwd",
+    "chunk_state_fwd",
+    "state_passing",
+    "scan_fwd",
+    "project_fwd",
+    "chunk_state_fwd",
+    "state_passing",
+    "chunk_state_bwd",
+    "state_passing",
+    "scan_bwd",
+    *PROJECT_BWD,
 ]
 
 
@@ -107,9 +119,8 @@ CHUNKS = [
 )
 def test_what_the_host_asks_for_compiles(launches, shape, dtype, expected):
     """Triton makes code of its own for arguments that are 1, and for those that 16 divides."""
-    channels, state_size, rank = shape[-1], 2, 1
-    sizes = [(rank + 2 * state_size, channels), (channels, rank), (channels,), (channels, state_size), (channels,)]
-    u, *parameters = [torch.randn(shape, dtype=dtype), *(torch.randn(4, *size) for size in sizes)]
+    u, *parameters = random_arguments(*shape, state_size=2, rank=1, dtype=dtype)
+    channels = shape[-1]
     for arguments in ([u, *parameters], [u.transpose(1, 2), *parameters]):
         launches.clear()
         y = kernels.forward(*arguments)
@@ -119,5 +130,5 @@ def test_what_the_host_asks_for_compiles(launches, shape, dtype, expected):
 
     launches.clear()
     norm = [u, u, torch.randn(channels), torch.randn(channels), 1e-5]
-    layer_norm_triton.gated_backward(layer_norm_triton.gated(*norm), *norm)
-    assert launches == ["gated_kernel", "gated_backward_kernel"]
+    layer_norm_triton.layer_norm_gated_bwd(layer_norm_triton.layer_norm_gated_fwd(*norm), *norm)
+    assert launches == ["layer_norm_gated_fwd_kernel", "layer_norm_gated_bwd_kernel"]
