@@ -27,7 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.docs_dir).parent
     waiting = set()
     for file in files.documentation_pages():
-        waiting |= {target for target in find_targets(file.content_string, PurePosixPath("docs", file.src_uri).parent)}
+        waiting |= find_targets(file.content_string, PurePosixPath("docs", file.src_uri).parent)
     waiting = {target for target in waiting if not target.startswith("docs/")}
     while waiting:
         target = waiting.pop()
