@@ -359,6 +359,24 @@ def test_messages_are_quoted_as_they_are(message):
     assert any(re.search(pattern, text, re.DOTALL) for text in read_messages())
 
 
+@cache
+def read_names_of_tests() -> set[str]:
+    return {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_tests_that_are_mentioned_exist(page):
+    for mention in find_mentions(page):
+        if re.match(r"(benchmarks|examples|hub_scripts|kernels|tests|training_evmamba)/", mention):
+            assert (ROOT / mention).exists(), mention
+        elif re.fullmatch(r"test_\w+", mention):
+            assert mention in read_names_of_tests(), mention
+        elif match := re.fullmatch(r"make ([\w-]+)", mention):
+            check_make([match[1]])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     text = page.read_text(encoding="utf-8")
