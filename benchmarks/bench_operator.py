@@ -32,7 +32,7 @@ from measure import (
 from rivals import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 
 from evmamba_kernels import atrous_selective_scan, choose_backend
-from evmamba_kernels.atrous_selective_scan import BACKENDS
+from evmamba_kernels.backends import BACKENDS
 
 
 PLAIN = "plain recurrence"

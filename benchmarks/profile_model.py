@@ -35,7 +35,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from evmamba_kernels import dispatch
+from evmamba_kernels import backends
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba import modeling_evmamba as network
 
@@ -62,11 +62,11 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def norms_of_pytorch() -> Iterator[None]:
     """Networks compute LayerNorm times gate in PyTorch's operators, however large the map."""
-    smallest, dispatch.SMALLEST_MAP_ON_GPU = dispatch.SMALLEST_MAP_ON_GPU, math.inf
+    smallest, backends.SMALLEST_MAP_ON_GPU = backends.SMALLEST_MAP_ON_GPU, math.inf
     try:
         yield
     finally:
-        dispatch.SMALLEST_MAP_ON_GPU = smallest
+        backends.SMALLEST_MAP_ON_GPU = smallest
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .modeling_evmamba import (
 )
 
 
-IMAGE_PROCESSOR_CLASSES = {"pil": BitImageProcessorPil}
+IMAGE_PROCESSOR_CLASSES: dict[str, type] = {"pil": BitImageProcessorPil}
 if is_torchvision_available():
     from transformers import BitImageProcessor
 
@@ -28,6 +28,8 @@ AutoModelForImageClassification.register(EfficientVMambaConfig, EfficientVMambaF
 AutoBackbone.register(EfficientVMambaConfig, EfficientVMambaBackbone)
 AutoImageProcessor.register(EfficientVMambaConfig, image_processor_classes=IMAGE_PROCESSOR_CLASSES)
 
+
+__version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",

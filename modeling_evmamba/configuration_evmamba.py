@@ -13,6 +13,8 @@
 # limitations under the License.
 """EfficientVMamba model configuration (arXiv 2403.09977)"""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
@@ -22,7 +24,7 @@ from transformers.utils import auto_docstring
 BLOCK_TYPES = ("evss", "inverted_residual")
 
 # The published networks: paper, table 1. Everything that is not in this table they share as the defaults below.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 4, 2]},
     "small": {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 4, 2]},
     "base": {"hidden_sizes": [96, 192, 384, 768], "depths": [2, 2, 9, 2]},

@@ -6,6 +6,7 @@ computed in passing, as a compiler would do it. What each step gains: benchmarks
 """
 
 import copy
+from typing import NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from .modeling_evmamba import (
 )
 
 
+Model = TypeVar("Model", bound=EfficientVMambaPreTrainedModel)
+
 # Bytes of the widest map of a part of a batch: with some of its neighbours, it fits into the cache of a processor
 # (benchmarks/NOTES.md)
 WIDEST_MAP = 10 * 2**20
@@ -38,7 +41,7 @@ BATCH_NORMS = {
 }
 
 
-def optimize_for_inference(model: EfficientVMambaPreTrainedModel) -> EfficientVMambaPreTrainedModel:
+def optimize_for_inference(model: Model) -> Model:
     """A copy of a model for inference alone: the same outputs to rounding, sooner.
 
     The copy is in evaluation mode, computes no gradients, and cannot be saved; packed weights stay on their device in
@@ -78,7 +81,7 @@ def fold_batch_norms(model: nn.Module) -> None:
             setattr(module, batch_norm, nn.Identity())
 
 
-def refuse_to_save(*_) -> None:
+def refuse_to_save(*_) -> NoReturn:
     raise RuntimeError(
         "this model was optimized for inference and can neither be saved nor copied: take the one that it was made "
         "from, and call optimize_for_inference afterwards"
@@ -108,13 +111,13 @@ def write_channels_last(model: nn.Module) -> None:
     """Lets the convolution that cuts the image into patches write its map as the LayerNorm behind it reads it."""
     for module in model.modules():
         if isinstance(module, EfficientVMambaEmbeddings):
-            module.patch_embeddings.to(memory_format=torch.channels_last)
+            module.patch_embeddings.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
 
 
-class Packed(nn.Module):
+class PackedLayer(nn.Module):
     """A layer whose weights lie as oneDNN wants them: nothing else can read them."""
 
-    def __reduce_ex__(self, protocol: int) -> None:  # for pickle and copy
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # for pickle and copy
         refuse_to_save()
 
     def check_dtype(self, hidden_states: torch.Tensor) -> None:
@@ -125,7 +128,7 @@ class Packed(nn.Module):
             )
 
 
-class PackedLinear(Packed):
+class PackedLinear(PackedLayer):
     """A linear layer with the activation behind it, in oneDNN."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"):
@@ -221,7 +224,7 @@ class FusedInvertedResidualLayer(nn.Module):
         return self.project_conv.add_to(hidden_states, expanded).permute(0, 3, 1, 2)
 
 
-FUSED_LAYERS = {
+FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     EfficientVMambaEVSSLayer: FusedEVSSLayer,
     EfficientVMambaInvertedResidualLayer: FusedInvertedResidualLayer,
 }
@@ -257,7 +260,7 @@ def pack_linear_layers(model: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child.weight, child.bias))
 
 
-class BlocksOnParts(nn.Module):
+class MicroBatchedBlocks(nn.Module):
     """Blocks that take a large batch in parts, all blocks one part before the next, whose maps stay in the cache.
 
     Args:
@@ -278,12 +281,12 @@ class BlocksOnParts(nn.Module):
         return torch.cat([self.layers(part) for part in hidden_states.split(part_size)])
 
 
-def split_batches(model: nn.Module) -> None:
+def split_batches(model: EfficientVMambaPreTrainedModel) -> None:
     config = model.config
     stages = [module for module in model.modules() if isinstance(module, EfficientVMambaStage)]
     for stage, hidden_size, block_type in zip(stages, config.hidden_sizes, config.block_types, strict=True):
         widest = hidden_size * (2 * config.expand if block_type == "evss" else config.expand_ratio)
-        stage.layers = nn.ModuleList([BlocksOnParts(stage.layers, widest)])
+        stage.layers = nn.ModuleList([MicroBatchedBlocks(stage.layers, widest)])
 
 
 __all__ = ["optimize_for_inference"]

@@ -140,7 +140,7 @@ class EfficientVMambaES2D(nn.Module):
         super().__init__()
         intermediate_size = config.expand * hidden_size  # D
         state_size = config.state_size  # N
-        rank = math.ceil(hidden_size / 16) if config.time_step_rank == "auto" else config.time_step_rank  # R
+        rank = math.ceil(hidden_size / 16) if isinstance(config.time_step_rank, str) else config.time_step_rank  # R
         self.time_step_min = config.time_step_min
         self.time_step_max = config.time_step_max
         self.time_step_floor = config.time_step_floor

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from evmamba_kernels.atrous_selective_scan import BACKENDS as ALL_BACKENDS
+from evmamba_kernels.backends import BACKENDS as ALL_BACKENDS
 
 
 Size = TypeVar("Size")

@@ -183,7 +183,9 @@ def upload(
 
         head = retry(hub.repo_info, repo_id, repo_type=repo_type, revision=revision)
         present = [sibling.rfilename for sibling in head.siblings]
-        operations = [CommitOperationAdd(path, source) for path, source in files.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(path, source) for path, source in files.items()
+        ]
         operations += [CommitOperationDelete(name) for name in present if is_stale(name) and name not in files]
         try:
             commit = retry(

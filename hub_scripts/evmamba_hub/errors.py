@@ -27,7 +27,7 @@ def require(*modules: str, extra: str) -> None:
         try:
             import_module(module)
         except ModuleNotFoundError as error:
-            package = error.name.partition(".")[0]
+            package = (error.name or module).partition(".")[0]
             raise UserError(f'this needs the package {package}: pip install "efficientvmamba[{extra}]"') from error
 
 

@@ -69,7 +69,11 @@ def measure_size(
         projections = rank + 2 * state_size + rank
         macs += num_pixels * channels * (projections + SCAN_MACS_PER_STATE * state_size)
 
-    counters = {nn.Conv2d: count_convolution, nn.Linear: count_linear, EfficientVMambaES2D: count_scan}
+    counters: dict[type[nn.Module], Callable] = {
+        nn.Conv2d: count_convolution,
+        nn.Linear: count_linear,
+        EfficientVMambaES2D: count_scan,
+    }
     with torch.device("meta"), torch.no_grad():
         model = model_class(config).eval()
         for module in model.modules():
@@ -120,7 +124,7 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
     """
     if model is None:
         return {
-            f"EfficientVMamba-{variant.capitalize()}": EfficientVMambaConfig(**fields, num_labels=1000)
+            f"EfficientVMamba-{variant.capitalize()}": EfficientVMambaConfig(**{**fields, "num_labels": 1000})
             for variant, fields in VARIANTS.items()
         }
     try:

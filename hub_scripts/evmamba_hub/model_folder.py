@@ -13,9 +13,11 @@ from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedMod
 
 
 def find_model_class(model_dir: Path, config: EfficientVMambaConfig) -> type[EfficientVMambaPreTrainedModel]:
-    (name,) = config.architectures or [None]
+    name = ", ".join(config.architectures or [])
     if name not in modeling_evmamba.__all__:
-        raise UserError(f"{model_dir / CONFIG_NAME} names the architecture {name}, which is none of this package")
+        raise UserError(
+            f"{model_dir / CONFIG_NAME} names the architecture {name or None}, which is none of this package"
+        )
     return getattr(modeling_evmamba, name)
 
 

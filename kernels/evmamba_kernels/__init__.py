@@ -1,6 +1,7 @@
 """The atrous selective scan of EfficientVMamba, and what lies around it in the blocks. See `kernels/README.md`."""
 
-from .atrous_selective_scan import Choice, atrous_selective_scan, choose_backend, use_backend
+from .atrous_selective_scan import atrous_selective_scan
+from .backends import Choice, choose_backend, use_backend
 from .depthwise_conv import depthwise_conv, depthwise_conv_and_mean
 from .layer_norm import layer_norm_gated, layer_norm_mean
 

@@ -3,151 +3,14 @@
 The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977,
 projections included. Its definition, symbols and derivation stand in `kernels/README.md`.
 
-A backend is a file beside this one with a function `forward` and, for the gradients, `backward`, and an entry in
-`BACKENDS`. PyTorch sees all of them as one operator, `torch.ops.evmamba_kernels.atrous_selective_scan`, but for
-the backend "torch": made of PyTorch operators, it needs none, and compilers look inside.
+PyTorch sees all backends as one operator, `torch.ops.evmamba_kernels.atrous_selective_scan`, except for "torch": made
+of PyTorch operators, it needs none, and compilers look inside.
 """
 
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import NamedTuple
-
 import torch
-from torch.autograd import forward_ad
 
-from .atrous_selective_scan_torch import atrous_selective_scan_torch
-
-
-NUM_GROUPS = 4  # skip sampling with step 2 in both directions
-
-LOWER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Backend(NamedTuple):
-    """Where an implementation computes, and how to import its functions."""
-
-    device_types: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]  # of the map
-    load: Callable[
-        [], tuple[Callable, Callable]
-    ]  # forward and backward; raises ImportError where something is missing
-
-
-def load_numba() -> tuple[Callable, Callable]:
-    from .atrous_selective_scan_numba import backward, forward
-
-    return forward, backward
-
-
-def load_triton() -> tuple[Callable, Callable]:
-    from .atrous_selective_scan_triton import backward, forward
-
-    return forward, backward
-
-
-# Triton's own switch to its interpreter, in which kernels run on tensors of the CPU, slowly: for tests
-TRITON_DEVICE_TYPES = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
-
-# In the order of preference. What none of them computes, "torch" does.
-BACKENDS = {
-    "numba": Backend(("cpu",), LOWER_DTYPES, load_numba),
-    "triton": Backend(TRITON_DEVICE_TYPES, LOWER_DTYPES, load_triton),
-}
-
-ENVIRONMENT_VARIABLE = "EVMAMBA_SCAN_BACKEND"
-
-# Names of operators are global, and whoever defines one again frees the one that others still call. Repositories on
-# the Hub carry copies of this file, each imported in a package of its own: the operators of a copy are named after it.
-NAMESPACE = re.sub(r"\W", "_", __package__, flags=re.ASCII)
-
-# what the environment or `use_backend` asks for; None leaves the choice to the device
-preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
-
-
-class Choice(NamedTuple):
-    backend: str
-    reason: str
-
-
-@cache
-def missing_requirement(backend: str) -> str | None:
-    """Why a backend cannot be imported, None if it can."""
-    try:
-        BACKENDS[backend].load()
-    except ImportError as error:
-        return str(error)
-    return None
-
-
-def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = None) -> Choice:
-    """The backend for maps on such a device and of such a dtype, and why it is the one.
-
-    Args:
-        device_type: "cpu", "cuda", ...
-        dtype: of the map.
-        backend: a name asks for that one; None for the preferred one, or the first that fits.
-
-    Raises:
-        ValueError: for an unknown name, and where the backend asked for does not compute on such maps.
-        ImportError: where the backend asked for needs a package that is missing.
-    """
-    wanted = backend or preferred_backend
-    if wanted is not None:
-        if wanted != "torch":
-            refuse_unfit(wanted, device_type, dtype)
-        return Choice(wanted, "it was asked for")
-    reasons = []
-    for name, candidate in BACKENDS.items():
-        if device_type not in candidate.device_types:
-            reasons.append(f"{name} computes on {' and '.join(candidate.device_types)}")
-        elif dtype not in candidate.dtypes:
-            reasons.append(f"{name} does not compute in {dtype}")
-        elif missing := missing_requirement(name):
-            reasons.append(missing)
-        else:
-            return Choice(name, f"it is the first choice on {device_type}")
-    return Choice("torch", "; ".join(reasons))
-
-
-def refuse_unfit(backend: str, device_type: str, dtype: torch.dtype) -> None:
-    if backend not in BACKENDS:
-        names = ", ".join(map(repr, [*BACKENDS, "torch"]))
-        raise ValueError(f"unknown backend {backend!r} of the atrous selective scan: choose one of {names}")
-    if device_type not in BACKENDS[backend].device_types or dtype not in BACKENDS[backend].dtypes:
-        raise ValueError(
-            f"the backend {backend!r} computes on {' and '.join(BACKENDS[backend].device_types)} in "
-            f"{', '.join(map(str, BACKENDS[backend].dtypes))}, not on {device_type} in {dtype}: "
-            "leave the choice open (backend=None) or choose 'torch'"
-        )
-    if missing := missing_requirement(backend):
-        raise ImportError(missing)
-
-
-# Compilers take the answer as it is when they trace: the graph keeps its backend.
-choose_backend_once = torch.compiler.assume_constant_result(choose_backend)
-
-
-@contextmanager
-def use_backend(backend: str | None) -> Iterator[None]:
-    """Asks for a backend in all of the process while the context lasts; None leaves the choice to the device.
-
-    The environment variable `EVMAMBA_SCAN_BACKEND` does the same from the start. An argument `backend` of the operator
-    has precedence. Graphs that were compiled before keep the backend that they were traced with.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    global preferred_backend
-    if backend not in (None, "torch", *BACKENDS):
-        refuse_unfit(backend, "cpu", torch.float32)
-    previous, preferred_backend = preferred_backend, backend
-    try:
-        yield
-    finally:
-        preferred_backend = previous
+from .atrous_selective_scan_torch import NUM_GROUPS, atrous_selective_scan_torch
+from .backends import BACKENDS, NAMESPACE, choose_backend_once, in_forward_mode, register_gradient
 
 
 def atrous_selective_scan(
@@ -197,11 +60,6 @@ def atrous_selective_scan(
     if choice.backend == "torch" or in_forward_mode():
         return atrous_selective_scan_torch(*arguments)
     return scan_operator(*arguments, choice.backend)
-
-
-def in_forward_mode() -> bool:
-    """Whether PyTorch differentiates in forward mode (`torch.func.jvp`): it would take our operators for constants."""
-    return forward_ad._current_level >= 0
 
 
 def check_arguments(
@@ -269,7 +127,7 @@ def scan_operator(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::atrous_selective_scan_backward", mutates_args=())
-def adjoint_operator(
+def scan_bwd_operator(
     grad: torch.Tensor,
     hidden_states: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -288,26 +146,4 @@ def fake_scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log,
     return hidden_states.new_empty(hidden_states.shape)
 
 
-def register_gradient(operator: torch.library.CustomOpDef, adjoint: torch.library.CustomOpDef) -> None:
-    """Makes `adjoint` the derivative of `operator`, and tells what it does to fake tensors.
-
-    The last argument of `operator` is no tensor. `adjoint` takes the gradient of its result and all of its arguments,
-    which are all that is kept for it, and returns the gradients of the tensors.
-    """
-
-    def keep_arguments(ctx, inputs, output) -> None:
-        *tensors, ctx.last = inputs
-        ctx.save_for_backward(*tensors)
-
-    def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *adjoint(grad, *ctx.saved_tensors, ctx.last), None
-
-    operator.register_autograd(differentiate, setup_context=keep_arguments)
-
-    @adjoint.register_fake
-    def fake_adjoint(grad, *arguments):
-        *tensors, _ = arguments
-        return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
-
-
-register_gradient(scan_operator, adjoint_operator)
+register_gradient(scan_operator, scan_bwd_operator)

@@ -5,9 +5,9 @@ steps: finds their pixels, projects u to dt, B and C, then runs the recurrence, 
 by index arithmetic: neither u nor y is gathered or scattered, and of the projections, of delta and of the states
 there is never more than one chunk, in the caches.
 
-`scan_job` is a job of the forward pass. `adjoint_job` is one of the backward pass: it stores the states between chunks
-first, then goes through the chunks from the last, once more forward for the states of all steps and then backward for
-the adjoints. Gradients through the projection are two matrix products per group, in PyTorch.
+`scan_fwd_job` is a job of the forward pass. `scan_bwd_job` is one of the backward pass: it stores the states between
+chunks first, then goes through the chunks from the last, once more forward for the states of all steps and then
+backward for the adjoints. Gradients through the projection are two matrix products per group, in PyTorch.
 
 Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
@@ -24,7 +24,8 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
 
-from .atrous_selective_scan_numba_simd import (
+from .atrous_selective_scan_torch import NUM_GROUPS
+from .numba_simd import (
     LANES,
     add,
     exp2,
@@ -47,10 +48,9 @@ from .atrous_selective_scan_numba_simd import (
     store,
     store_first,
 )
-from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
 
 
-NUM_GROUPS = 4
 LOG2_E = float32(1.4426950408889634)
 LOG_2 = float32(0.6931471805599453)
 
@@ -91,17 +91,36 @@ class Parameters(NamedTuple):
     D: int  # (K, D)
 
 
+class Inputs(NamedTuple):
+    """What the jobs of a call read."""
+
+    u: int  # pointer to (B, H, W, D)
+    strides: Strides  # of u
+    parameters: Parameters
+    sizes: Sizes
+    num_splits: int  # parts into which the blocks of channels are cut
+
+
+class Gradients(NamedTuple):
+    """Pointers to float32 numbers of the backward pass."""
+
+    y: int  # (B, H, W, D), read
+    u: int  # (B, H, W, D), written: what reaches u through the recurrence, not through the projection
+    projected: int  # (B, K, splits, rows, columns, sizes.projected), written: to be summed over the splits
+    parameters: Parameters  # (B, K, ...) each, written; that of `x_proj_weight` is left alone
+
+
 def work_of(*fields: str) -> np.dtype:
     """What a kernel is called with: a record of integers, addresses among them."""
     sizes = (*Strides._fields, *Sizes._fields, "num_splits")
     return np.dtype([(field, np.int64) for field in (*COUNTERS, "u", *sizes, *Parameters._fields, *fields)])
 
 
-SCAN_WORK = work_of("y")
-ADJOINT_WORK = work_of("grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields))
+SCAN_FWD_WORK = work_of("y")
+SCAN_BWD_WORK = work_of("grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields))
 
 
-class Packed(NamedTuple):
+class PackedParameters(NamedTuple):
     """The parameters of one group as the vectors that the loops read; `block` counts 16 channels."""
 
     x_proj_weight: np.ndarray  # (D, sizes.projected)
@@ -132,30 +151,41 @@ def new_floats(count):
 
 
 @compiled
-def sizes_in(work):
-    return Sizes(work.height, work.width, work.channels, work.rank, work.state_size, work.projected)
-
-
-@compiled
-def strides_in(work):
-    return Strides(work.image, work.row, work.column)
-
-
-@compiled
-def parameters_in(work):
-    return Parameters(
+def inputs_in(work):
+    parameters = Parameters(
         float_pointer(work.x_proj_weight),
         float_pointer(work.dt_proj_weight),
         float_pointer(work.dt_proj_bias),
         float_pointer(work.A_log),
         float_pointer(work.D),
     )
+    return Inputs(
+        float_pointer(work.u),
+        Strides(work.image, work.row, work.column),
+        parameters,
+        Sizes(work.height, work.width, work.channels, work.rank, work.state_size, work.projected),
+        work.num_splits,
+    )
+
+
+@compiled
+def gradients_in(work):
+    parameters = Parameters(
+        float_pointer(work.grad_x_proj_weight),
+        float_pointer(work.grad_dt_proj_weight),
+        float_pointer(work.grad_dt_proj_bias),
+        float_pointer(work.grad_A_log),
+        float_pointer(work.grad_D),
+    )
+    return Gradients(
+        float_pointer(work.grad_y), float_pointer(work.grad_u), float_pointer(work.grad_projected), parameters
+    )
 
 
 @compiled
 def new_packed(sizes):
     padded = (sizes.channels + LANES - 1) // LANES * LANES
-    return Packed(
+    return PackedParameters(
         new_floats(sizes.channels * sizes.projected),
         new_floats(padded * sizes.rank),
         new_floats(padded),
@@ -205,11 +235,13 @@ def new_chunk(sizes):
 
 
 @compiled
-def read_chunk(chunk, first, count, k, u, u_start, strides, parameters, packed, sizes):
-    """Finds the pixels of `count` steps of group k from number `first`, and projects them.
+def read_chunk(chunk, first, count, b, k, inputs, packed):
+    """Finds the pixels of `count` steps of group k of image b from number `first`, and projects them.
 
     Beside the map, where u is zero, the projections are, and delta, its bias being left, is not.
     """
+    u, strides, parameters, sizes, _ = inputs
+    u_start = b * strides.image
     rows, columns = (sizes.height + 1) // 2, (sizes.width + 1) // 2
     for i in range(count):
         t = first + i
@@ -275,8 +307,9 @@ def read_block(chunk, count, block, u, packed, sizes):
 
 
 @compiled
-def scan_job(job, u, strides, parameters, y, sizes, num_splits, packed, chunk, h):
+def scan_fwd_job(job, inputs, y, packed, chunk, h):
     """A job of (B, K, splits of the blocks of channels): y (B, H, W, D) from u."""
+    u, _, parameters, sizes, num_splits = inputs
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     state_size = sizes.state_size
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
@@ -286,7 +319,7 @@ def scan_job(job, u, strides, parameters, y, sizes, num_splits, packed, chunk, h
     h[:] = float32(0.0)
     for t in range(0, length, CHUNK_LENGTH):
         count = min(CHUNK_LENGTH, length - t)
-        read_chunk(chunk, t, count, k, u, b * strides.image, strides, parameters, packed, sizes)
+        read_chunk(chunk, t, count, b, k, inputs, packed)
         for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
             read_block(chunk, count, block, u, packed, sizes)
             channel, state = block * LANES, block * state_size * LANES
@@ -308,17 +341,17 @@ def scan_job(job, u, strides, parameters, y, sizes, num_splits, packed, chunk, h
                     store_first(y, y_start + chunk.pixel[i] * sizes.channels + channel, y_t, existing)
 
 
-def scan_jobs(pointer):
-    """Does jobs until none is left. `pointer` leads to a record `SCAN_WORK`."""
-    work = carray(pointer, 1, SCAN_WORK)[0]
-    sizes, strides, parameters = sizes_in(work), strides_in(work), parameters_in(work)
-    u, y = float_pointer(work.u), float_pointer(work.y)
+def scan_fwd_jobs(pointer):
+    """Does jobs until none is left. `pointer` leads to a record `SCAN_FWD_WORK`."""
+    work = carray(pointer, 1, SCAN_FWD_WORK)[0]
+    inputs, y = inputs_in(work), float_pointer(work.y)
+    sizes = inputs.sizes
     num_blocks = (sizes.channels + LANES - 1) // LANES
     packed, chunk = new_packed(sizes), new_chunk(sizes)
     h = new_floats(num_blocks * sizes.state_size * LANES)
     job = claim_job(pointer)
     while job < work.num_jobs:
-        scan_job(job, u, strides, parameters, y, sizes, work.num_splits, packed, chunk, h)
+        scan_fwd_job(job, inputs, y, packed, chunk, h)
         finish_job(pointer)
         job = claim_job(pointer)
 
@@ -345,7 +378,7 @@ def copy_state(source, source_start, target, target_start, state_size):
         store(target, target_start + n, load(source, source_start + n))
 
 
-class AdjointSpace(NamedTuple):
+class BwdWorkspace(NamedTuple):
     """Memory of a thread for the backward pass."""
 
     starts: np.ndarray  # (chunks, blocks, N, 16), states before each chunk
@@ -360,12 +393,12 @@ class AdjointSpace(NamedTuple):
 
 
 @compiled
-def new_adjoint_space(sizes):
+def new_bwd_workspace(sizes):
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     num_blocks = (sizes.channels + LANES - 1) // LANES
     state = sizes.state_size * LANES
-    return AdjointSpace(
+    return BwdWorkspace(
         new_floats(num_chunks * num_blocks * state),
         new_floats((CHUNK_LENGTH + 1) * state),
         new_floats(CHUNK_LENGTH * state),
@@ -379,42 +412,25 @@ def new_adjoint_space(sizes):
 
 
 @compiled
-def adjoint_job(
-    job,
-    u,
-    strides,
-    parameters,
-    grad_y,
-    grad_u,
-    grad_projected,
-    grad_parameters,
-    sizes,
-    num_splits,
-    packed,
-    chunk,
-    space,
-):
-    """A job of (B, K, splits of the blocks of channels): gradients of the recurrence from grad_y (B, H, W, D).
-
-    `grad_parameters` are for each image, (B, K, ...), that of `x_proj_weight` is left alone. `grad_projected`
-    (B, K, splits, rows, columns, sizes.projected) is to be summed over the splits. `grad_u` has what reaches u through
-    the recurrence, not through the projection.
-    """
+def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
+    """A job of (B, K, splits of the blocks of channels): the gradients of the recurrence."""
+    u, _, parameters, sizes, num_splits = inputs
+    grad_y, grad_u, grad_projected, grad_parameters = gradients
     state_size, rank, size = sizes.state_size, sizes.rank, sizes.projected
     state = state_size * LANES
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     num_blocks = (sizes.channels + LANES - 1) // LANES
-    starts, h, decays, adjoint, sum_A, sum_weight, sum_bias, sum_skip, by_lane = space
+    starts, h, decays, adjoint, sum_A, sum_weight, sum_bias, sum_skip, by_lane = workspace
     zero = splat(float32(0.0))
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     first_block, last_block = num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits
-    u_start, y_start = b * strides.image, b * sizes.height * sizes.width * sizes.channels
+    y_start = b * sizes.height * sizes.width * sizes.channels
     pack(packed, parameters, k, sizes)
 
     starts[: num_blocks * state] = float32(0.0)
     for c in range(num_chunks - 1):
-        read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, k, u, u_start, strides, parameters, packed, sizes)
+        read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, b, k, inputs, packed)
         for block in range(first_block, last_block):
             at = (c * num_blocks + block) * state
             read_block(chunk, CHUNK_LENGTH, block, u, packed, sizes)
@@ -429,7 +445,7 @@ def adjoint_job(
     sum_skip[:] = float32(0.0)
     for c in range(num_chunks - 1, -1, -1):
         count = min(CHUNK_LENGTH, length - c * CHUNK_LENGTH)
-        read_chunk(chunk, c * CHUNK_LENGTH, count, k, u, u_start, strides, parameters, packed, sizes)
+        read_chunk(chunk, c * CHUNK_LENGTH, count, b, k, inputs, packed)
         by_lane[:] = float32(0.0)
         for block in range(first_block, last_block):
             channel = block * LANES
@@ -492,37 +508,15 @@ def adjoint_job(
             grad_parameters.A_log[out * state_size + n] = sum_A[at] * packed.A[at] * LOG_2
 
 
-def adjoint_jobs(pointer):
-    """Does jobs until none is left. `pointer` leads to a record `ADJOINT_WORK`."""
-    work = carray(pointer, 1, ADJOINT_WORK)[0]
-    sizes, strides, parameters = sizes_in(work), strides_in(work), parameters_in(work)
-    u, grad_y, grad_u = float_pointer(work.u), float_pointer(work.grad_y), float_pointer(work.grad_u)
-    grad_projected = float_pointer(work.grad_projected)
-    grad_parameters = Parameters(
-        float_pointer(work.grad_x_proj_weight),
-        float_pointer(work.grad_dt_proj_weight),
-        float_pointer(work.grad_dt_proj_bias),
-        float_pointer(work.grad_A_log),
-        float_pointer(work.grad_D),
-    )
-    packed, chunk, space = new_packed(sizes), new_chunk(sizes), new_adjoint_space(sizes)
+def scan_bwd_jobs(pointer):
+    """Does jobs until none is left. `pointer` leads to a record `SCAN_BWD_WORK`."""
+    work = carray(pointer, 1, SCAN_BWD_WORK)[0]
+    inputs, gradients = inputs_in(work), gradients_in(work)
+    packed, chunk = new_packed(inputs.sizes), new_chunk(inputs.sizes)
+    workspace = new_bwd_workspace(inputs.sizes)
     job = claim_job(pointer)
     while job < work.num_jobs:
-        adjoint_job(
-            job,
-            u,
-            strides,
-            parameters,
-            grad_y,
-            grad_u,
-            grad_projected,
-            grad_parameters,
-            sizes,
-            work.num_splits,
-            packed,
-            chunk,
-            space,
-        )
+        scan_bwd_job(job, inputs, gradients, packed, chunk, workspace)
         finish_job(pointer)
         job = claim_job(pointer)
 
@@ -573,7 +567,7 @@ def forward(
     """The operator in float32, returned in the dtype of `hidden_states`."""
     call = prepare((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
-    run_jobs(compiled_kernel(scan_jobs), SCAN_WORK, call.work | {"y": y})
+    run_jobs(compiled_kernel(scan_fwd_jobs), SCAN_FWD_WORK, call.work | {"y": y})
     return y.to(hidden_states.dtype)
 
 
@@ -598,8 +592,8 @@ def backward(
     weight, *others = parameters
     grad_weight, *grad_others = torch.empty_like(weight), *(u.new_empty(batch_size, *other.shape) for other in others)
     outputs = (grad, grad_u, grad_projected, grad_weight, *grad_others)
-    names = ADJOINT_WORK.names[-len(outputs) :]
-    run_jobs(compiled_kernel(adjoint_jobs), ADJOINT_WORK, work | dict(zip(names, outputs, strict=True)))
+    names = SCAN_BWD_WORK.names[-len(outputs) :]
+    run_jobs(compiled_kernel(scan_bwd_jobs), SCAN_BWD_WORK, work | dict(zip(names, outputs, strict=True)))
 
     grad_projected = grad_projected.sum(dim=2)[..., : weight.shape[1]]  # (B, K, rows, columns, R + 2N)
     for k in range(NUM_GROUPS):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 
-NUM_GROUPS = 4
+NUM_GROUPS = 4  # skip sampling with step 2 in both directions
 
 # Steps inside a chunk. The loops below are CHUNK_LENGTH operators long whatever the image; states are kept for one
 # step of every chunk at a time, so memory falls with the length and the overhead of small maps grows with it.

@@ -8,8 +8,7 @@ gradients, on other devices and in compiled graphs PyTorch computes them.
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import NAMESPACE
-from .dispatch import check_argument, is_for_cpu_kernel
+from .backends import NAMESPACE, check_argument, is_for_cpu_kernel
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}

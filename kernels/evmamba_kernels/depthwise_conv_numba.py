@@ -16,7 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernel of the depthwise convolution needs numba: pip install numba") from error
 
-from .atrous_selective_scan_numba_simd import (
+from .backends import as_rows
+from .numba_simd import (
     LANES,
     add,
     clear_part,
@@ -34,8 +35,7 @@ from .atrous_selective_scan_numba_simd import (
     store_first,
     sum_of_parts,
 )
-from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
-from .dispatch import as_rows
+from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
 
 
 WORK = np.dtype(

@@ -8,8 +8,7 @@ large maps on GPUs there is a kernel for the gate, with gradients, for which not
 import torch
 import torch.nn.functional as F
 
-from .atrous_selective_scan import NAMESPACE, register_gradient
-from .dispatch import check_argument, is_for_cpu_kernel, is_for_gpu_kernel
+from .backends import NAMESPACE, check_argument, is_for_cpu_kernel, is_for_gpu_kernel, register_gradient
 
 
 LARGEST_CHANNELS_ON_GPU = 1024  # more would not stay in the registers of four warps
@@ -95,7 +94,7 @@ def gated_on_gpu_operator(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_on_gpu_backward", mutates_args=())
-def gated_on_gpu_adjoint_operator(
+def gated_on_gpu_bwd_operator(
     grad: torch.Tensor,
     hidden_states: torch.Tensor,
     gate: torch.Tensor,
@@ -113,7 +112,7 @@ def fake_gated_on_gpu(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
 
 
-register_gradient(gated_on_gpu_operator, gated_on_gpu_adjoint_operator)
+register_gradient(gated_on_gpu_operator, gated_on_gpu_bwd_operator)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean", mutates_args=(), device_types="cpu")

@@ -16,7 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernels of LayerNorm need numba: pip install numba") from error
 
-from .atrous_selective_scan_numba_simd import (
+from .backends import as_rows
+from .numba_simd import (
     LANES,
     add,
     clear_part,
@@ -37,8 +38,7 @@ from .atrous_selective_scan_numba_simd import (
     subtract,
     sum_of_parts,
 )
-from .atrous_selective_scan_numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
-from .dispatch import as_rows
+from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
 
 
 GATED_WORK = np.dtype(

@@ -15,7 +15,7 @@ import torch
 
 # triton too: its import there says what is missing, and transformers would ask for it wherever it loads remote code
 from .atrous_selective_scan_triton import cdiv, current_device, describe_device, new_buffer, tl, triton
-from .dispatch import as_rows
+from .backends import as_rows
 
 
 BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread, of up to eight values at a time in the backward pass

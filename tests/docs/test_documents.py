@@ -326,6 +326,15 @@ def test_every_name_of_the_authors_is_in_the_table():
             assert ours.rstrip(".") in text and theirs.rstrip(".") in text, ours
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/installation.md"])
+def test_versions_are_those_of_setup(page):
+    text, options = (ROOT / page).read_text(encoding="utf-8"), read_setup()["options"]
+    assert set(re.findall(r"(?<=Python )3\.\d+", text)) == {options["python_requires"].removeprefix(">=")}
+    for name, package in (("PyTorch", "torch"), ("transformers", "transformers")):
+        (oldest,) = re.findall(rf"^{package}>=(\S+)", options["install_requires"], re.MULTILINE)
+        assert set(re.findall(rf"(?<={name} )\d+\.\d+(?= or newer)", text)) <= {oldest}
+
+
 @cache
 def read_messages() -> list[str]:
     """The texts in the code of the packages, with `...` in place of values."""

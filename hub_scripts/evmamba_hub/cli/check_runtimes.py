@@ -56,4 +56,4 @@ def check_runtimes(
             missing.append(check)
     console.print(table)
     for check in missing:
-        console.print(f"Not tried: {escape(check.runtime)}: {escape(check.missing)}")
+        console.print(f"Not tried: {escape(check.runtime)}: {escape(check.missing or '')}")

@@ -68,7 +68,7 @@ def with_recipe_options(command: Callable) -> Callable:
     signature = inspect.signature(command)
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [to_parameter(field) for field in dataclasses.fields(Recipe)]
-    command.__signature__ = signature.replace(parameters=own + options)
+    setattr(command, "__signature__", signature.replace(parameters=own + options))  # noqa: B010, typer reads it
     return command
 
 

@@ -48,7 +48,7 @@ def download(repo_id: str, file_name: str | None) -> Path:
     with translate_hub_errors(repo_id):
         hub = HfApi()
         files = hub.model_info(repo_id).siblings  # unlike `list_repo_files`, fails at once without a connection
-        file_name = choose_checkpoint(repo_id, [file.rfilename for file in files], file_name)
+        file_name = choose_checkpoint(repo_id, [file.rfilename for file in files or []], file_name)
         path = Path(hub.hf_hub_download(repo_id, file_name))
     check_downloads([path])
     return path

@@ -9,9 +9,11 @@ names must agree.
 import argparse
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,13 +74,16 @@ BLOCK_TENSORS = {
     "inverted_residual": r"(\d+)\.conv_pw2\.\d\.(?:weight|bias)$",
 }
 
+NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
+
 # What training scripts pickle beside the weights and `weights_only` does not know: data without behaviour. numpy moved
 # `core` to `_core`; the settings of yacs are a dictionary, and read as one they need no yacs.
-HARMLESS_GLOBALS = [
+HARMLESS_GLOBALS: list[Callable | tuple[Callable, str]] = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     (OrderedDict, "yacs.config.CfgNode"),
 ]
 
@@ -175,7 +180,7 @@ def original_name(name: str, config: EfficientVMambaConfig) -> str:
 
 def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
     """The network that has tensors of these names (the authors', newer generation) and shapes."""
-    fields = {"hidden_sizes": [], "depths": []}
+    fields: dict[str, Any] = {"hidden_sizes": [], "depths": []}
     for stage, block_type in enumerate(EfficientVMambaConfig().block_types):
         pattern = rf"layers\.{stage}\.{BLOCK_TENSORS[block_type]}"
         blocks = [(match, tensor) for name, tensor in state_dict.items() if (match := re.match(pattern, name))]
@@ -206,7 +211,8 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
             nothing else.
     """
     kind, content = select_weights(read_file(path), weights)
-    names_in_file, original = {}, {}
+    names_in_file: dict[str, str] = {}
+    original: dict[str, torch.Tensor] = {}
     for name, tensor in content.items():
         modern = modern_name(name)
         if modern in original:
@@ -219,16 +225,19 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
     with torch.device("meta"):
         expected = model_class(config).state_dict()
 
-    state_dict, missing, wrong = {}, [], []
+    state_dict: dict[str, torch.Tensor] = {}
+    missing: list[str] = []
+    wrong: list[str] = []
     for name, expected_tensor in expected.items():
         theirs = original_name(name, config)
         # the authors keep A_log and D of the K scan groups one after the other: (K * D, ...) for (K, D, ...)
         is_flat = theirs.endswith((".A_logs", ".Ds"))
         expected_shape = tuple((expected_tensor.flatten(0, 1) if is_flat else expected_tensor).shape)
-        tensor = original.pop(theirs, None)
-        if tensor is None:
+        if theirs not in original:
             missing.append(theirs)
-        elif tuple(tensor.shape) != expected_shape:
+            continue
+        tensor = original.pop(theirs)
+        if tuple(tensor.shape) != expected_shape:
             wrong.append(f"{names_in_file[theirs]} has the shape {tuple(tensor.shape)}, expected {expected_shape}")
         else:
             state_dict[name] = tensor.reshape(expected_tensor.shape)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from transformers import ImageClassificationPipeline
+from transformers import BaseImageProcessor
 
 from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import staged
@@ -52,7 +52,15 @@ class ExportReport:
     differences: dict[tuple[int, int, int], float]  # by batch size, height and width, the largest of all logits
 
 
-def load_exportable(model: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
+@dataclass
+class Exportable:
+    """A classifier of this package on the CPU."""
+
+    model: EfficientVMambaForImageClassification
+    image_processor: BaseImageProcessor
+
+
+def load_exportable(model: str, dtype: str, revision: str | None = None) -> Exportable:
     """The classifier of a folder or Hub id, on the CPU.
 
     Raises:
@@ -61,7 +69,8 @@ def load_exportable(model: str, dtype: str, revision: str | None = None) -> Imag
     classifier = load_classifier(model, "cpu", dtype, revision)
     if not isinstance(classifier.model, EfficientVMambaForImageClassification):
         raise UserError(f"only EfficientVMamba is exported here, {model!r} is another kind of network")
-    return classifier
+    assert classifier.image_processor is not None  # the pipeline needs one
+    return Exportable(classifier.model, classifier.image_processor)
 
 
 def smallest_side(config: EfficientVMambaConfig) -> int:
@@ -205,16 +214,16 @@ def trace(
         return torch.export.export(Logits(model), (pixel_values,), dynamic_shapes=(dynamic,))
 
 
-def describe_inputs(classifier: ImageClassificationPipeline) -> dict[str, str]:
+def describe_inputs(classifier: Exportable) -> dict[str, str]:
     """What a user of the logits has to know besides: names of the labels, and how images become pixel values."""
-    id2label = classifier.model.config.id2label
+    id2label = classifier.model.config.id2label or {}
     return {
-        "labels": json.dumps([id2label[idx] for idx in range(len(id2label))], ensure_ascii=False),
+        "labels": json.dumps([label for _, label in sorted(id2label.items())], ensure_ascii=False),
         "preprocessing": json.dumps(classifier.image_processor.to_dict(), ensure_ascii=False),
     }
 
 
-def write_onnx(classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, file: Path) -> None:
+def write_onnx(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
     require("onnx", "onnxruntime", "onnxscript", extra="export")
     from onnxscript import optimizer
 
@@ -233,6 +242,7 @@ def write_onnx(classifier: ImageClassificationPipeline, image_size: tuple[int, i
             dynamic_shapes=({0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"},),
             verbose=False,
         )
+        assert exported is not None  # it is for the exporter with dynamo=True
         # weights of any size are transposed here, not whenever a file is opened
         optimizer.optimize(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     for node in exported.model.graph.all_nodes():
@@ -266,9 +276,7 @@ def load_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixel_values: torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0])
 
 
-def write_torch_export(
-    classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, file: Path
-) -> None:
+def write_torch_export(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
     # the scan in PyTorch's operators: the file needs nothing of this package
     program = trace(classifier.model, image_size, "torch")
     extra_files = {f"{name}.json": text for name, text in describe_inputs(classifier).items()}
@@ -291,7 +299,7 @@ def require_compiler() -> None:
         raise UserError(f"there is no C++ compiler {compiler} here: install one, or name yours in the variable CXX")
 
 
-def write_aoti(classifier: ImageClassificationPipeline, image_size: tuple[int, int] | None, file: Path) -> None:
+def write_aoti(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
     require_compiler()
     # the scan as a call of our kernel: in PyTorch's operators, it would take many minutes to compile
     program = trace(classifier.model, image_size, "numba")
@@ -308,7 +316,7 @@ class Format(NamedTuple):
     """How a kind of file is called, written and opened."""
 
     suffix: str
-    write: Callable[[ImageClassificationPipeline, tuple[int, int] | None, Path], None]
+    write: Callable[[Exportable, tuple[int, int] | None, Path], None]
     load: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]  # pixel values to logits in the file's dtype
 
 

@@ -73,9 +73,9 @@ def build_bfloat16(candidate: Candidate) -> Runtime:
 def build_accelerator(candidate: Candidate) -> Runtime:
     if not torch.accelerator.is_available():
         raise UserError("PyTorch finds no accelerator")
-    device = torch.accelerator.current_accelerator()
-    model = deepcopy(candidate.model).to(device)
-    return lambda pixel_values: model(pixel_values.to(device)).logits.cpu()
+    device = torch.device(str(torch.accelerator.current_accelerator()))
+    model = Logits(deepcopy(candidate.model)).to(device)
+    return lambda pixel_values: model(pixel_values.to(device)).cpu()
 
 
 def build_compiled(candidate: Candidate) -> Runtime:

@@ -40,12 +40,12 @@ def read_image(file: Path | BinaryIO, max_pixels: int | None = None) -> Image.Im
         UserError: for files that are no image, are damaged, or too large to be decoded safely.
     """
     try:
-        with Image.open(file) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
+        with Image.open(file) as opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
                 raise UserError(
-                    f"it has {image.width} x {image.height} pixels, at most {max_pixels:,} in all are accepted"
+                    f"it has {opened.width} x {opened.height} pixels, at most {max_pixels:,} in all are accepted"
                 )
-            image = ImageOps.exif_transpose(image)
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):  # 16 bits a channel; Pillow's own conversion would clip at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             if image.mode == "F":

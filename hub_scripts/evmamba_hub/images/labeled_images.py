@@ -1,12 +1,12 @@
 """Datasets of labeled images, from folders, from the Hub and from the library `datasets`, as one kind of thing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from huggingface_hub import HfApi
@@ -65,16 +65,20 @@ class LabeledImages:
 class IndexedImages(LabeledImages):
     """A dataset whose images can be read in any order."""
 
+    def __len__(self) -> int:
+        assert self.num_images is not None  # only streams have an unknown length
+        return self.num_images
+
     def __getitem__(self, index: int) -> LabeledImage:
         raise NotImplementedError
 
     @property
-    def labels(self) -> list[int | str | None]:
+    def labels(self) -> Sequence[int | str | None]:
         """Of all images."""
         raise NotImplementedError
 
     def read(self, index: int, step: int) -> Iterator[LabeledImage]:
-        return (self[each] for each in range(index, self.num_images, step))
+        return (self[each] for each in range(index, len(self), step))
 
 
 class SelectedImages(IndexedImages):
@@ -89,7 +93,7 @@ class SelectedImages(IndexedImages):
         return self.images[self.indices[index]]
 
     @property
-    def labels(self) -> list[int | str | None]:
+    def labels(self) -> Sequence[int | str | None]:
         labels = self.images.labels
         return [labels[index] for index in self.indices]
 
@@ -241,7 +245,9 @@ def open_splits(
     if path.is_dir() and not is_saved and not any(file.suffix in DATA_FILE_SUFFIXES for file in path.rglob("*")):
         if (config, revision, image_column, label_column) != (None,) * 4:
             raise UserError(f"{dataset} is a folder of images: it has neither configurations, revisions nor columns")
-        folders = find_split_folders(path) or {None: path}
+        folders: dict[str | None, Path] = {None: path}
+        if split_folders := find_split_folders(path):
+            folders = {**split_folders}
         return {split: partial(ImageFolder, folder, split) for split, folder in folders.items()}
 
     require("datasets", extra="evaluate")
@@ -268,7 +274,7 @@ def open_splits(
         rows = rows.select_columns([columns.image, columns.label]).cast_column(
             columns.image, datasets.Image(decode=False)
         )
-        about = {
+        about: dict[str, Any] = {
             "name": dataset,
             "class_names": columns.class_names,
             "hub_id": hub_id,
@@ -286,7 +292,7 @@ def open_splits(
     return {split: partial(open_split, split) for split in splits}
 
 
-def open_dataset(dataset: str, *, split: str | None = None, **options: str | bool | None) -> LabeledImages:
+def open_dataset(dataset: str, *, split: str | None = None, **options: Any) -> LabeledImages:
     """One split of a dataset, to evaluate on.
 
     Args:
@@ -298,7 +304,7 @@ def open_dataset(dataset: str, *, split: str | None = None, **options: str | boo
     """
     splits = open_splits(dataset, **options)
     if None not in splits:
-        split = choose_split(list(splits), split, dataset)
+        split = choose_split([name for name in splits if name is not None], split, dataset)
     elif split is not None:
         raise UserError(f"{dataset} has no splits, leave --split out")
     return splits[split]()

@@ -39,7 +39,7 @@ def load_classifier(model: str, device: str, dtype: str, revision: str | None = 
         UserError: for a model that cannot be found or is no image classifier, and for a device that is not there.
     """
     if device == "auto":
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

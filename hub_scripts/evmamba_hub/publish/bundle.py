@@ -1,12 +1,18 @@
 """The model's code as flat files, for repositories that are used with `trust_remote_code=True`.
 
-transformers copies a module of a repository and the siblings that it imports as `from .sibling import name`, nothing
-else. Our modules import each other in no other way, but for the seams: modules of `modeling_evmamba` that re-export
-an operator from `evmamba_kernels`. In a bundle, the operator's own file of the same name takes the place of the seam,
-so that every file is shipped as it lies in the repository.
+transformers copies a module of a repository and the siblings that it imports as `from .sibling import name`, and
+nothing else. Our modules import each other in no other way, except for the seams: modules of `modeling_evmamba` that
+re-export an operator of `evmamba_kernels`. In a bundle, the operator's own file of the same name replaces the seam.
+Every file is shipped as it lies in the repository.
 """
 
+import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import evmamba_kernels
 import modeling_evmamba
@@ -20,12 +26,28 @@ AUTO_MAP = {
 }
 
 
-def find_modules(package) -> dict[str, Path]:
-    """The modules of a package by file name, without the package's own."""
-    folder = Path(package.__file__).parent
-    return {path.name: path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"}
+def find_package_folder(package: ModuleType) -> Path:
+    """Returns the folder in which a package lies."""
+    return Path(package.__path__[0])
 
 
+def find_modules(package: ModuleType) -> dict[str, Path]:
+    """Returns the modules of a package by file name, without the package's own."""
+    return {
+        path.name: path for path in sorted(find_package_folder(package).glob("*.py")) if path.name != "__init__.py"
+    }
+
+
+@cache
 def find_remote_code() -> dict[str, Path]:
-    """Files by the name that they have in a bundle."""
-    return find_modules(modeling_evmamba) | find_modules(evmamba_kernels)
+    """Returns what transformers loads for the classes of `AUTO_MAP`, by the name of the file in a bundle.
+
+    transformers' own function follows the imports.
+    """
+    modules = find_modules(modeling_evmamba) | find_modules(evmamba_kernels)
+    entries = {f"{place.partition('.')[0]}.py" for place in AUTO_MAP.values()}
+    with TemporaryDirectory() as folder:
+        for name, path in modules.items():
+            shutil.copyfile(path, Path(folder, name))
+        imported = {Path(file).name for entry in entries for file in get_relative_import_files(Path(folder, entry))}
+    return {name: modules[name] for name in sorted(entries | imported)}

@@ -166,9 +166,13 @@ def read_results(path: Path) -> list[EvalResult]:
 def add_results(card: ModelCard, results: Iterable[EvalResult], model_name: str) -> None:
     """Writes results into a card's metadata, in place of older ones of the same measurement."""
     results = list(results)
-    kept = [old for old in card.data.eval_results or [] if not any(new.is_equal_except_value(old) for new in results)]
-    card.data.model_name = card.data.get("model_name", model_name)
-    card.data.eval_results = [*kept, *results]
+    kept = [
+        old
+        for old in card.data.get("eval_results") or []
+        if not any(new.is_equal_except_value(old) for new in results)
+    ]
+    card.data["model_name"] = card.data.get("model_name", model_name)
+    card.data["eval_results"] = [*kept, *results]
 
 
 def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
@@ -203,9 +207,9 @@ def update_card(model: str, card: ModelCard, results: list[EvalResult]) -> None:
     folder = Path(model)
     is_local = folder.is_dir()
     add_results(card, results, folder.resolve().name if is_local else model.rpartition("/")[2])
-    files = {constants.REPOCARD_NAME: str(card).encode(), **result_entries(results)}
+    contents = {constants.REPOCARD_NAME: str(card).encode(), **result_entries(results)}
     if not is_local:
-        upload(model, files, "Add evaluation results")
+        upload(model, {**contents}, "Add evaluation results")
         return
-    for path, content in files.items():
+    for path, content in contents.items():
         write_atomic(folder / path, content)

@@ -34,7 +34,7 @@ def check_weights(
     """Compares names and shapes in the files with those of the network, without reading the tensors."""
     with torch_device("meta"):
         expected = {name: list(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
-    found = {}
+    found: dict[str, list[int]] = {}
     for path in paths:
         if path.suffix == ".safetensors":
             try:

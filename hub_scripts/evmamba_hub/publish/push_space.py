@@ -13,6 +13,7 @@ import evmamba_kernels
 import modeling_evmamba
 from evmamba_hub.client import Files, Upload, check_repo_id, retry, translate_hub_errors, upload
 from evmamba_hub.errors import UserError
+from evmamba_hub.publish.bundle import find_package_folder
 
 
 MODEL_VARIABLE = "EVMAMBA_MODEL"  # the environment variable that tells the Space's app which model to show
@@ -21,7 +22,7 @@ PACKAGES = (evmamba_kernels, evmamba_hub, modeling_evmamba)
 COMMAND_LINE = "evmamba_hub/cli/"  # the Space has none, nor the packages that it imports
 
 
-def find_files(folder: Path, prefix: str = "") -> Files:
+def find_files(folder: Path, prefix: str = "") -> dict[str, Path]:
     """Finds all files of a folder, by path in it."""
     return {
         prefix + path.relative_to(folder).as_posix(): path
@@ -32,13 +33,13 @@ def find_files(folder: Path, prefix: str = "") -> Files:
 
 def find_packages() -> Files:
     """Finds the packages that the program imports, by path in the Space."""
-    files = {}
+    files: Files = {}
     for package in PACKAGES:
-        files |= find_files(Path(package.__file__).parent, f"{package.__name__}/")
+        files |= find_files(find_package_folder(package), f"{package.__name__}/")
     return {name: path for name, path in files.items() if not name.startswith(COMMAND_LINE)}
 
 
-def collect_space_files(own_files: Files, repo_id: str, model: str) -> Files:
+def collect_space_files(own_files: dict[str, Path], repo_id: str, model: str) -> Files:
     """Collects the files of the Space by path in it. The card's metadata name the model, so that the Hub links both.
 
     Args:

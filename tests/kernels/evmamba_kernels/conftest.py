@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evmamba_kernels import atrous_selective_scan_numba_threads as threads
+from evmamba_kernels import numba_threads as threads
 
 
 @pytest.fixture(params=["1 thread", "2 of OpenMP", "7 of OpenMP", "2 of our own", "7 of our own"])

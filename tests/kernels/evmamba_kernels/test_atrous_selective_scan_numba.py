@@ -21,8 +21,8 @@ from numba import njit
 
 from evmamba_kernels import atrous_selective_scan
 from evmamba_kernels import atrous_selective_scan_numba as kernels
-from evmamba_kernels import atrous_selective_scan_numba_simd as simd
-from evmamba_kernels import atrous_selective_scan_numba_threads as threads
+from evmamba_kernels import numba_simd as simd
+from evmamba_kernels import numba_threads as threads
 
 
 def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, rank=3, seed=0):
@@ -151,7 +151,7 @@ def test_undone_jobs_are_an_error(num_threads):
     """A kernel cannot raise: one that gets no memory returns early."""
     do_nothing = threads.compiled_kernel(leave_all_jobs)
     with pytest.raises(MemoryError, match="finished 0 of 8 jobs"):
-        threads.run_jobs(do_nothing, kernels.SCAN_WORK, {"num_jobs": 8})
+        threads.run_jobs(do_nothing, kernels.SCAN_FWD_WORK, {"num_jobs": 8})
     assert kernels.forward(*arguments()).isfinite().all()
 
 
@@ -184,7 +184,7 @@ def test_an_interrupt_frees_no_memory_in_use(own_threads):
     u = torch.zeros(4)
     memory = weakref.ref(u)
     with pytest.raises(KeyboardInterrupt):
-        threads.run_jobs(SimpleNamespace(ctypes=do_jobs), kernels.SCAN_WORK, {"num_jobs": 8, "u": u})
+        threads.run_jobs(SimpleNamespace(ctypes=do_jobs), kernels.SCAN_FWD_WORK, {"num_jobs": 8, "u": u})
     del u
     gc.collect()
     assert memory() is not None
@@ -288,7 +288,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_atrous_selective_scan_numba import arguments, kernels, threads
 kernels.forward(*arguments())
-print(threads.compiled_kernel(kernels.scan_jobs).cache_hits)
+print(threads.compiled_kernel(kernels.scan_fwd_jobs).cache_hits)
 """
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -299,7 +299,7 @@ print(threads.compiled_kernel(kernels.scan_jobs).cache_hits)
 USE_CACHE = """
 import torch
 from evmamba_kernels import layer_norm_mean, layer_norm_numba
-from evmamba_kernels.atrous_selective_scan_numba_threads import compiled_kernel
+from evmamba_kernels.numba_threads import compiled_kernel
 x, weight, bias = torch.randn(1, 3, 2, 20), torch.randn(20), torch.randn(20)
 expected = torch.nn.functional.layer_norm(x, (20,), weight, bias).mean(dim=(1, 2))
 torch.testing.assert_close(layer_norm_mean(x, weight, bias, 1e-5), expected)
@@ -319,7 +319,7 @@ def test_a_change_of_any_source_is_compiled(tmp_path):
     copy = tmp_path / "evmamba_kernels"
     shutil.copytree(Path(kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     assert [use_cache(tmp_path).stdout for _ in range(2)] == ["0\n", "1\n"]
-    with (copy / "atrous_selective_scan_numba_simd.py").open("a") as file:
+    with (copy / "numba_simd.py").open("a") as file:
         file.write("# a change\n")
     assert use_cache(tmp_path).stdout == "0\n"
 

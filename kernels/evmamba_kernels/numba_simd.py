@@ -15,7 +15,7 @@ try:
     from numba.core.registry import cpu_target
     from numba.extending import intrinsic, models, register_model
 except ImportError as error:
-    raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
+    raise ImportError("the CPU kernels need numba: pip install numba") from error
 
 
 LANES = 16

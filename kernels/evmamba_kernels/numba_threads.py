@@ -30,7 +30,7 @@ try:
     from numba.core.ccallback import CFunc
     from numba.extending import intrinsic
 except ImportError as error:
-    raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
+    raise ImportError("the CPU kernels need numba: pip install numba") from error
 
 
 # The first fields of a work record, each an int64. The first two begin at 0 and are counted up by the threads.
@@ -97,7 +97,7 @@ def add_atomically(builder, pointer, field):
 def digest_of_sources() -> str:
     """Of the files that kernels are compiled from. Numba's cache knows of a kernel's own file only."""
     digest = blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.glob("*_numba*.py")):
+    for path in sorted(Path(__file__).parent.glob("*numba*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
