@@ -54,6 +54,11 @@ bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU
 		$(BIN)/python benchmarks/profile_model.py --device cuda --dtype $$dtype || exit 1; \
 	done
 
+.PHONY: docs
+docs: $(INSTALLED)  ## Build the documentation into build/site, with all links checked.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
 	rm -rf build/digits build/digits-run
 	$(BIN)/python -m training_evmamba.digits build/digits --examples demo/examples

@@ -1,0 +1,396 @@
+"""README and the pages in docs/: their code runs, and what they name exists.
+
+Every page is followed as a reader would: its `evmamba` commands and its Python blocks run in their order, in a
+directory with a small model, small data and the Hub of the tests. Commands that cannot run here are parsed by the real
+program.
+`<!-- not run: reason -->` above a block leaves it out.
+"""
+
+import ast
+import configparser
+import dataclasses
+import io
+import json
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import typer
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Dataset, Features, Image
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from typer.testing import CliRunner
+
+from evmamba_demo.bundled import find_bundled_model, find_examples
+from evmamba_hub.cli.main import app
+from evmamba_hub.convert.original_checkpoint import BLOCK_NAMES, MODULE_NAMES
+from evmamba_hub.publish.push import collect_model_files
+from examples import segment_shapes
+from golden_values import original_state_dict
+from hub_server import HubServer
+from training_evmamba.recipe import Recipe, list_presets
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW_PAGES = {"export.md"}  # writes and compiles files
+PROGRAM = typer.main.get_command(app)
+
+# of other programs, as pages name them
+FOREIGN_OPTIONS = {"--use_fsdp", "--no-build-isolation"}
+AUTHORS_OPTIONS = {  # docs/migration.md
+    "--accumulation-steps", "--cfg", "--data-path", "--disable_amp", "--eval", "--model_ema_decay", "--pretrained",
+    "--tag", "--throughput", "--use-checkpoint",
+}  # fmt: skip
+
+# as `evmamba evaluate` writes them
+RESULTS = {"dataset": "imagenet/val", "top1": 0.9, "top5": 1.0, "loss": 0.3} | dict.fromkeys(
+    ["dataset_id", "dataset_config", "dataset_split", "dataset_revision"]
+)
+
+# What makes a command small enough for a test.
+EXTRA_OPTIONS = {
+    "train": "--epochs 1 --warmup-epochs 0 --num-workers 0 --batch-size 4 --augmentation-library pillow",
+}
+
+
+class Block(NamedTuple):
+    """A code block of a page."""
+
+    page: Path
+    line: int  # of its first line of code, from 1
+    language: str
+    code: str
+    runs: bool
+
+
+class Command(NamedTuple):
+    """A line of a shell block, with its continuation lines."""
+
+    place: str  # file and line
+    words: list[str]
+    runs: bool
+
+
+def read_tokens(page: Path) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+
+
+def find_blocks(page: Path) -> list[Block]:
+    blocks, runs = [], True
+    for token in read_tokens(page):
+        if token.type == "fence":
+            blocks.append(Block(page, token.map[0] + 2, token.info, token.content, runs))
+        runs = not (token.type == "html_block" and token.content.startswith("<!-- not run: "))
+    return blocks
+
+
+def find_commands(block: Block) -> list[Command]:
+    commands, start, text = [], block.line, ""
+    for number, line in enumerate(block.code.splitlines(), block.line):
+        if not text:
+            start = number
+        text += line.removesuffix("\\")
+        if not line.endswith("\\"):
+            words = shlex.split(text, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\w+", words[0]):
+                del words[0]
+            if words:
+                commands.append(Command(f"{block.page.name}:{start}", words, block.runs))
+            text = ""
+    return commands
+
+
+BLOCKS = [block for page in PAGES for block in find_blocks(page)]
+COMMANDS = [command for block in BLOCKS if block.language == "" for command in find_commands(block)]
+
+
+def find_mentions(page: Path) -> list[str]:
+    """The inline code of a page."""
+    return [
+        child.content for token in read_tokens(page) for child in token.children or [] if child.type == "code_inline"
+    ]
+
+
+@cache
+def list_options() -> dict[str, set[str]]:
+    """The options of every command."""
+    return {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        for name, command in PROGRAM.commands.items()
+    }
+
+
+def parse_evmamba(words: list[str]) -> None:
+    """Raises what the program raises for unknown commands and options, and values that are out of bounds."""
+    with PROGRAM.make_context("evmamba", list(words)) as context:
+        name, command, rest = PROGRAM.resolve_command(context, list(words))
+        command.make_context(name, rest, parent=context)
+
+
+@cache
+def read_setup() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    return setup
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    (requirement,) = words[1:]
+    name, extras = re.fullmatch(r"(\.|efficientvmamba)(?:\[([\w,]+)\])?(?: @ git\+URL)?", requirement).groups()
+    assert name == "." or "@" in requirement  # on no index yet
+    assert set(filter(None, (extras or "").split(","))) <= set(read_setup()["options.extras_require"])
+
+
+def check_make(words: list[str]) -> None:
+    assert re.search(rf"^{words[0]}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def check_python(words: list[str]) -> None:
+    if words[0] == "examples/segment_shapes.py":
+        program = typer.Typer()
+        program.command()(segment_shapes.main)
+        typer.main.get_command(program).make_context("segment_shapes.py", words[1:])
+    else:
+        assert (ROOT / words[0]).is_file() and len(words) == 1
+
+
+def check_launcher(words: list[str]) -> None:
+    parse_evmamba(words[words.index("evmamba_hub.cli") + 1 :])
+
+
+PROGRAMS = {
+    "evmamba": parse_evmamba,
+    "pip": check_pip,
+    "make": check_make,
+    "python": check_python,
+    "accelerate": check_launcher,
+    "torchrun": check_launcher,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
+def test_commands_are_understood(command):
+    PROGRAMS[command.words[0]](command.words[1:])
+
+
+def test_languages_of_blocks():
+    """A block without a language holds commands."""
+    assert {block.language for block in BLOCKS} <= {"", "python", "text", "json", "bibtex"}
+
+
+# Following a page
+
+
+def why_not_run(words: list[str]) -> str | None:
+    match words:
+        case ["evmamba", "demo", *_]:
+            return "serves until it is stopped"
+        case ["evmamba", "republish", *_]:
+            return "needs the authors' three checkpoints; test_republish.py runs it"
+        case ["evmamba", "train", *_] if "imagenet" in words:
+            return "needs ImageNet"
+        case ["evmamba", "export", *_] if "aoti" in words:
+            return "compiles for a minute; test_export.py runs it"
+        case ["evmamba", "check-runtimes", _]:
+            return "compiles for minutes; test_runtimes.py runs it"
+        case ["evmamba", *_]:
+            return None
+    return "of another program"
+
+
+def save_digits(folder: Path, names: list[str]) -> None:
+    """An image folder: the example digits, one after the other, in the classes."""
+    for number, example in enumerate(find_examples()):
+        path = folder / names[number % len(names)] / example.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(example, path)
+
+
+@pytest.fixture(scope="module")
+def parquet_file() -> bytes:
+    """A dataset of the example digits."""
+    names = [path.stem[-1] for path in find_examples()]
+    rows = {"image": [str(path) for path in find_examples()], "label": list(range(len(names)))}
+    buffer = io.BytesIO()
+    Dataset.from_dict(rows, Features({"image": Image(), "label": ClassLabel(names=names)})).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint() -> bytes:
+    """A checkpoint of the size of the authors' smallest, with both kinds of weights."""
+    buffer = io.BytesIO()
+    state_dict = {name: tensor.half() for name, tensor in original_state_dict("tiny", 11).items()}
+    torch.save({"state_dict": state_dict, "state_dict_ema": state_dict}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, hub: HubServer, parquet_file, tiny_checkpoint) -> Path:
+    """The directory of a reader, who has what the pages name, and the Hub with the repositories that they name."""
+    shutil.copytree(find_bundled_model(), tmp_path / "demo" / "digits")
+    shutil.copytree(find_examples()[0].parent, tmp_path / "demo" / "examples")
+    shutil.copytree(find_bundled_model(), tmp_path / "efficientvmamba-tiny")
+    shutil.copytree(find_bundled_model(), tmp_path / "my-model", ignore=shutil.ignore_patterns("README.md"))
+    shutil.copytree(find_examples()[0].parent, tmp_path / "photos")
+    shutil.copy(find_examples()[3], tmp_path / "photo.jpg")
+    save_digits(tmp_path / "flowers", ["daisy", "tulip"])
+    save_digits(tmp_path / "imagenet" / "val", [path.stem[-1] for path in find_examples()])
+    (tmp_path / "checkpoint.pth.tar").write_bytes(tiny_checkpoint)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    files = collect_model_files(find_bundled_model(), "someone/efficientvmamba-tiny")
+    contents = {name: each if isinstance(each, bytes) else each.read_bytes() for name, each in files.items()}
+    hub.create("someone/efficientvmamba-tiny", contents)
+    hub.create("TerryPei/EfficientVMamba-Tiny", {"efficient_vmamba_tiny.ckpt": tiny_checkpoint})
+    hub.create("ILSVRC/imagenet-1k", {"data/validation.parquet": parquet_file}, kind="dataset")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_command(desk: Path, words: list[str]) -> None:
+    _, name, *arguments = words
+    if name == "convert" and not arguments[-1].startswith("someone/"):
+        shutil.rmtree(desk / arguments[1], ignore_errors=True)  # that of other pages
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the command before, in this process
+    ended = CliRunner().invoke(app, [name, *arguments, *EXTRA_OPTIONS.get(name, "").split()])
+    if ended.exception is not None and not isinstance(ended.exception, SystemExit):
+        raise ended.exception
+    assert ended.exit_code == 0, ended.output
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW_PAGES else [], id=page.name) for page in PAGES],
+)
+def test_a_reader_can_follow_the_page(page, desk):
+    namespace = {"__name__": "page"}
+    for block in find_blocks(page):
+        if block.language == "":
+            for command in find_commands(block):
+                if command.runs and why_not_run(command.words) is None:
+                    run_command(desk, command.words)
+        elif block.language == "python" and block.runs:
+            code = "\n" * (block.line - 1) + block.code  # so that a traceback names the line of the page
+            exec(compile(code, page, "exec"), namespace)
+
+
+# Names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_that_are_mentioned_exist(page):
+    known = set().union(*list_options().values()) | FOREIGN_OPTIONS
+    if page.name == "migration.md":
+        known |= AUTHORS_OPTIONS
+    for mention in find_mentions(page):
+        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", mention))
+        if match := re.match(r"evmamba (\S+)", mention):
+            assert options <= list_options()[match[1]] | {"--help"}, mention
+        elif not mention.startswith(("accelerate ", "pip ")):
+            assert options <= known, mention
+
+
+def test_every_command_and_option_is_documented():
+    mentions = "\n".join(mention for page in PAGES for mention in find_mentions(page))
+    text = mentions + "\n" + "\n".join(" ".join(command.words) for command in COMMANDS)
+    words = set(re.findall(r"--[a-z][\w-]*", text))
+    for name, options in list_options().items():
+        assert f"evmamba {name}" in text
+        assert not options - words, name
+
+
+def test_every_value_of_a_recipe_is_in_the_table():
+    mentions = find_mentions(ROOT / "docs" / "training.md")
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in mentions
+    assert set(list_presets()) <= set(mentions)
+
+
+def test_every_extra_is_in_the_table():
+    mentions = find_mentions(ROOT / "docs" / "installation.md")
+    assert set(read_setup()["options.extras_require"]) <= set(mentions)
+
+
+def test_every_name_of_the_authors_is_in_the_table():
+    text = "\n".join(find_mentions(ROOT / "docs" / "migration.md"))
+    for ours, theirs in (MODULE_NAMES | BLOCK_NAMES).items():
+        if ours not in ("mixer.", "mixer.dt_proj_"):  # stand for several tensors
+            assert ours.rstrip(".") in text and theirs.rstrip(".") in text, ours
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/installation.md"])
+def test_versions_are_those_of_setup(page):
+    text, options = (ROOT / page).read_text(encoding="utf-8"), read_setup()["options"]
+    assert set(re.findall(r"(?<=Python )3\.\d+", text)) == {options["python_requires"].removeprefix(">=")}
+    for name, package in (("PyTorch", "torch"), ("transformers", "transformers")):
+        (oldest,) = re.findall(rf"^{package}>=(\S+)", options["install_requires"], re.MULTILINE)
+        assert set(re.findall(rf"(?<={name} )\d+\.\d+(?= or newer)", text)) <= {oldest}
+
+
+@cache
+def read_messages() -> list[str]:
+    """The texts in the code of the packages, with `...` in place of values."""
+    texts = []
+    for folder in ("modeling_evmamba", "kernels", "hub_scripts", "training_evmamba", "demo"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [each.value if isinstance(each, ast.Constant) else "..." for each in node.values]
+                    texts.append("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+    return texts
+
+
+def find_quoted_messages() -> list[str]:
+    tokens = read_tokens(ROOT / "docs" / "troubleshooting.md")
+    headings = [tokens[index + 1] for index, token in enumerate(tokens) if token.type == "heading_open"]
+    return [each.children[0].content for each in headings if each.children[0].type == "code_inline"]
+
+
+FOREIGN_MESSAGES = ("No matching distribution",)
+
+
+@pytest.mark.parametrize(
+    "message", [each for each in find_quoted_messages() if not each.startswith(FOREIGN_MESSAGES)], ids=str
+)
+def test_messages_are_quoted_as_they_are(message):
+    pieces = [piece.strip() for piece in re.split(r"\.\.\.", message)]
+    pattern = ".*".join(re.escape(piece) for piece in pieces)
+    assert any(re.search(pattern, text, re.DOTALL) for text in read_messages())
+
+
+@cache
+def read_names_of_tests() -> set[str]:
+    return {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_tests_that_are_mentioned_exist(page):
+    for mention in find_mentions(page):
+        if re.match(r"(benchmarks|examples|hub_scripts|kernels|tests|training_evmamba)/", mention):
+            assert (ROOT / mention).exists(), mention
+        elif re.fullmatch(r"test_\w+", mention):
+            assert mention in read_names_of_tests(), mention
+        elif match := re.fullmatch(r"make ([\w-]+)", mention):
+            check_make([match[1]])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"(?<=\]\()[^)\s]+(?=\))|(?<=src=\")[^\"]+|(?<=srcset=\")[^\"]+", text)
+    for link in links:
+        path, _, _ = link.partition("#")
+        if path and ":" not in path:
+            assert (page.parent / path).exists(), link
