@@ -49,7 +49,7 @@ bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU
 	$(BIN)/python benchmarks/triton_report.py
 	$(BIN)/python benchmarks/bench_triton_configs.py
 	for dtype in float32 bfloat16; do \
-		$(BIN)/python benchmarks/bench_operator.py --device cuda --dtype $$dtype --rivals mamba_ssm \
+		$(BIN)/python benchmarks/bench_operator.py --device cuda --dtype $$dtype --baselines mamba_ssm \
 			--shapes $(MAPS:%=1,%) $(MAPS:%=128,%) && \
 		$(BIN)/python benchmarks/profile_model.py --device cuda --dtype $$dtype || exit 1; \
 	done

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from baselines import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 from matplotlib import pyplot as plt
 from measure import (
     RESULTS_DIR,
@@ -29,7 +30,6 @@ from measure import (
     print_table,
     write_csv,
 )
-from rivals import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 
 from evmamba_kernels import atrous_selective_scan, choose_backend
 from evmamba_kernels.backends import BACKENDS
@@ -38,7 +38,7 @@ from evmamba_kernels.backends import BACKENDS
 PLAIN = "plain recurrence"
 MAMBAPY = "mambapy pscan"
 MAMBA_SSM = "mamba_ssm"
-RIVALS = {PLAIN: plain_recurrence, MAMBAPY: mambapy_pscan, MAMBA_SSM: mamba_ssm_scan}
+BASELINES = {PLAIN: plain_recurrence, MAMBAPY: mambapy_pscan, MAMBA_SSM: mamba_ssm_scan}
 MODES = ("forward", "forward + backward")
 # Of the largest value. Float32 sums over all pixels in different orders, seen: below 1e-5. The others round the map.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -62,10 +62,10 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the map; default: float32"
     )
     parser.add_argument(
-        "--rivals",
+        "--baselines",
         nargs="+",
-        choices=RIVALS,
-        default=list(RIVALS),
+        choices=BASELINES,
+        default=list(BASELINES),
         help="what else to time where it is installed, the first being what results and times are compared with",
     )
     parser.add_argument("--device", type=parse_device, default="cpu", help="cpu (default), cuda, ...")
@@ -108,8 +108,8 @@ def find_backends(device: torch.device) -> list[str]:
     return backends
 
 
-def find_rivals(names: list[str], device: torch.device) -> list[str]:
-    rivals = []
+def find_baselines(names: list[str], device: torch.device) -> list[str]:
+    baselines = []
     for name in names:
         package = {MAMBAPY: "mambapy", MAMBA_SSM: "mamba_ssm"}.get(name)
         if package and not find_spec(package):
@@ -117,12 +117,12 @@ def find_rivals(names: list[str], device: torch.device) -> list[str]:
         elif name == MAMBA_SSM and device.type != "cuda":
             console.print(f"without {name}: it computes on cuda alone")
         else:
-            rivals.append(name)
-    return rivals
+            baselines.append(name)
+    return baselines
 
 
 def get_method(name: str) -> Callable:
-    return RIVALS.get(name) or partial(atrous_selective_scan, backend=name)
+    return BASELINES.get(name) or partial(atrous_selective_scan, backend=name)
 
 
 def make_inputs(
@@ -159,7 +159,7 @@ def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.
     bound = LARGEST_DIFFERENCE[expected[0].dtype]
     for result, reference in zip(results, expected, strict=True):
         difference = ((result - reference).abs().max() / reference.abs().max()).item()
-        assert difference < bound, f"{name} differs from the first rival by {difference:.1e}"
+        assert difference < bound, f"{name} differs from the first baseline by {difference:.1e}"
 
 
 def measure_shape(
@@ -168,7 +168,7 @@ def measure_shape(
     """Rows of the table; `limits` are the `gpu_limits.Limits` of a GPU, None on a CPU."""
     inputs = make_inputs(shape, arguments.state_size, arguments.device, getattr(torch, arguments.dtype))
     grad = torch.randn_like(inputs[0])
-    reference = next((name for name in names if name in RIVALS), "torch")
+    reference = next((name for name in names if name in BASELINES), "torch")
     expected = run_forward_backward(get_method(reference), inputs, grad)
     shape_name = "x".join(map(str, shape))
     methods = {}
@@ -272,7 +272,7 @@ def main() -> None:
         ["operator", *([device] if device != "cpu" else []), *([dtype] if dtype != "float32" else [])]
     )
     backends = find_backends(arguments.device)
-    names = [*backends, *find_rivals(arguments.rivals, arguments.device)]
+    names = [*backends, *find_baselines(arguments.baselines, arguments.device)]
 
     limits = None
     if device == "cuda":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from baselines import mamba_ssm_scan
 from measure import (
     RESULTS_DIR,
     console,
@@ -30,7 +31,6 @@ from measure import (
     print_table,
     write_csv,
 )
-from rivals import mamba_ssm_scan
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
