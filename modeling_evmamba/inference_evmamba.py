@@ -26,9 +26,9 @@ from .modeling_evmamba import (
 
 Model = TypeVar("Model", bound=EfficientVMambaPreTrainedModel)
 
-# Bytes of the widest map of a part of a batch: with some of its neighbours, it fits into the cache of a processor
+# Bytes of the widest map of a micro-batch: with some of its neighbours, it fits into the cache of a processor
 # (benchmarks/NOTES.md)
-WIDEST_MAP = 10 * 2**20
+WIDEST_MAP_BYTES = 10 * 2**20
 
 # of the blocks: a convolution and the batch norm behind it
 BATCH_NORMS = {
@@ -65,7 +65,7 @@ def optimize_for_inference(model: Model) -> Model:
         write_channels_last(model)
         fuse_layers(model)
         pack_linear_layers(model)
-        split_batches(model)
+        micro_batch_blocks(model)
         keep_freed_memory()
     for module in model.modules():  # also its parts: their names and weights are others
         module.register_state_dict_pre_hook(refuse_to_save)
@@ -261,7 +261,9 @@ def pack_linear_layers(model: nn.Module) -> None:
 
 
 class MicroBatchedBlocks(nn.Module):
-    """Blocks that take a large batch in parts, all blocks one part before the next, whose maps stay in the cache.
+    """Blocks that take a large batch in micro-batches.
+
+    One passes all blocks before the next, and its maps stay in the cache.
 
     Args:
         layers: the blocks.
@@ -275,13 +277,13 @@ class MicroBatchedBlocks(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         batch_size, _, height, width = hidden_states.shape
-        part_size = max(1, WIDEST_MAP // (self.widest * height * width * hidden_states.element_size()))
-        if batch_size <= part_size:
+        micro_batch_size = max(1, WIDEST_MAP_BYTES // (self.widest * height * width * hidden_states.element_size()))
+        if batch_size <= micro_batch_size:
             return self.layers(hidden_states)
-        return torch.cat([self.layers(part) for part in hidden_states.split(part_size)])
+        return torch.cat([self.layers(micro_batch) for micro_batch in hidden_states.split(micro_batch_size)])
 
 
-def split_batches(model: EfficientVMambaPreTrainedModel) -> None:
+def micro_batch_blocks(model: EfficientVMambaPreTrainedModel) -> None:
     config = model.config
     stages = [module for module in model.modules() if isinstance(module, EfficientVMambaStage)]
     for stage, hidden_size, block_type in zip(stages, config.hidden_sizes, config.block_types, strict=True):

@@ -20,7 +20,7 @@ import torch
 
 
 try:
-    from numba import carray, njit
+    from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
 
@@ -28,6 +28,7 @@ from .atrous_selective_scan_torch import NUM_GROUPS
 from .numba_simd import (
     LANES,
     add,
+    compiled,
     exp2,
     float32,
     float_pointer,
@@ -35,6 +36,7 @@ from .numba_simd import (
     load,
     load_first,
     load_splat,
+    minimum,
     multiply,
     multiply_add,
     products_of_2_columns,
@@ -42,7 +44,6 @@ from .numba_simd import (
     products_of_32_columns,
     products_of_48_columns,
     sigmoid,
-    smallest,
     softplus,
     splat,
     store,
@@ -60,8 +61,6 @@ CHUNK_LENGTH = 32
 # Pixels whose projections are made together, so that a vector of weights is loaded once for all of them. With 3
 # vectors of sums for each, the 32 registers are full. Divides the chunk.
 TILE = 8
-
-compiled = njit(boundscheck=False, error_model="numpy")
 
 
 class Sizes(NamedTuple):
@@ -110,14 +109,14 @@ class Gradients(NamedTuple):
     parameters: Parameters  # (B, K, ...) each, written; that of `x_proj_weight` is left alone
 
 
-def work_of(*fields: str) -> np.dtype:
+def work_dtype(*fields: str) -> np.dtype:
     """What a kernel is called with: a record of integers, addresses among them."""
     sizes = (*Strides._fields, *Sizes._fields, "num_splits")
     return np.dtype([(field, np.int64) for field in (*COUNTERS, "u", *sizes, *Parameters._fields, *fields)])
 
 
-SCAN_FWD_WORK = work_of("y")
-SCAN_BWD_WORK = work_of("grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields))
+SCAN_FWD_WORK = work_dtype("y")
+SCAN_BWD_WORK = work_dtype("grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields))
 
 
 class PackedParameters(NamedTuple):
@@ -183,7 +182,7 @@ def gradients_in(work):
 
 
 @compiled
-def new_packed(sizes):
+def new_packed_parameters(sizes):
     padded = (sizes.channels + LANES - 1) // LANES * LANES
     return PackedParameters(
         new_floats(sizes.channels * sizes.projected),
@@ -195,7 +194,7 @@ def new_packed(sizes):
 
 
 @compiled
-def pack(packed, parameters, k, sizes):
+def pack_parameters(packed, parameters, k, sizes):
     """Fills `packed` with the parameters of group k. Channels that fill up the last block are zero.
 
     |A| is at most 2^100, so that delta A stays finite: such a state is gone within a step all the same.
@@ -217,7 +216,7 @@ def pack(packed, parameters, k, sizes):
             A_log = parameters.A_log[(k * channels + d) * state_size + n]
             packed.A[(block * state_size + n) * LANES + lane] = A_log
     for i in range(0, len(packed.A), LANES):
-        exponent = smallest(splat(float32(100.0)), multiply(load(packed.A, i), splat(LOG2_E)))
+        exponent = minimum(splat(float32(100.0)), multiply(load(packed.A, i), splat(LOG2_E)))
         store(packed.A, i, multiply(exp2(exponent), splat(-LOG2_E)))
 
 
@@ -235,7 +234,7 @@ def new_chunk(sizes):
 
 
 @compiled
-def read_chunk(chunk, first, count, b, k, inputs, packed):
+def project_chunk(chunk, first, count, b, k, inputs, packed):
     """Finds the pixels of `count` steps of group k of image b from number `first`, and projects them.
 
     Beside the map, where u is zero, the projections are, and delta, its bias being left, is not.
@@ -291,7 +290,7 @@ def read_chunk(chunk, first, count, b, k, inputs, packed):
 
 
 @compiled
-def read_block(chunk, count, block, u, packed, sizes):
+def load_u_and_delta(chunk, count, block, u, packed, sizes):
     """u and delta of 16 channels. All steps at once, so that the latencies of the softplus overlap."""
     channel, rank = block * LANES, sizes.rank
     existing = min(LANES, sizes.channels - channel)
@@ -315,13 +314,13 @@ def scan_fwd_job(job, inputs, y, packed, chunk, h):
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_blocks = (sizes.channels + LANES - 1) // LANES
     y_start = b * sizes.height * sizes.width * sizes.channels
-    pack(packed, parameters, k, sizes)
+    pack_parameters(packed, parameters, k, sizes)
     h[:] = float32(0.0)
     for t in range(0, length, CHUNK_LENGTH):
         count = min(CHUNK_LENGTH, length - t)
-        read_chunk(chunk, t, count, b, k, inputs, packed)
+        project_chunk(chunk, t, count, b, k, inputs, packed)
         for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
-            read_block(chunk, count, block, u, packed, sizes)
+            load_u_and_delta(chunk, count, block, u, packed, sizes)
             channel, state = block * LANES, block * state_size * LANES
             existing = min(LANES, sizes.channels - channel)
             skip = load(packed.D, channel)
@@ -347,7 +346,7 @@ def scan_fwd_jobs(pointer):
     inputs, y = inputs_in(work), float_pointer(work.y)
     sizes = inputs.sizes
     num_blocks = (sizes.channels + LANES - 1) // LANES
-    packed, chunk = new_packed(sizes), new_chunk(sizes)
+    packed, chunk = new_packed_parameters(sizes), new_chunk(sizes)
     h = new_floats(num_blocks * sizes.state_size * LANES)
     job = claim_job(pointer)
     while job < work.num_jobs:
@@ -357,7 +356,7 @@ def scan_fwd_jobs(pointer):
 
 
 @compiled
-def run_chunk(chunk, count, block, packed, h, decays, sizes):
+def keep_states(chunk, count, block, packed, h, decays, sizes):
     """Keeps the states and decays of `count` steps: h[i] (N, 16) before step i, h[0] given, `decays[i]` at step i."""
     state = sizes.state_size * LANES
     for i in range(count):
@@ -426,16 +425,16 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     first_block, last_block = num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits
     y_start = b * sizes.height * sizes.width * sizes.channels
-    pack(packed, parameters, k, sizes)
+    pack_parameters(packed, parameters, k, sizes)
 
     starts[: num_blocks * state] = float32(0.0)
     for c in range(num_chunks - 1):
-        read_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, b, k, inputs, packed)
+        project_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, b, k, inputs, packed)
         for block in range(first_block, last_block):
             at = (c * num_blocks + block) * state
-            read_block(chunk, CHUNK_LENGTH, block, u, packed, sizes)
+            load_u_and_delta(chunk, CHUNK_LENGTH, block, u, packed, sizes)
             copy_state(starts, at, h, 0, state_size)
-            run_chunk(chunk, CHUNK_LENGTH, block, packed, h, decays, sizes)
+            keep_states(chunk, CHUNK_LENGTH, block, packed, h, decays, sizes)
             copy_state(h, CHUNK_LENGTH * state, starts, at + num_blocks * state, state_size)
 
     adjoint[:] = float32(0.0)
@@ -445,15 +444,15 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
     sum_skip[:] = float32(0.0)
     for c in range(num_chunks - 1, -1, -1):
         count = min(CHUNK_LENGTH, length - c * CHUNK_LENGTH)
-        read_chunk(chunk, c * CHUNK_LENGTH, count, b, k, inputs, packed)
+        project_chunk(chunk, c * CHUNK_LENGTH, count, b, k, inputs, packed)
         by_lane[:] = float32(0.0)
         for block in range(first_block, last_block):
             channel = block * LANES
             existing = min(LANES, sizes.channels - channel)
             skip = load(packed.D, channel)
-            read_block(chunk, count, block, u, packed, sizes)
+            load_u_and_delta(chunk, count, block, u, packed, sizes)
             copy_state(starts, (c * num_blocks + block) * state, h, 0, state_size)
-            run_chunk(chunk, count, block, packed, h, decays, sizes)
+            keep_states(chunk, count, block, packed, h, decays, sizes)
             for i in range(count - 1, -1, -1):
                 is_inside = chunk.pixel[i] >= 0
                 pixel = y_start + chunk.pixel[i] * sizes.channels + channel
@@ -512,7 +511,7 @@ def scan_bwd_jobs(pointer):
     """Does jobs until none is left. `pointer` leads to a record `SCAN_BWD_WORK`."""
     work = carray(pointer, 1, SCAN_BWD_WORK)[0]
     inputs, gradients = inputs_in(work), gradients_in(work)
-    packed, chunk = new_packed(inputs.sizes), new_chunk(inputs.sizes)
+    packed, chunk = new_packed_parameters(inputs.sizes), new_chunk(inputs.sizes)
     workspace = new_bwd_workspace(inputs.sizes)
     job = claim_job(pointer)
     while job < work.num_jobs:
@@ -527,7 +526,7 @@ def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
     return u if u.stride(-1) == 1 else u.contiguous()
 
 
-class Call(NamedTuple):
+class PreparedCall(NamedTuple):
     """The arguments as the kernels want them, in float32, and what their work records have in common."""
 
     u: torch.Tensor  # (B, H, W, D), channels dense
@@ -535,7 +534,7 @@ class Call(NamedTuple):
     work: dict[str, int | torch.Tensor]
 
 
-def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
+def prepare_call(arguments: tuple[torch.Tensor, ...]) -> PreparedCall:
     hidden_states, *parameters = arguments
     u = with_dense_channels(hidden_states)
     parameters = [parameter.detach().float().contiguous() for parameter in parameters]
@@ -553,7 +552,7 @@ def prepare(arguments: tuple[torch.Tensor, ...]) -> Call:
         "num_splits": num_splits,
         **dict(zip(Parameters._fields, parameters, strict=True)),
     }
-    return Call(u, parameters, work)
+    return PreparedCall(u, parameters, work)
 
 
 def forward(
@@ -565,7 +564,7 @@ def forward(
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
     """The operator in float32, returned in the dtype of `hidden_states`."""
-    call = prepare((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
+    call = prepare_call((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
     run_jobs(compiled_kernel(scan_fwd_jobs), SCAN_FWD_WORK, call.work | {"y": y})
     return y.to(hidden_states.dtype)
@@ -582,7 +581,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    u, parameters, work = prepare(arguments)
+    u, parameters, work = prepare_call(arguments)
     batch_size, height, width, _ = u.shape
     grad = grad.detach().float().contiguous()
     grad_u = u.new_empty(u.shape)

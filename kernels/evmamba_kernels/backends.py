@@ -202,11 +202,11 @@ def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor,
         raise ValueError(f"{name} must be on {hidden_states.device}, like hidden_states, got {tensor.device}")
 
 
-def register_gradient(operator: torch.library.CustomOpDef, adjoint: torch.library.CustomOpDef) -> None:
-    """Makes `adjoint` the derivative of `operator`, and tells what it does to fake tensors.
+def register_gradient(operator: torch.library.CustomOpDef, bwd_operator: torch.library.CustomOpDef) -> None:
+    """Makes `bwd_operator` the derivative of `operator`, and tells what it does to fake tensors.
 
-    The last argument of `operator` is no tensor. `adjoint` takes the gradient of its result and all of its arguments,
-    which are all that is kept for it, and returns the gradients of the tensors.
+    The last argument of `operator` is no tensor. `bwd_operator` takes the gradient of its result and all of its
+    arguments, which are all that is kept for it, and returns the gradients of the tensors.
     """
 
     def keep_arguments(ctx, inputs, output) -> None:
@@ -214,11 +214,11 @@ def register_gradient(operator: torch.library.CustomOpDef, adjoint: torch.librar
         ctx.save_for_backward(*tensors)
 
     def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *adjoint(grad, *ctx.saved_tensors, ctx.last), None
+        return *bwd_operator(grad, *ctx.saved_tensors, ctx.last), None
 
     operator.register_autograd(differentiate, setup_context=keep_arguments)
 
-    @adjoint.register_fake
-    def fake_adjoint(grad, *arguments):
+    @bwd_operator.register_fake
+    def fake_backward(grad, *arguments):
         *tensors, _ = arguments
         return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)

@@ -12,7 +12,7 @@ import torch
 
 
 try:
-    from numba import carray, njit
+    from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernel of the depthwise convolution needs numba: pip install numba") from error
 
@@ -21,6 +21,7 @@ from .numba_simd import (
     LANES,
     add,
     clear_part,
+    compiled,
     float32,
     float_pointer,
     gelu,
@@ -49,8 +50,6 @@ ACTIVATIONS = {"none": 0, "relu": RELU, "silu": SILU, "gelu": GELU}
 
 TILE = 7  # pixels: their sums, a row of weights and a row of pixels fill 19 of the 32 registers of AVX-512
 NUMBERS_PER_JOB = 2**15  # of the output, about: 128 kB
-
-compiled = njit(boundscheck=False, error_model="numpy")
 
 
 @compiled

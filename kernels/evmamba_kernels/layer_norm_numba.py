@@ -12,7 +12,7 @@ import torch
 
 
 try:
-    from numba import carray, njit
+    from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernels of LayerNorm need numba: pip install numba") from error
 
@@ -21,6 +21,7 @@ from .numba_simd import (
     LANES,
     add,
     clear_part,
+    compiled,
     divide,
     float32,
     float_pointer,
@@ -55,8 +56,6 @@ MEAN_WORK = np.dtype(
 # multiples of the 16 rows whose statistics are made together
 ROWS_PER_GATED_JOB = 64
 ROWS_PER_MEAN_JOB = 784  # a quarter of a map of 56 x 56
-
-compiled = njit(boundscheck=False, error_model="numpy")
 
 
 class Statistics(NamedTuple):

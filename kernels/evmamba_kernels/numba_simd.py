@@ -20,6 +20,8 @@ except ImportError as error:
 
 LANES = 16
 
+compiled = njit(boundscheck=False, error_model="numpy")
+
 float32 = np.float32  # literals in kernels; without it Numba would compute in float64
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
@@ -194,20 +196,20 @@ def multiply_add(typing_context, a, b, c):
     return Vector(Vector, Vector, Vector), generate
 
 
-def choice(comparison):
+def select_by_comparison(comparison):
     @intrinsic
-    def choose(typing_context, a, b):
+    def select(typing_context, a, b):
         def generate(context, builder, signature, arguments):
             return builder.select(builder.fcmp_ordered(comparison, *arguments), *arguments)
 
         return Vector(Vector, Vector), generate
 
-    return choose
+    return select
 
 
 # b where one of them is NaN: exponents that are NaN must not come out as a number, so the bound goes first
-largest = choice(">")
-smallest = choice("<")
+maximum = select_by_comparison(">")
+minimum = select_by_comparison("<")
 
 
 def unary_function(name):
@@ -360,7 +362,7 @@ def add_to_exponent(typing_context, a, integers):
     return Vector(Vector, Vector), generate
 
 
-@njit
+@compiled
 def exp2_of_fraction(f, n):
     """2^(n + f) for |f| <= 1/2; n is given by a number in whose low bits it stands.
 
@@ -375,13 +377,13 @@ def exp2_of_fraction(f, n):
     return add_to_exponent(p, n)
 
 
-@njit
+@compiled
 def exp2_by_polynomial(x):
     """2^x for x <= 126, within 3 ulp; 2^-126 for all x below -126.
 
     Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
     """
-    x = largest(splat(float32(-126.0)), x)
+    x = maximum(splat(float32(-126.0)), x)
     n = add(x, splat(float32(12582912.0)))
     return exp2_of_fraction(subtract(x, subtract(n, splat(float32(12582912.0)))), n)
 
@@ -410,7 +412,7 @@ def multiply_by_power(typing_context, a, x):
     return Vector(Vector, Vector), generate
 
 
-@njit
+@compiled
 def exp2_by_table(x):
     """2^x for finite x, within 2 ulp.
 
@@ -431,10 +433,10 @@ HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 exp2 = exp2_by_table if HAS_AVX512 else exp2_by_polynomial
 
 
-@njit
+@compiled
 def exp(x):
     """e^x for x <= 87, within 4 ulp; 2^-126 for all x below -87.3. The logarithm of 2 is taken off in two parts."""
-    x = largest(splat(float32(-87.33654)), x)
+    x = maximum(splat(float32(-87.33654)), x)
     n = multiply_add(x, splat(float32(1.4426950409)), splat(float32(12582912.0)))
     rounded = subtract(n, splat(float32(12582912.0)))
     rest = multiply_add(rounded, splat(float32(-0.693359375)), x)
@@ -442,7 +444,7 @@ def exp(x):
     return exp2_of_fraction(multiply(rest, splat(float32(1.4426950409))), n)
 
 
-@njit
+@compiled
 def log1p(x):
     """log(1 + x) for 0 <= x <= 1, within 3 ulp: 2 atanh(s) with s = x / (2 + x), a minimax polynomial in s^2."""
     s = divide(x, add(x, splat(float32(2.0))))
@@ -456,7 +458,7 @@ def log1p(x):
 
 
 @intrinsic
-def by_sign(typing_context, x, positive, negative):
+def select_by_sign(typing_context, x, positive, negative):
     """`negative` in the lanes where x < 0, `positive` in the others."""
 
     def generate(context, builder, signature, arguments):
@@ -467,36 +469,36 @@ def by_sign(typing_context, x, positive, negative):
     return Vector(Vector, Vector, Vector), generate
 
 
-@njit
+@compiled
 def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), within 5 ulp."""
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
-    return add(largest(splat(float32(0.0)), x), log1p(small))
+    return add(maximum(splat(float32(0.0)), x), log1p(small))
 
 
-@njit
+@compiled
 def sigmoid(x):
     """1 / (1 + exp(-x)), the derivative of softplus, within 5 ulp."""
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
     of_absolute = divide(splat(float32(1.0)), add(small, splat(float32(1.0))))
-    return by_sign(x, of_absolute, multiply(small, of_absolute))
+    return select_by_sign(x, of_absolute, multiply(small, of_absolute))
 
 
-@njit
+@compiled
 def silu(x):
     """x / (1 + exp(-x)), within 4 ulp of its size where x > -1, and of that of x exp(x / 2) below."""
-    exponent = smallest(splat(float32(126.0)), multiply(x, splat(float32(-1.4426950409))))
+    exponent = minimum(splat(float32(126.0)), multiply(x, splat(float32(-1.4426950409))))
     return divide(x, add(exp2(exponent), splat(float32(1.0))))
 
 
-@njit
+@compiled
 def gelu(x):
     """x Phi(x), Phi being the normal distribution function, within 5 ulp of its size and 1e-7.
 
     Phi(-|x|) is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.29 |x|), as in Abramowitz and Stegun, 7.1.26, with six
     terms (Lawson's iteration).
     """
-    exponent = largest(splat(float32(-126.0)), multiply(multiply(x, x), splat(float32(-0.7213475204))))
+    exponent = maximum(splat(float32(-126.0)), multiply(multiply(x, x), splat(float32(-0.7213475204))))
     v = divide(splat(float32(1.0)), multiply_add(absolute(x), splat(float32(0.29)), splat(float32(1.0))))
     p = splat(float32(-8.932361007e-02))
     p = multiply_add(p, v, splat(float32(2.860065103e-01)))
@@ -505,22 +507,22 @@ def gelu(x):
     p = multiply_add(p, v, splat(float32(1.018165424e-01)))
     p = multiply_add(p, v, splat(float32(1.165967658e-01)))
     tail = multiply(multiply(p, v), exp2(exponent))
-    return multiply(x, by_sign(x, subtract(splat(float32(1.0)), tail), tail))
+    return multiply(x, select_by_sign(x, subtract(splat(float32(1.0)), tail), tail))
 
 
-@njit
+@compiled
 def relu(x):
-    return largest(splat(float32(0.0)), x)
+    return maximum(splat(float32(0.0)), x)
 
 
-@njit
+@compiled
 def clear_part(sums, part, channels):
     """Sets a row of `sums` (parts, channels) to zero."""
     for d in range(0, channels, LANES):
         store_first(sums, part * channels + d, splat(float32(0.0)), min(LANES, channels - d))
 
 
-@njit
+@compiled
 def sum_of_parts(sums, first_part, num_parts, channels, d, count):
     """Of `count` channels from `d`, over some rows of `sums` (parts, channels)."""
     total = splat(float32(0.0))

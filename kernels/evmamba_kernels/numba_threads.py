@@ -154,7 +154,7 @@ def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_thre
     one out of its wait while others still compute.
     """
     while len(workers) < num_threads - 1:
-        worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-scan-{len(workers)}", daemon=True)
+        worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-kernels-{len(workers)}", daemon=True)
         worker.start()
         workers.append(worker)
 

@@ -54,7 +54,8 @@ def test_large_batches_are_taken_in_parts(monkeypatch):
     model = with_statistics(EfficientVMambaForImageClassification(small_config()))
     optimized = optimize_for_inference(model)
     images = torch.randn(5, 3, 64, 96)
-    monkeypatch.setattr("modeling_evmamba.inference_evmamba.WIDEST_MAP", 250_000)  # 2.5 images in the first stage
+    # 2.5 images in the first stage
+    monkeypatch.setattr("modeling_evmamba.inference_evmamba.WIDEST_MAP_BYTES", 250_000)
     sizes = []
     first_stage = optimized.efficientvmamba.encoder.stages[0]
     first_stage.layers[0].layers[1].register_forward_hook(lambda layer, inputs, output: sizes.append(len(output)))
