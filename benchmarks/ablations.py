@@ -286,7 +286,7 @@ def main(
     names = networks or list(NETWORKS)
     if unknown := [name for name in names if name not in NETWORKS]:
         raise UserError(f"there is no network {unknown[0]!r}: --network accepts {', '.join(NETWORKS)}")
-    environment = describe_environment(torch.device("cpu"))
+    environment = describe_environment()
     environment |= {"seeds": str(seeds), "steps": str(steps), "training images": str(images)}
     training = Wires(images, TRAINING_SEED, "drawing training images")
     held_out = Wires(NUM_HELD_OUT, HELD_OUT_SEED, "drawing held-out images")

@@ -168,7 +168,7 @@ def measure_latency(networks: dict[str, Network], arguments: argparse.Namespace)
             name: partial(classify, network.model, torch.randn(batch_size, 3, network.image_size, network.image_size))
             for name, network in networks.items()
         }
-        seconds = median_times(methods, arguments.repeats, CPU, f"batches of {batch_size}")
+        seconds = median_times(methods, arguments.repeats, f"batches of {batch_size}")
         for name, network in networks.items():
             rows.append(
                 {
@@ -199,7 +199,7 @@ def measure_image_sizes(networks: dict[str, Network], arguments: argparse.Namesp
         for name, backend in GROWING
         for size in arguments.image_sizes
     }
-    seconds = median_times(methods, arguments.repeats, CPU, "growing images")
+    seconds = median_times(methods, arguments.repeats, "growing images")
     rows = []
     for name, backend in GROWING:
         first = seconds[name, backend, arguments.image_sizes[0]] / arguments.image_sizes[0] ** 2
@@ -249,7 +249,7 @@ def plot(rows: list[dict[str, object]], environment: dict[str, str], path: Path)
 def main() -> None:
     arguments = parse_arguments()
     matplotlib.use("Agg")
-    environment = describe_environment(CPU) | {"repeats": str(arguments.repeats)}
+    environment = describe_environment() | {"repeats": str(arguments.repeats)}
     torch.manual_seed(0)
     networks = make_networks()
 

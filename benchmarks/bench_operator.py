@@ -173,7 +173,7 @@ def measure_shape(
         check_equality(name, results, expected)
         methods[name, "forward"] = partial(run_forward, method, inputs)
         methods[name, "forward + backward"] = partial(run_forward_backward, method, inputs, grad)
-    seconds = median_times(methods, arguments.repeats, arguments.device, shape_name)
+    seconds = median_times(methods, arguments.repeats, shape_name)
     rows = [
         {
             "shape": shape_name,
@@ -213,7 +213,7 @@ def measure_scaling(names: list[str], arguments: argparse.Namespace) -> list[dic
         for name in names
         for side in arguments.sides
     }
-    seconds = median_times(methods, arguments.repeats, arguments.device, "growing maps")
+    seconds = median_times(methods, arguments.repeats, "growing maps")
     rows = []
     for name in names:
         first = seconds[name, arguments.sides[0]] / arguments.sides[0] ** 2
@@ -256,7 +256,7 @@ def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str,
 def main() -> None:
     arguments = parse_arguments()
     matplotlib.use("Agg")
-    environment = describe_environment(arguments.device)
+    environment = describe_environment()
     environment |= {"repeats": str(arguments.repeats), "dtype": arguments.dtype}
     device, dtype = arguments.device.type, arguments.dtype
     file_name = "_".join(

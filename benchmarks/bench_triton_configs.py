@@ -85,7 +85,7 @@ def main() -> None:
             methods[name, "forward"] = partial(run_with, candidate, key, kernels.forward, *inputs)
             methods[name, "backward"] = partial(run_with, candidate, key, kernels.backward, grad, *inputs)
         shape_name = "x".join(map(str, shape))
-        seconds = median_times(methods, arguments.repeats, arguments.device, shape_name)
+        seconds = median_times(methods, arguments.repeats, shape_name)
         rows += [
             {
                 "shape": shape_name,
@@ -95,7 +95,7 @@ def main() -> None:
             for name in candidates
         ]
     print_table(f"Configurations on {device}", rows)
-    environment = describe_environment(arguments.device) | {"repeats": str(arguments.repeats)}
+    environment = describe_environment() | {"repeats": str(arguments.repeats)}
     write_csv(arguments.output_dir / f"triton_configs_{arguments.device.type}.csv", rows, environment)
 
 

@@ -102,7 +102,7 @@ def measure_latency(
     for batch_size in arguments.batch_sizes:
         images = torch.randn(batch_size, 3, 224, 224)
         methods = {name: partial(runtime, images) for name, runtime in runtimes.items()}
-        seconds = median_times(methods, arguments.repeats, CPU, f"{variant}, batches of {batch_size}")
+        seconds = median_times(methods, arguments.repeats, f"{variant}, batches of {batch_size}")
         for name in runtimes:
             rows.append(
                 {
@@ -139,7 +139,7 @@ def measure_digits() -> list[dict[str, object]]:
 
 def main() -> None:
     arguments = parse_arguments()
-    environment = describe_environment(CPU) | {"repeats": str(arguments.repeats)}
+    environment = describe_environment() | {"repeats": str(arguments.repeats)}
     logging.disable_progress_bar()
     print_table("The bundled model on held-out digits", digits := measure_digits())
     write_csv(arguments.output_dir / "export_digits.csv", digits, environment)

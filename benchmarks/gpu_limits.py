@@ -69,7 +69,7 @@ def measure_limits(device: torch.device) -> Limits:
         "exponentials": lambda: exponentials_kernel[(num_blocks,)](values, EXPONENTIALS_PER_LANE, BLOCK, num_warps=4),
     }
     with torch.cuda.device(device):  # on which Triton launches
-        seconds = median_times(methods, REPEATS, device, "limits of the device")
+        seconds = median_times(methods, REPEATS, "limits of the device")
     return Limits(
         bytes_per_second=2 * COPIED_BYTES / seconds["copy"],
         exponentials_per_second=values.numel() * EXPONENTIALS_PER_LANE / seconds["exponentials"],

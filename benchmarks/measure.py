@@ -3,13 +3,10 @@
 import argparse
 import csv
 import math
-import platform
 import statistics
-import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,13 +15,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from evmamba_hub import info
+
 
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 
 RESULTS_DIR = Path(__file__).parent / "results"
 WARM_UP_ROUNDS = 2  # the first call compiles
-CALLS_PER_ROUND = 4  # the first is not timed: it finds the caches, and the allocator, as the method before left them
+CALLS_PER_ROUND = 3  # after one that is not timed: it finds caches and allocator as the method before left them
 
 
 def parse_device(text: str) -> torch.device:
@@ -41,7 +40,7 @@ def parse_device(text: str) -> torch.device:
 
 
 def median_times(
-    methods: dict[Hashable, Callable[[], object]], repeats: int, device: torch.device, description: str
+    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str
 ) -> dict[Hashable, float]:
     """Median seconds of a call of each method in steady state.
 
@@ -51,19 +50,10 @@ def median_times(
     rounds = range(WARM_UP_ROUNDS + repeats)
     for i in track(rounds, description, console=error_console, transient=True):
         for name, method in methods.items():
-            for call in range(CALLS_PER_ROUND):
-                synchronize(device)
-                start = time.perf_counter()
-                method()
-                synchronize(device)
-                if i >= WARM_UP_ROUNDS and call > 0:
-                    times[name].append(time.perf_counter() - start)
+            seconds = info.measure_latency(method, CALLS_PER_ROUND)
+            if i >= WARM_UP_ROUNDS:
+                times[name] += seconds
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def in_fresh_process(function: Callable, *arguments):
@@ -99,31 +89,9 @@ def read_process_status(field: str) -> int:
     raise ValueError(f"/proc/self/status has no field {field}")
 
 
-def describe_environment(device: torch.device) -> dict[str, str]:
-    environment = {
-        "date": date.today().isoformat(),
-        "cpu": read_cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name(device)
-    for package in ("torch", "numba", "triton", "transformers", "onnxruntime", "timm", "mambapy", "mamba_ssm"):
-        try:
-            environment[package] = version(package)
-        except PackageNotFoundError:
-            environment[package] = "not installed"
-    return environment
-
-
-def read_cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def describe_environment() -> dict[str, str]:
+    """Returns the date, the machine and the versions, the packages of baselines among them."""
+    return {"date": date.today().isoformat(), **info.describe_environment((*info.PACKAGES, "mambapy", "mamba_ssm"))}
 
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:

@@ -142,7 +142,7 @@ def list_operators(run: Callable[[], None], device: torch.device) -> list[dict[s
 def main() -> None:
     arguments = parse_arguments()
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    environment = describe_environment(device)
+    environment = describe_environment()
     environment |= {"repeats": str(arguments.repeats), "dtype": arguments.dtype, "image": str(arguments.image_size)}
     has_mamba_ssm = device.type == "cuda" and find_spec("mamba_ssm") is not None
     if not has_mamba_ssm:
@@ -165,7 +165,7 @@ def main() -> None:
             if has_mamba_ssm:
                 methods["mamba_ssm"] = partial(run_within, scan_of_mamba_ssm, methods["eager"])
             where = {"part": part.name, "pass": pass_name, "batch": batch_size}
-            seconds = median_times(methods, arguments.repeats, device, " ".join(map(str, where.values())))
+            seconds = median_times(methods, arguments.repeats, " ".join(map(str, where.values())))
             for name, method in methods.items():
                 speed = {"median ms": 1e3 * seconds[name], "images/s": batch_size / seconds[name]}
                 if device.type == "cuda":

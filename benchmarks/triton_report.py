@@ -50,8 +50,13 @@ KERNELS = {
 }
 MATRIX_KERNELS = ("project_fwd", "project_bwd_input", "project_bwd_weight")
 KERNELS_OF_STATES = ("chunk_state_fwd", "scan_fwd", "chunk_state_bwd", "scan_bwd")
-NORM_KERNELS = ("layer_norm_gated_fwd", "layer_norm_gated_bwd")
-OPTIONS = dict.fromkeys(MATRIX_KERNELS, host.MATRIX_WARPS) | dict.fromkeys(NORM_KERNELS, layer_norm_triton.FOUR_WARPS)
+NORM_BLOCK_ELEMENTS = {
+    "layer_norm_gated_fwd": layer_norm_triton.FORWARD_BLOCK_ELEMENTS,
+    "layer_norm_gated_bwd": layer_norm_triton.BACKWARD_BLOCK_ELEMENTS,
+}
+OPTIONS = dict.fromkeys(MATRIX_KERNELS, host.MATRIX_WARPS) | dict.fromkeys(
+    NORM_BLOCK_ELEMENTS, layer_norm_triton.FOUR_WARPS
+)
 BACKWARD_KERNELS = ("chunk_state_bwd", "scan_bwd", "project_bwd_input", "project_bwd_weight")
 
 NORM_CHANNELS = 96  # stage 1 of T
@@ -107,16 +112,16 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
         "T": tile,
         "CHUNKS": tile,
         "CHANNELS": host.MATRIX_CHANNELS if is_matrix else channels,
-        "STEPS": host.MATRIX_STEPS,
+        "STEPS": config.projected_steps if name == "project_fwd" else host.MATRIX_STEPS,
         "DEPTH": host.MATRIX_DEPTH,
         "OUTPUTS": host.MATRIX_OUTPUTS,
         "PRECISION": config.precision,
         "LONG_LINES": not is_matrix,
         "WIDE": False,
     }
-    maps = {"u", "y", "grad"} | ({"grad_u"} if name == "unproject" else set())
-    if name in NORM_KERNELS:
-        values |= layer_norm_triton.block_sizes(NORM_CHANNELS)
+    maps = {"u", "y", "grad"} | ({"grad_u"} if name == "project_bwd_input" else set())
+    if name in NORM_BLOCK_ELEMENTS:
+        values |= layer_norm_triton.block_sizes(NORM_CHANNELS, NORM_BLOCK_ELEMENTS[name])
         maps |= {"x", "gate", "grad_x", "grad_gate"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -124,7 +129,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
             signature[parameter.name], constants[i,] = "constexpr", values[parameter.name]
         elif parameter.name in INTEGERS or "stride" in parameter.name:
             signature[parameter.name] = "i32"
-            if name in NORM_KERNELS and parameter.name != "num_rows":  # which alone is not specialized
+            if name in NORM_BLOCK_ELEMENTS and parameter.name != "num_rows":  # which alone is not specialized
                 attributes[i,] = [["tt.divisibility", 16]]
         elif parameter.name == "eps":
             signature[parameter.name] = "fp32"

@@ -2,11 +2,12 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig
 
@@ -20,6 +21,8 @@ from modeling_evmamba import (
 )
 from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D
 
+
+PACKAGES = ("efficientvmamba", "torch", "transformers", "huggingface_hub", "numba", "triton", "onnxruntime", "timm")
 
 SCAN_MACS_PER_STATE = 9  # the authors' convention
 
@@ -138,15 +141,39 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
     return {model: config}
 
 
-def describe_environment() -> dict[str, str]:
-    """Versions and devices that decide how fast the network runs here."""
+def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Returns what decides how fast the network runs here: system, processor, accelerator, versions, scan backend.
+
+    Args:
+        packages: whose versions to name, by the names of their distributions.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     scan = choose_backend("cpu" if accelerator is None else accelerator.type, torch.float32)
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerator": "none" if accelerator is None else str(accelerator),
+        "system": platform.platform(terse=True),
+        "cpu": read_cpu_name(),
         "threads": str(torch.get_num_threads()),
+        "accelerator": "none" if accelerator is None else describe_accelerator(accelerator),
+        "python": platform.python_version(),
+        **{package: find_version(package) for package in packages},
         "scan": f"{scan.backend}: {scan.reason}",
     }
+
+
+def describe_accelerator(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def find_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def read_cpu_name() -> str:
+    """Returns the processor's name as Linux knows it, elsewhere its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -54,6 +54,7 @@ class Config(NamedTuple):
     forward_channels: int  # channels of a program, whole warps of them
     backward_tile: int
     backward_channels: int  # in scan_bwd_kernel, which sums over channels: the more a thread has, the fewer shuffles
+    projected_steps: int  # of a block of project_fwd_kernel
     precision: str  # of tl.dot in float32: "tf32x3" on the tensor cores of CUDA, else "ieee"
     forward_programs: int  # that find room on a multiprocessor, by the registers of scan_fwd_kernel
     backward_programs: int  # by those of scan_bwd_kernel
@@ -66,16 +67,17 @@ class Config(NamedTuple):
 # report, tests check it, `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU were not looked at: their
 # tiles are small. What measures on a device: `make bench-gpu`.
 CONFIGS = {
-    ("cuda", 32, 90): Config(16, 8, 32, 8, 64, "tf32x3", 11, 8),
-    ("cuda", 32, 0): Config(16, 8, 32, 8, 32, "tf32x3", 11, 8),  # spills with 64 channels
-    ("hip", 64, 0): Config(16, 4, 64, 8, 64, "ieee", 4, 12),  # a tile of 8 in scan_fwd_kernel takes 394 registers
-    ("hip", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8, 8),
-    ("xpu", 32, 0): Config(16, 4, 32, 4, 32, "ieee", 8, 8),
+    ("cuda", 32, 90): Config(16, 8, 32, 8, 64, 64, "tf32x3", 11, 8),
+    # spills with 64 channels, and with 64 projected steps, where warps share no rows and repeat each other's products
+    ("cuda", 32, 0): Config(16, 8, 32, 8, 32, 32, "tf32x3", 11, 8),
+    ("hip", 64, 0): Config(16, 4, 64, 8, 64, 64, "ieee", 4, 12),  # a tile of 8 in scan_fwd_kernel takes 394 registers
+    ("hip", 32, 0): Config(16, 4, 32, 4, 32, 64, "ieee", 8, 8),
+    ("xpu", 32, 0): Config(16, 4, 32, 4, 32, 64, "ieee", 8, 8),
     # small, as most maps in tests are
-    ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, "ieee", 1, 1),
+    ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, 64, "ieee", 1, 1),
 }
 
-MATRIX_STEPS = 64  # of the matrix products of the projection: steps, channels and outputs of a block
+MATRIX_STEPS = 64  # of the matrix products of the projection: steps (backward), channels and outputs of a block
 MATRIX_CHANNELS = 64
 MATRIX_DEPTH = 32
 MATRIX_OUTPUTS = 64
@@ -170,7 +172,8 @@ def project_fwd(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Te
     projected = new_buffer(hidden_states, batch_size, NUM_GROUPS, plan.num_tiles, outputs, plan.tile)
     steps = plan.num_tiles * plan.tile
     stride_b, stride_h, stride_w, _ = hidden_states.stride()
-    grid = (cdiv(steps, MATRIX_STEPS), cdiv(outputs, MATRIX_OUTPUTS), batch_size * NUM_GROUPS)
+    block_steps = plan.config.projected_steps
+    grid = (cdiv(steps, block_steps), cdiv(outputs, MATRIX_OUTPUTS), batch_size * NUM_GROUPS)
     project_fwd_kernel[grid](
         u=hidden_states,
         weight=x_proj_weight,
@@ -184,11 +187,11 @@ def project_fwd(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Te
         stride_h=stride_h,
         stride_w=stride_w,
         T=plan.tile,
-        STEPS=MATRIX_STEPS,
+        STEPS=block_steps,
         DEPTH=MATRIX_DEPTH,
         OUTPUTS=MATRIX_OUTPUTS,
         PRECISION=plan.config.precision,
-        **plan.index_options(MATRIX_STEPS),
+        **plan.index_options(block_steps),
         **MATRIX_WARPS,
     )
     return projected

@@ -17,8 +17,9 @@ from .backends import as_rows
 from .triton_device import cdiv, current_device, describe_device, new_buffer, tl, triton
 
 
-BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread, of up to eight values at a time in the backward pass
-PROGRAMS_PER_MULTIPROCESSOR = 3  # that find room in the backward pass, each adding up its rows' share of parameters
+FORWARD_BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread
+BACKWARD_BLOCK_ELEMENTS = 1024  # each with up to eight values at a time; with 2048, bfloat16 spills in Triton 3.8
+PROGRAMS_PER_MULTIPROCESSOR = 5  # that find room in the backward pass, each adding up its rows' share of parameters
 
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -110,9 +111,9 @@ def layer_norm_gated_bwd_kernel(
     tl.store(p_parameters + tl.num_programs(0) * channels, tl.sum(b_grad_bias, 0), mask=m_d)
 
 
-def block_sizes(channels: int) -> dict[str, int]:
+def block_sizes(channels: int, block_elements: int) -> dict[str, int]:
     block_channels = triton.next_power_of_2(channels)
-    return {"ROWS": max(1, BLOCK_ELEMENTS // block_channels), "CHANNELS": block_channels}
+    return {"ROWS": max(1, block_elements // block_channels), "CHANNELS": block_channels}
 
 
 def layer_norm_gated_fwd(
@@ -126,7 +127,7 @@ def layer_norm_gated_fwd(
         x, z = as_rows(hidden_states), as_rows(gate)
         num_rows, channels = x.shape
         y = hidden_states.new_empty(hidden_states.shape)
-        sizes = block_sizes(channels)
+        sizes = block_sizes(channels, FORWARD_BLOCK_ELEMENTS)
         layer_norm_gated_fwd_kernel[(cdiv(num_rows, sizes["ROWS"]),)](
             x=x,
             gate=z,
@@ -157,7 +158,7 @@ def layer_norm_gated_bwd(
         grad_y, x, z = as_rows(grad), as_rows(hidden_states), as_rows(gate)
         num_rows, channels = x.shape
         grad_x, grad_gate = hidden_states.new_empty(hidden_states.shape), gate.new_empty(gate.shape)
-        sizes = block_sizes(channels)
+        sizes = block_sizes(channels, BACKWARD_BLOCK_ELEMENTS)
         multiprocessors = describe_device(hidden_states.device).multiprocessors
         num_programs = min(cdiv(num_rows, sizes["ROWS"]), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
         grad_parameters = new_buffer(x, 2, num_programs, channels)
