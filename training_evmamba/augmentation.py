@@ -37,7 +37,7 @@ class Operation(NamedTuple):
     signed: bool = False  # levels are in [-1, 1], not [0, 1], and either sign is as likely
 
 
-def transform(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
+def affine(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
@@ -79,13 +79,13 @@ OPERATIONS = {  # posterize and solarize change most at level 0, enhancements le
     "Solarize": Operation(lambda image, level, fill: ImageOps.solarize(image, int(256 * level))),
     "SolarizeAdd": Operation(lambda image, level, fill: solarize_add(image, int(110 * level))),
     **{name: enhancement(enhancer) for name, enhancer in ENHANCERS.items()},
-    "ShearX": Operation(lambda image, level, fill: transform(image, (1, 0.3 * level, 0, 0, 1, 0), fill), signed=True),
-    "ShearY": Operation(lambda image, level, fill: transform(image, (1, 0, 0, 0.3 * level, 1, 0), fill), signed=True),
+    "ShearX": Operation(lambda image, level, fill: affine(image, (1, 0.3 * level, 0, 0, 1, 0), fill), signed=True),
+    "ShearY": Operation(lambda image, level, fill: affine(image, (1, 0, 0, 0.3 * level, 1, 0), fill), signed=True),
     "TranslateX": Operation(
-        lambda image, level, fill: transform(image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill), signed=True
+        lambda image, level, fill: affine(image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill), signed=True
     ),
     "TranslateY": Operation(
-        lambda image, level, fill: transform(image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill), signed=True
+        lambda image, level, fill: affine(image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill), signed=True
     ),
 }
 

@@ -6,14 +6,14 @@ The choice is made when a run begins, and saved with its recipe: the two draw ot
 import dataclasses
 
 import torch
-from accelerate.utils import gather_object
 
 from evmamba_hub.errors import UserError
 from training_evmamba.augmentation import Mixing, MixingSettings, TrainingTransform, TransformSettings
+from training_evmamba.distributed import gather_problem
 from training_evmamba.recipe import Recipe
 
 
-def find_timm_problem() -> str | None:
+def find_timm_import_error() -> str | None:
     """Why timm cannot be imported; None where it can."""
     try:
         import training_evmamba.augmentation_timm  # noqa: F401
@@ -22,7 +22,7 @@ def find_timm_problem() -> str | None:
     return None
 
 
-def choose_library(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
+def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
     """Completes a recipe that leaves the library open: by that of the run that goes on, or by timm where all processes
     can import it.
 
@@ -41,7 +41,7 @@ def choose_library(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | 
         library = saved.augmentation_library
     if library == "pillow":
         return dataclasses.replace(recipe, augmentation_library=library), None
-    problem = next(filter(None, gather_object([find_timm_problem()])), None)
+    problem = gather_problem(find_timm_import_error())
     if library == "timm" and problem is not None:
         way_out = (
             "use --augmentation-library pillow"
@@ -61,7 +61,7 @@ def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tup
     Args:
         recipe: with its library chosen.
         num_labels: of the head.
-        batch_size: of what is mixed: the images of one process in one piece of the step.
+        batch_size: of what is mixed: the images of one process in one micro-batch.
 
     Raises:
         UserError: for a RandAugment that is not understood, and for batches that timm does not mix.
@@ -94,13 +94,13 @@ def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tup
     )
     if recipe.augmentation_library == "timm" and mix.mixes and batch_size % 2:
         raise UserError(
-            f"timm mixes an even number of images, and a process has {batch_size} in each piece of a step: change "
+            f"timm mixes an even number of images, and a process has {batch_size} in each micro-batch: change "
             "--batch-size or --gradient-accumulation-steps, or use --augmentation-library pillow"
         )
     return transform, mix
 
 
-def describe_library(library: str) -> str:
+def describe_augmentation_library(library: str) -> str:
     """What a library is, in words, with its version."""
     if library == "timm":
         import timm

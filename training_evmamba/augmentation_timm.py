@@ -38,9 +38,7 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def posterize_as_timm_calls_it(
-    image: Image.Image, bits: int, *, fillcolor: tuple[int, ...], resample: int
-) -> Image.Image:
+def posterize_for_timm(image: Image.Image, bits: int, *, fillcolor: tuple[int, ...], resample: int) -> Image.Image:
     return posterize(image, bits)
 
 
@@ -68,7 +66,7 @@ class TimmTransform(TransformSettings):
         # timm 1.0.31 has Pillow keep no bit at low magnitudes, which Pillow refuses from version 13 on
         for operation in (each for step in rand_augment.transforms for each in step.ops):
             if operation.name.startswith("Posterize"):
-                operation.aug_fn = posterize_as_timm_calls_it
+                operation.aug_fn = posterize_for_timm
         invert = [RandomInvert(self.random_invert)] if self.random_invert else []  # timm has none
         self.transform = Compose([crop_and_flip, *invert, rand_augment, finish])
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,14 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.files import partial_name
+from evmamba_hub.files import partial_name, staged
 from training_evmamba.optimization import ExponentialMovingAverage
 
 
 STATE_NAME = "state.json"
 
 # All processes of a run, whether they hold copies of the weights or parts, save and load whole tensors.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -44,42 +42,35 @@ class RunProgress:
     top1: float | None = None  # of the averaged weights, where they were evaluated at this step
 
 
-def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+@dataclass
+class TrainingState:
+    """All that a checkpoint keeps of a run."""
+
+    model: nn.Module
+    ema: ExponentialMovingAverage
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    progress: RunProgress
+
+
+def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole weights and buffers, on the CPU. To be called by all processes."""
     # on a CPU, the function gives the tensors of the model themselves
-    return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=WHOLE).items()}
+    return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=FULL_STATE).items()}
 
 
-def copy_averages(model: nn.Module, ema: ExponentialMovingAverage) -> dict[str, torch.Tensor]:
+def gather_averages(model: nn.Module, ema: ExponentialMovingAverage) -> dict[str, torch.Tensor]:
     """The whole averages, by the names of the weights. To be called by all processes."""
     with ema.applied_to(model):
-        return copy_weights(model)
+        return gather_weights(model)
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` at the end, and goes where something fails.
-
-    Raises:
-        UserError: where the disk is full or cannot be written.
-    """
-    partial = target.with_name(partial_name(target))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        replaced = target.with_name(f".{target.name}.replaced.partial")
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)  # also what a run left that was killed between the two
-    except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's writer raises the last
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target} cannot be written: {error}") from error
+def sync_to_disk(folder: Path) -> None:
+    """Waits until the files in a folder are on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 class Checkpoints:
@@ -107,75 +98,74 @@ class Checkpoints:
         return max(((top1, path) for top1, path in measured if top1 is not None), default=(None, None))[1]
 
     def clean_up(self) -> None:
-        """Removes what was left half-written, and checkpoints that are neither among the last ones nor the best."""
-        for partial in self.folder.glob(".*.partial"):
-            shutil.rmtree(partial)
-        best = self.find_best()
-        for checkpoint in self.list()[: -self.keep]:
-            if checkpoint != best:
-                removed = checkpoint.with_name(partial_name(checkpoint))
-                checkpoint.rename(removed)
-                shutil.rmtree(removed)
+        """Removes what was left half-written, and checkpoints that are neither among the last ones nor the best.
 
-    def save(
-        self,
-        progress: RunProgress,
-        model: nn.Module,
-        ema: ExponentialMovingAverage,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        scaler: torch.amp.GradScaler | None,
-        is_main_process: bool,
-    ) -> None:
+        Raises:
+            UserError: where the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for partial in self.folder.glob(".*.partial"):
+                shutil.rmtree(partial)
+            best = self.find_best()
+            for checkpoint in self.list()[: -self.keep]:
+                if checkpoint != best:
+                    removed = checkpoint.with_name(partial_name(checkpoint))
+                    checkpoint.rename(removed)
+                    shutil.rmtree(removed)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error}") from error
+
+    def save(self, state: TrainingState, is_main_process: bool) -> None:
         """To be called by all processes; the main one writes.
 
         Raises:
             UserError: where the disk is full or cannot be written. Earlier checkpoints stay.
         """
-        weights, averages = copy_weights(model), copy_averages(model, ema)
-        training_state = {
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
-            "schedule": schedule.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
+        weights, averages = gather_weights(state.model), gather_averages(state.model, state.ema)
+        optimizer_state = {
+            "optimizer": get_optimizer_state_dict(state.model, state.optimizer, options=FULL_STATE),
+            "schedule": state.schedule.state_dict(),
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
         }
         if not is_main_process:
             return
+        step = state.progress.step
         for tensor in (*weights.values(), *averages.values()):
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"the weights are not finite any more at step {progress.step}: lower --learning-rate, or train "
+                    f"the weights are not finite any more at step {step}: lower --learning-rate, or train "
                     "with --mixed-precision no"
                 )
-        with whole_folder(self.folder / f"step-{progress.step:07}") as folder:
+        with staged(self.folder / f"step-{step:07}") as folder:
+            folder.mkdir()
             save_file(weights, folder / "model.safetensors")
             save_file(averages, folder / "ema.safetensors")
-            torch.save(training_state, folder / "optimizer.pt")
-            (folder / STATE_NAME).write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
+            try:
+                torch.save(optimizer_state, folder / "optimizer.pt")
+            except RuntimeError as error:  # which PyTorch raises where the disk is full
+                raise OSError(str(error)) from error
+            (folder / STATE_NAME).write_text(json.dumps(asdict(state.progress), indent=2) + "\n", encoding="utf-8")
+            sync_to_disk(folder)
         self.clean_up()
 
-    def load(
-        self,
-        checkpoint: Path,
-        model: nn.Module,
-        ema: ExponentialMovingAverage,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        scaler: torch.amp.GradScaler | None,
-    ) -> None:
+    def load(self, checkpoint: Path, state: TrainingState) -> None:
         """Puts a run where it was. To be called by all processes.
 
         Raises:
             UserError: for a checkpoint that is damaged or of another network.
         """
+        model, progress = state.model, self.read_progress(checkpoint)
         try:
-            with ema.applied_to(model):
-                set_model_state_dict(model, load_file(checkpoint / "ema.safetensors"), options=WHOLE)
-            set_model_state_dict(model, load_file(checkpoint / "model.safetensors"), options=WHOLE)
-            training_state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-            set_optimizer_state_dict(model, optimizer, training_state["optimizer"], options=WHOLE)
+            with state.ema.applied_to(model):
+                set_model_state_dict(model, load_file(checkpoint / "ema.safetensors"), options=FULL_STATE)
+            set_model_state_dict(model, load_file(checkpoint / "model.safetensors"), options=FULL_STATE)
+            optimizer_state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            set_optimizer_state_dict(model, state.optimizer, optimizer_state["optimizer"], options=FULL_STATE)
         except (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{checkpoint} is damaged, remove it to go on from the one before: {reason}") from error
-        schedule.load_state_dict(training_state["schedule"])
-        if scaler is not None and training_state["scaler"] is not None:
-            scaler.load_state_dict(training_state["scaler"])
+        state.schedule.load_state_dict(optimizer_state["schedule"])
+        if state.scaler is not None and optimizer_state["scaler"] is not None:
+            state.scaler.load_state_dict(optimizer_state["scaler"])
+        state.progress = progress

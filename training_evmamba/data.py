@@ -25,6 +25,7 @@ from evmamba_hub.images.labeled_images import (
     LabeledImage,
     LabeledImages,
     SelectedImages,
+    Share,
     StreamedImages,
     open_splits,
 )
@@ -33,7 +34,7 @@ from training_evmamba.recipe import Recipe
 
 
 MAX_UNREADABLE_IN_A_ROW = 100
-UNREADABLE = -1  # label of a validation image that could not be read
+UNREADABLE_LABEL = -1  # of a validation image that could not be read
 
 # What a random number is for: numbers of one purpose tell nothing about those of another
 ORDER, TRANSFORM, MIXING, STOCHASTIC_DEPTH, HOLD_OUT = range(5)
@@ -58,7 +59,7 @@ class TrainingData:
     images_per_epoch: int
 
 
-def check_classes(images: LabeledImages) -> list[str]:
+def find_class_names(images: LabeledImages) -> list[str]:
     """The names of the classes of a training set.
 
     Raises:
@@ -82,7 +83,7 @@ def check_classes(images: LabeledImages) -> list[str]:
             names = [str(label) for label in range(max(labels) + 1)]
         elif names is None:
             raise UserError(f"the labels of {images.name} must be names or numbers from 0, and none may be missing")
-        check_labels(images, names)
+        check_known_labels(images, names)
     elif images.class_names is None:
         raise UserError(f"the stream {images.name} does not name its classes: download it, without --streaming")
     else:
@@ -92,7 +93,7 @@ def check_classes(images: LabeledImages) -> list[str]:
     return names
 
 
-def check_labels(images: IndexedImages, class_names: list[str]) -> None:
+def check_known_labels(images: IndexedImages, class_names: list[str]) -> None:
     known = {*class_names, *range(len(class_names))}
     for index, label in enumerate(images.labels):
         if label not in known:
@@ -140,7 +141,7 @@ def open_data(recipe: Recipe) -> TrainingData:
     elif held_out:
         validation = splits[held_out[0]]()
 
-    class_names = check_classes(training)
+    class_names = find_class_names(training)
     if validation is not None and validation.class_names not in (None, training.class_names):
         odd = sorted(set(class_names) ^ set(validation.class_names)) or ["their order"]
         raise UserError(
@@ -148,7 +149,7 @@ def open_data(recipe: Recipe) -> TrainingData:
             f"{', '.join(odd[:5])}. Each needs images of all"
         )
     if isinstance(validation, IndexedImages):
-        check_labels(validation, class_names)
+        check_known_labels(validation, class_names)
     if validation is None and recipe.validation_fraction > 0 and isinstance(training, IndexedImages):
         num_held_out = round(recipe.validation_fraction * training.num_images)
         shuffled = create_rng(recipe.seed, HOLD_OUT).permutation(training.num_images).tolist()
@@ -180,14 +181,14 @@ class Batch(NamedTuple):
     error: str | None
 
 
-NO_IMAGE = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], None)
+EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], None)
 
 
 def collate(samples: list[Sample]) -> Batch:
     """A batch, without images where one of the samples has an error."""
     unreadable = list(chain.from_iterable(sample.unreadable for sample in samples))
     if error := next((sample.error for sample in samples if sample.error), None):
-        return NO_IMAGE._replace(unreadable=unreadable, error=error)
+        return EMPTY_BATCH._replace(unreadable=unreadable, error=error)
     pixel_values = torch.stack([sample.pixel_values for sample in samples])
     return Batch(pixel_values, torch.tensor([sample.label for sample in samples]), unreadable, None)
 
@@ -249,7 +250,7 @@ class TrainingImages(Dataset):
         return self.read_sample((self.images[each] for each in following), (place,))
 
 
-class Sequence(Sampler):
+class ShuffledBatchSampler(Sampler):
     """Batches of one process from the sequence of shuffled datasets, without end.
 
     Args:
@@ -258,19 +259,17 @@ class Sequence(Sampler):
         start: number of the first batch.
     """
 
-    def __init__(
-        self, num_images: int, batch_size: int, seed: int, start: int, process_index: int, num_processes: int
-    ):
+    def __init__(self, num_images: int, batch_size: int, seed: int, start: int, share: Share):
         self.num_images, self.batch_size, self.seed, self.start = num_images, batch_size, seed, start
-        self.process_index, self.num_processes = process_index, num_processes
+        self.share = share
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        share = self.batch_size // self.num_processes
+        share_size = self.batch_size // self.share.num_processes
         for batch in count(self.start):
-            first = batch * self.batch_size + self.process_index * share
+            first = batch * self.batch_size + self.share.process_index * share_size
             items = []
-            for place in range(first, first + share):
+            for place in range(first, first + share_size):
                 if place // self.num_images != epoch:
                     epoch = place // self.num_images
                     order = create_rng(self.seed, ORDER, epoch).permutation(self.num_images)
@@ -279,7 +278,7 @@ class Sequence(Sampler):
 
 
 def find_worker() -> tuple[int, int]:
-    """The number of this worker of a DataLoader, and how many there are."""
+    """The index of this worker of a DataLoader, and how many there are."""
     worker = get_worker_info()
     return (0, 1) if worker is None else (worker.id, worker.num_workers)
 
@@ -301,54 +300,53 @@ class StreamedTrainingImages(IterableDataset):
         batch_size: int,
         seed: int,
         start: int,
-        process_index: int,
-        num_processes: int,
+        share: Share,
     ):
         self.images, self.read_sample = images, read_sample
         self.batch_size, self.seed, self.start = batch_size, seed, start
-        self.process_index, self.num_processes = process_index, num_processes
+        self.share = share
 
     def __iter__(self) -> Iterator[Batch]:
         worker_id, num_workers = find_worker()
         turn = (self.start + worker_id) % num_workers  # the first worker gives the first batch, whichever that is
-        part, num_parts = self.process_index * num_workers + turn, self.num_processes * num_workers
+        part = self.share.divide(turn, num_workers)
         num_done = len(range(turn, self.start, num_workers)) * self.batch_size
-        images = self.repeat(part, num_parts)
+        images = self.repeat(part)
         try:
             images = islice(images, num_done, None)
-            following: deque[LabeledImage] = deque()
+            peeked: deque[LabeledImage] = deque()
             samples = []
             for place in count(num_done):
-                samples.append(self.read_sample(look_ahead(images, following), (place, part)))
+                samples.append(self.read_sample(peek(images, peeked), (place, part.process_index)))
                 if samples[-1].error is not None:
                     yield collate(samples)
                     return
-                following.popleft()
+                peeked.popleft()
                 if len(samples) == self.batch_size:
                     yield collate(samples)
                     samples = []
         except UserError as error:  # of the Hub, while skipping
-            yield NO_IMAGE._replace(error=str(error))
+            yield EMPTY_BATCH._replace(error=str(error))
 
-    def repeat(self, part: int, num_parts: int) -> Iterator[LabeledImage]:
+    def repeat(self, part: Share) -> Iterator[LabeledImage]:
         for epoch in count():
-            images = self.images.shuffle(self.seed, epoch).read(part, num_parts)
+            images = self.images.shuffle(self.seed, epoch).read(part)
             first = next(images, None)
             if first is None:
                 raise UserError(
-                    f"{self.images.name} has too few images for {num_parts} parts: use fewer --num-workers"
+                    f"{self.images.name} has too few images for {part.num_processes} parts: use fewer --num-workers"
                 )
             yield from chain([first], images)
 
 
-def look_ahead(images: Iterator[LabeledImage], following: deque[LabeledImage]) -> Iterator[LabeledImage]:
-    """The images to come, without taking them: what is read of the iterator waits in `following`.
+def peek(images: Iterator[LabeledImage], peeked: deque[LabeledImage]) -> Iterator[LabeledImage]:
+    """The images to come, without taking them: what is read of the iterator waits in `peeked`.
 
     So each place in the sequence takes one image, whether it can be read or not.
     """
-    yield from following
+    yield from peeked
     for image in images:
-        following.append(image)
+        peeked.append(image)
         yield image
 
 
@@ -365,21 +363,18 @@ class ValidationReader:
             return Sample(None, None, [], str(error))
         except UserError as error:
             size = self.preprocess.image_processor.crop_size
-            return Sample(torch.zeros(3, size["height"], size["width"]), UNREADABLE, [str(error)])
+            return Sample(torch.zeros(3, size["height"], size["width"]), UNREADABLE_LABEL, [str(error)])
 
 
 class ValidationImages(IterableDataset):
     """The images of one process, each image once."""
 
-    def __init__(self, images: LabeledImages, read_sample: ValidationReader, process_index: int, num_processes: int):
-        self.images, self.read_sample = images, read_sample
-        self.process_index, self.num_processes = process_index, num_processes
+    def __init__(self, images: LabeledImages, read_sample: ValidationReader, share: Share):
+        self.images, self.read_sample, self.share = images, read_sample, share
 
     def __iter__(self) -> Iterator[Sample]:
-        worker_id, num_workers = find_worker()
-        part, num_parts = self.process_index * num_workers + worker_id, self.num_processes * num_workers
         try:
-            yield from map(self.read_sample, self.images.read(part, num_parts))
+            yield from map(self.read_sample, self.images.read(self.share.divide(*find_worker())))
         except UserError as error:  # of the Hub
             yield Sample(None, None, [], str(error))
 
@@ -390,8 +385,7 @@ def create_training_loader(
     transform: Transform,
     batch_size: int,
     start: int,
-    process_index: int,
-    num_processes: int,
+    share: Share,
 ) -> DataLoader:
     """Batches of one process, without end.
 
@@ -402,13 +396,12 @@ def create_training_loader(
     read_sample = SampleReader(data.class_names, transform, recipe.seed)
     options = {"num_workers": recipe.num_workers, "pin_memory": torch.cuda.is_available()}
     if isinstance(data.training, IndexedImages):
-        sequence = Sequence(data.training.num_images, batch_size, recipe.seed, start, process_index, num_processes)
+        sampler = ShuffledBatchSampler(data.training.num_images, batch_size, recipe.seed, start, share)
         return DataLoader(
-            TrainingImages(data.training, read_sample), batch_sampler=sequence, collate_fn=collate, **options
+            TrainingImages(data.training, read_sample), batch_sampler=sampler, collate_fn=collate, **options
         )
-    stream = StreamedTrainingImages(
-        data.training, read_sample, batch_size // num_processes, recipe.seed, start, process_index, num_processes
-    )
+    process_batch_size = batch_size // share.num_processes
+    stream = StreamedTrainingImages(data.training, read_sample, process_batch_size, recipe.seed, start, share)
     return DataLoader(stream, batch_size=None, **options)
 
 
@@ -417,12 +410,11 @@ def create_validation_loader(
     recipe: Recipe,
     preprocess: Preprocessor,
     batch_size: int,
-    process_index: int,
-    num_processes: int,
+    share: Share,
 ) -> DataLoader:
     """The validation images of one process; the shares of all make up the dataset."""
     read_sample = ValidationReader(data.class_names, preprocess)
-    images = ValidationImages(data.validation, read_sample, process_index, num_processes)
+    images = ValidationImages(data.validation, read_sample, share)
     return DataLoader(
         images,
         batch_size=batch_size,

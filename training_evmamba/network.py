@@ -15,7 +15,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.inference.evaluation import match_labels
-from evmamba_hub.publish.push import find_weights, load_config
+from evmamba_hub.model_folder import find_weights, load_config
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, create_recipe
 
@@ -126,7 +126,7 @@ def create_model(
 
 
 @contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
+def no_statistics_updates(model: nn.Module) -> Iterator[None]:
     """Batch norms in training normalize by the batch, but do not count it for their running statistics.
 
     For activations that are computed a second time, whose batch has been counted. They must save the same tensors for

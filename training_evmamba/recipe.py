@@ -116,7 +116,7 @@ class Recipe:
 
     epochs: float = option("Optimization", "Passes over the training images.", 300.0)
     batch_size: int = option("Optimization", "Images per step, of all processes together.", 2048)
-    gradient_accumulation_steps: int = option("Optimization", "Pieces to compute a step's images in.", 1)
+    gradient_accumulation_steps: int = option("Optimization", "Micro-batches to compute a step's images in.", 1)
     learning_rate: float = option("Optimization", "The highest, for this batch size.", 2e-3)
     min_learning_rate: float = option("Optimization", "At the end of the cosine.", 1e-6)
     warmup_learning_rate: float = option("Optimization", "At the first step.", 1e-7)

@@ -50,24 +50,29 @@ def staged(target: Path) -> Iterator[Path]:
 
     If the block fails, `target` stays as it was and nothing else is left. Creates missing parent directories.
 
+    No directory can replace another in one step. The old one waits as `.NAME.partial/replaced` until the new one is in
+    its place. If the process is killed between these two steps, the next call puts the old one back.
+
     Raises:
         UserError: if the file or directory cannot be written.
     """
     staging = target.with_name(partial_name(target))
     written, replaced = staging / target.name, staging / "replaced"
+
+    def clean_up() -> None:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        shutil.rmtree(staging, ignore_errors=True)
+
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # a killed process left it
+        clean_up()  # after a process that was killed
         staging.mkdir(parents=True)
         yield written
-        if target.is_dir():
+        if written.is_dir() and target.is_dir():
             target.rename(replaced)
-        try:
-            written.replace(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
+        written.replace(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # where the old one cannot be put back now, the next call does it
+            clean_up()

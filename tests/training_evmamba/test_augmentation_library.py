@@ -1,12 +1,23 @@
 """Which library augments: the choice where timm can be imported, where it is missing, and where it is broken."""
 
 import re
+import shutil
 import sys
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
+from evmamba_hub.cli.train import train_with_progress
 from evmamba_hub.errors import UserError
-from training_evmamba.augmentation_library import choose_library, create_augmentation, find_timm_problem
+from evmamba_hub.publish.card import load_card
+from training_evmamba.augmentation_library import (
+    choose_augmentation_library,
+    create_augmentation,
+    find_timm_import_error,
+)
+from training_evmamba.recipe import read_values
+from training_runs import assert_same_models, read_losses, start, train
 
 
 def take_timm_modules() -> dict:
@@ -55,14 +66,14 @@ def working_timm():
 
 def test_without_timm_our_operators_are_chosen_and_why(problem, make_recipe):
     recipe = make_recipe(augmentation_library="auto")
-    chosen, reason = choose_library(recipe, None)
+    chosen, reason = choose_augmentation_library(recipe, None)
     assert vars(chosen) == {**vars(recipe), "augmentation_library": "pillow"}
     assert reason.startswith(problem)
 
 
 def test_timm_is_chosen_where_it_can_be_imported(working_timm, make_recipe):
-    assert find_timm_problem() is None
-    chosen, reason = choose_library(make_recipe(augmentation_library="auto"), None)
+    assert find_timm_import_error() is None
+    chosen, reason = choose_augmentation_library(make_recipe(augmentation_library="auto"), None)
     assert (chosen.augmentation_library, reason) == ("timm", None)
 
 
@@ -73,26 +84,26 @@ def test_older_versions_of_timm_are_as_if_missing(working_timm, make_recipe, mon
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "training_evmamba.augmentation_timm", raising=False)
-    chosen, reason = choose_library(make_recipe(augmentation_library="auto"), None)
+    chosen, reason = choose_augmentation_library(make_recipe(augmentation_library="auto"), None)
     assert chosen.augmentation_library == "pillow"
     assert reason.startswith("ImportError: timm>=1.0.29 is required") and "found timm==1.0.28" in reason
 
 
 def test_our_operators_where_they_are_asked_for(make_recipe):
     recipe = make_recipe(augmentation_library="pillow")
-    assert choose_library(recipe, None) == (recipe, None)
+    assert choose_augmentation_library(recipe, None) == (recipe, None)
 
 
 def test_timm_is_asked_for_where_it_cannot_be_imported(problem, make_recipe):
     with pytest.raises(UserError, match=f"cannot be imported .{re.escape(problem)}.*--augmentation-library pillow"):
-        choose_library(make_recipe(augmentation_library="timm"), None)
+        choose_augmentation_library(make_recipe(augmentation_library="timm"), None)
 
 
 @pytest.mark.parametrize("library", ["auto", "timm"])
 def test_a_run_that_began_with_timm_needs_it(problem, make_recipe, library):
     recipe = make_recipe(augmentation_library=library)
     with pytest.raises(UserError, match=f"{re.escape(problem)}.*, or start anew elsewhere: a run goes on with"):
-        choose_library(recipe, make_recipe(augmentation_library="timm"))
+        choose_augmentation_library(recipe, make_recipe(augmentation_library="timm"))
 
 
 @pytest.mark.parametrize("library", ["pillow", "timm"])
@@ -100,14 +111,77 @@ def test_a_run_goes_on_with_what_it_began_with(request, make_recipe, library):
     if library == "timm":
         request.getfixturevalue("working_timm")
     saved = make_recipe(augmentation_library=library)
-    assert choose_library(make_recipe(augmentation_library="auto"), saved) == (saved, None)
+    assert choose_augmentation_library(make_recipe(augmentation_library="auto"), saved) == (saved, None)
 
 
 def test_batches_that_timm_does_not_mix(working_timm, make_recipe):
     options = {"augmentation_library": "timm", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     for alphas in ({"mixup_alpha": 0.2}, {"cutmix_alpha": 1.0}):
-        with pytest.raises(UserError, match=r"a process has 5 in each piece .*--augmentation-library pillow"):
+        with pytest.raises(UserError, match=r"a process has 5 in each micro-batch.*--augmentation-library pillow"):
             create_augmentation(make_recipe(**options, **alphas), 2, 5)
         create_augmentation(make_recipe(**options, **alphas), 2, 6)
         create_augmentation(make_recipe(**options | {"augmentation_library": "pillow"}, **alphas), 2, 5)
     create_augmentation(make_recipe(**options), 2, 5)  # which mixes nothing
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, tmp_path):
+    train(make_recipe(), tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(path.read_text().replace("augmentation_library: pillow\n", ""))
+    train(make_recipe(augmentation_library="auto"), tmp_path / "run", resume=True)
+    assert read_values(str(path))["augmentation_library"] == "pillow"
+
+
+def test_the_library_is_said_and_saved(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "training_evmamba.augmentation_timm", None)  # as where timm is missing
+    recipe = make_recipe(augmentation_library="auto", epochs=1)
+    said = []
+    for output, resume in ((tmp_path / "run", False), (tmp_path / "run", True)):
+        console = Console(record=True, width=400, force_terminal=False, file=StringIO())
+        train_with_progress(start(recipe, output, resume), console)
+        said.append(console.export_text().splitlines()[0])
+    words = "Images are augmented by Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)."
+    assert said[0].startswith(words + " timm cannot be imported: ModuleNotFoundError: ")
+    assert said[1] == words[:-1]
+    assert read_values(str(tmp_path / "run" / "recipe.yaml"))["augmentation_library"] == "pillow"
+    text = load_card(str(tmp_path / "run" / "model")).text
+    assert words in text and "augmentation_library: pillow" in text
+    with pytest.raises(UserError, match="augmented by timm, which cannot be imported"):
+        train(make_recipe(augmentation_library="timm", epochs=1), tmp_path / "timm")
+    assert not (tmp_path / "timm").exists()
+
+
+def test_timm_augments_and_a_run_goes_on_with_it(make_recipe, tmp_path):
+    pytest.importorskip("timm.data", exc_type=Exception)
+    import timm
+
+    options = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "random_invert": 0.5, "random_erasing": 0.25}
+    options |= {"augmentation_library": "auto", "checkpoint_steps": 3, "keep_checkpoints": 20}
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    console = Console(record=True, width=400, force_terminal=False, file=StringIO())
+    train_with_progress(start(make_recipe(**options), unbroken), console)
+    words = f"Images are augmented by timm {timm.__version__} (`create_transform` and `Mixup`)"
+    assert console.export_text().splitlines()[0] == words
+    assert words in load_card(str(unbroken / "model")).text
+    assert read_values(str(unbroken / "recipe.yaml"))["augmentation_library"] == "timm"
+
+    shutil.copytree(unbroken, resumed)
+    shutil.rmtree(resumed / "model")
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name > "step-0000003":
+            shutil.rmtree(checkpoint)
+    train(make_recipe(**options), resumed, resume=True)
+    assert_same_models(resumed, unbroken)
+    assert read_losses(resumed) == read_losses(unbroken)
+
+    # images are the same in processes of their own, and others than those of our operators
+    train(make_recipe(**options, num_workers=2), tmp_path / "workers")
+    assert_same_models(tmp_path / "workers", unbroken)
+    ours = make_recipe(**options | {"augmentation_library": "pillow"})
+    train(ours, tmp_path / "ours")
+    assert read_losses(tmp_path / "ours") != read_losses(unbroken)
+    with pytest.raises(UserError, match="augmentation_library was 'timm', is 'pillow'"):
+        train(ours, resumed, resume=True)
+    with pytest.raises(UserError, match="a process has 9 in each micro-batch"):
+        train(make_recipe(**options, batch_size=9), tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()

@@ -7,7 +7,7 @@ import torch
 
 from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
-from training_evmamba.checkpoints import Checkpoints, RunProgress, whole_folder
+from training_evmamba.checkpoints import Checkpoints, RunProgress, TrainingState
 from training_evmamba.network import complete_recipe, create_model
 from training_evmamba.optimization import ExponentialMovingAverage, create_optimizer, create_schedule
 
@@ -29,16 +29,15 @@ class Training:
             self.schedule.step()
             self.ema.update(self.model, step)
 
-    @property
-    def parts(self) -> tuple:
-        return self.model, self.ema, self.optimizer, self.schedule, None
+    def state(self, progress: RunProgress) -> TrainingState:
+        return TrainingState(self.model, self.ema, self.optimizer, self.schedule, None, progress)
 
 
 def test_everything_comes_back(make_recipe, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     saved, loaded = Training(make_recipe(), 3), Training(make_recipe(), 1)
     progress = RunProgress(step=3, images_per_epoch=37, class_names=["a", "b"], unreadable=["x.png"], num_processes=2)
-    checkpoints.save(progress, *saved.parts, is_main_process=True)
+    checkpoints.save(saved.state(progress), is_main_process=True)
     (checkpoint,) = checkpoints.list()
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "ema.safetensors",
@@ -47,7 +46,9 @@ def test_everything_comes_back(make_recipe, tmp_path):
         "state.json",
     ]
     assert checkpoints.read_progress(checkpoint) == progress
-    checkpoints.load(checkpoint, *loaded.parts)
+    state = loaded.state(RunProgress())
+    checkpoints.load(checkpoint, state)
+    assert state.progress == progress
     for name, tensor in saved.model.state_dict().items():
         assert torch.equal(tensor, loaded.model.state_dict()[name])
     for average, other in zip(saved.ema.averages, loaded.ema.averages, strict=True):
@@ -64,18 +65,18 @@ def test_everything_comes_back(make_recipe, tmp_path):
 def test_the_last_and_the_best_are_kept(make_recipe, tmp_path):
     checkpoints, training = Checkpoints(tmp_path, keep=2), Training(make_recipe(), 1)
     for step, top1 in enumerate([0.5, 0.9, 0.7, None, 0.8], start=1):
-        checkpoints.save(RunProgress(step=step, top1=top1), *training.parts, is_main_process=True)
+        checkpoints.save(training.state(RunProgress(step=step, top1=top1)), is_main_process=True)
     assert [path.name for path in checkpoints.list()] == ["step-0000002", "step-0000004", "step-0000005"]
     assert sorted(os.listdir(tmp_path)) == ["step-0000002", "step-0000004", "step-0000005"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_recipe, tmp_path):
     checkpoints, training = Checkpoints(tmp_path, keep=1), Training(make_recipe(), 1)
-    checkpoints.save(RunProgress(step=1), *training.parts, is_main_process=True)
+    checkpoints.save(training.state(RunProgress(step=1)), is_main_process=True)
     with torch.no_grad():
         training.model.classifier.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="the weights are not finite any more at step 2"):
-        checkpoints.save(RunProgress(step=2), *training.parts, is_main_process=True)
+        checkpoints.save(training.state(RunProgress(step=2)), is_main_process=True)
     assert os.listdir(tmp_path) == ["step-0000001"]
 
 
@@ -91,7 +92,7 @@ def test_what_was_left_half_written_is_removed_and_not_taken_for_a_checkpoint(ma
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_damaged_checkpoints(make_recipe, tmp_path, name, damage):
     checkpoints, training = Checkpoints(tmp_path, keep=2), Training(make_recipe(), 1)
-    checkpoints.save(RunProgress(step=1), *training.parts, is_main_process=True)
+    checkpoints.save(training.state(RunProgress(step=1)), is_main_process=True)
     (checkpoint,) = checkpoints.list()
     if damage == "cut":
         (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:40])
@@ -101,12 +102,12 @@ def test_damaged_checkpoints(make_recipe, tmp_path, name, damage):
         if name == "state.json":
             checkpoints.read_progress(checkpoint)
         else:
-            checkpoints.load(checkpoint, *training.parts)
+            checkpoints.load(checkpoint, training.state(RunProgress()))
 
 
 def test_pickles_that_want_to_run_code_are_refused(make_recipe, tmp_path):
     checkpoints, training = Checkpoints(tmp_path, keep=2), Training(make_recipe(), 1)
-    checkpoints.save(RunProgress(step=1), *training.parts, is_main_process=True)
+    checkpoints.save(training.state(RunProgress(step=1)), is_main_process=True)
     (checkpoint,) = checkpoints.list()
 
     class Malicious:
@@ -115,27 +116,8 @@ def test_pickles_that_want_to_run_code_are_refused(make_recipe, tmp_path):
 
     torch.save(Malicious(), checkpoint / "optimizer.pt")
     with pytest.raises(UserError, match="is damaged"):
-        checkpoints.load(checkpoint, *training.parts)
+        checkpoints.load(checkpoint, training.state(RunProgress()))
     assert not (tmp_path / "executed").exists()
-
-
-def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
-    target = tmp_path / "model"
-    with whole_folder(target) as folder:
-        (folder / "config.json").write_text("1")
-    with pytest.raises(UserError, match="model cannot be written: disk"), whole_folder(target) as folder:
-        (folder / "config.json").write_text("2")
-        raise OSError("disk")
-    assert (target / "config.json").read_text() == "1"
-    with whole_folder(target) as folder:
-        (folder / "config.json").write_text("3")
-    assert (target / "config.json").read_text() == "3"
-    assert os.listdir(tmp_path) == ["model"]
-    target.rename(tmp_path / ".model.replaced.partial")  # as where a run is killed between the two renames
-    with whole_folder(target) as folder:
-        (folder / "config.json").write_text("4")
-    assert (target / "config.json").read_text() == "4"
-    assert os.listdir(tmp_path) == ["model"]
 
 
 FULL_DISK = """

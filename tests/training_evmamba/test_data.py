@@ -9,19 +9,22 @@ import pytest
 import torch
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.labeled_images import ImageFolder, SelectedImages
+from evmamba_hub.images.labeled_images import ImageFolder, SelectedImages, Share
 from evmamba_hub.inference.evaluation import Preprocessor
 from training_evmamba.augmentation_library import create_augmentation
 from training_evmamba.data import (
     MAX_UNREADABLE_IN_A_ROW,
-    UNREADABLE,
-    Sequence,
-    check_classes,
+    UNREADABLE_LABEL,
+    ShuffledBatchSampler,
     create_training_loader,
     create_validation_loader,
+    find_class_names,
     open_data,
 )
 from training_evmamba.network import complete_recipe, create_image_processor
+
+
+WHOLE = Share(0, 1)  # of a dataset
 
 
 def to_rows(table: datasets.Dataset) -> list[dict]:
@@ -29,14 +32,14 @@ def to_rows(table: datasets.Dataset) -> list[dict]:
     return list(table.cast_column("image", datasets.Image(decode=False)))
 
 
-def create_loader(data, recipe, batch_size=8, start=0, process=(0, 1)):
+def create_loader(data, recipe, batch_size=8, start=0, share=WHOLE):
     recipe = complete_recipe(recipe, None)
     transform, _ = create_augmentation(recipe, len(data.class_names), batch_size)
-    return create_training_loader(data, recipe, transform, batch_size, start, *process)
+    return create_training_loader(data, recipe, transform, batch_size, start, share)
 
 
-def read_batches(recipe, number, *, batch_size=8, start=0, process=(0, 1)) -> list:
-    return list(islice(create_loader(open_data(recipe), recipe, batch_size, start, process), number))
+def read_batches(recipe, number, *, batch_size=8, start=0, share=WHOLE) -> list:
+    return list(islice(create_loader(open_data(recipe), recipe, batch_size, start, share), number))
 
 
 def assert_same(batches, others) -> None:
@@ -48,7 +51,10 @@ def assert_same(batches, others) -> None:
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 def test_the_sequence_uses_each_image_once_per_epoch(num_processes):
-    shares = [islice(Sequence(10, 8, 0, 0, process, num_processes), 10) for process in range(num_processes)]
+    shares = [
+        islice(ShuffledBatchSampler(10, 8, 0, 0, Share(process, num_processes)), 10)
+        for process in range(num_processes)
+    ]
     batches = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
     assert {len(batch) for batch in batches} == {8}
     items = list(chain(*batches))
@@ -56,9 +62,9 @@ def test_the_sequence_uses_each_image_once_per_epoch(num_processes):
     epochs = [[index for _, index in items[first : first + 10]] for first in range(0, 80, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    later = list(chain(*islice(Sequence(10, 8, 0, 7, 0, 1), 3)))
+    later = list(chain(*islice(ShuffledBatchSampler(10, 8, 0, 7, WHOLE), 3)))
     assert later == items[56:]
-    assert list(chain(*islice(Sequence(10, 8, 1, 0, 0, 1), 10))) != items
+    assert list(chain(*islice(ShuffledBatchSampler(10, 8, 1, 0, WHOLE), 10))) != items
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -66,7 +72,7 @@ def test_training_images_depend_on_their_place_alone(make_recipe, num_workers):
     everything = read_batches(make_recipe(), 8)
     assert {tuple(batch.pixel_values.shape) for batch in everything} == {(8, 3, 16, 16)}
     assert_same(read_batches(make_recipe(num_workers=num_workers), 3, start=5), everything[5:])
-    shares = [read_batches(make_recipe(num_workers=num_workers), 8, process=(process, 2)) for process in range(2)]
+    shares = [read_batches(make_recipe(num_workers=num_workers), 8, share=Share(process, 2)) for process in range(2)]
     for whole, *parts in zip(everything, *shares, strict=True):
         assert torch.equal(whole.pixel_values, torch.cat([part.pixel_values for part in parts]))
     # the first image comes again in the second epoch, and looks different
@@ -77,9 +83,9 @@ def test_part_of_the_training_images_is_held_out_where_there_is_no_other_split(m
     data = open_data(make_recipe(dataset=str(stripes / "train"), validation_fraction=0.2))
     assert (data.training.num_images, data.validation.num_images, data.images_per_epoch) == (30, 7, 30)
     assert isinstance(data.validation, SelectedImages)
-    names = [{image.name for image in images.share(0, 1, 0)} for images in (data.training, data.validation)]
+    names = [{image.name for image in images.read(WHOLE)} for images in (data.training, data.validation)]
     assert names[0].isdisjoint(names[1])
-    assert data.validation.labels == [image.label for image in data.validation.share(0, 1, 0)]
+    assert data.validation.labels == [image.label for image in data.validation.read(WHOLE)]
     everything = open_data(make_recipe(dataset=str(stripes / "train"), validation_fraction=0.0))
     assert (everything.training.num_images, everything.validation) == (37, None)
 
@@ -106,8 +112,8 @@ def test_unreadable_images_are_reported_and_others_stand_in(make_recipe, damaged
     assert all(len(batch.labels) == 8 for batch in batches)
 
     preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
-    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64, 0, 1)
-    assert batch.labels.tolist().count(UNREADABLE) == 1
+    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64, WHOLE)
+    assert batch.labels.tolist().count(UNREADABLE_LABEL) == 1
     assert len(batch.labels) == len(batch.pixel_values) == 10
     assert len(batch.unreadable) == 1
 
@@ -207,7 +213,7 @@ def test_labels_of_the_validation_images_are_looked_at_first(make_recipe, table,
 
 def test_no_images(stripes):
     with pytest.raises(UserError, match="train holds no images"):
-        check_classes(SelectedImages(ImageFolder(stripes / "train"), []))
+        find_class_names(SelectedImages(ImageFolder(stripes / "train"), []))
 
 
 def test_a_label_of_no_class(make_recipe, table, tmp_path):
@@ -253,7 +259,7 @@ def test_processes_share_a_stream(make_recipe, stream):
         horizontal_flip=0.0,
         crop_scale=[1, 1],
     )
-    shares = [read_batches(recipe, 2, batch_size=16, process=(process, 2)) for process in range(2)]
+    shares = [read_batches(recipe, 2, batch_size=16, share=Share(process, 2)) for process in range(2)]
     pixels = [
         {image.numpy()[:, 4:12, 4:12].tobytes() for image in chain(*(b.pixel_values for b in s))} for s in shares
     ]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.labeled_images import open_dataset
+from evmamba_hub.images.labeled_images import Share, open_dataset
 from training_evmamba.digits import Digits, load_splits, main, save_folder
 
 
@@ -34,7 +34,7 @@ def test_folder(tmp_path, splits):
     for split, digits in zip(("train", "validation"), splits, strict=True):
         dataset = open_dataset(str(tmp_path / "new" / "digits" / split))
         assert dataset.class_names == [str(digit) for digit in range(10)]
-        read = [(image.read().tobytes(), image.label) for image in dataset.share(0, 1, 0)]
+        read = [(image.read().tobytes(), image.label) for image in dataset.read(Share(0, 1))]
         expected = zip(digits.images, digits.labels.tolist(), strict=True)
         assert sorted(read) == sorted((image.convert("RGB").tobytes(), label) for image, label in expected)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -27,7 +26,7 @@ def check_sharding(model: nn.Module) -> None:
 def main(recipe: Path, output_dir: Path) -> None:
     # accelerate asks for nothing else before it takes the processes for ones that FSDP is for
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-    run = TrainingRun(create_recipe(read_values(str(recipe))), output_dir, resume=True, console=Console(quiet=True))
+    run = TrainingRun(create_recipe(read_values(str(recipe))), output_dir, resume=True)
     check_sharding(run.model)
     run.train()
 

@@ -5,15 +5,22 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from evmamba_hub.cli.console import error_console
 from evmamba_hub.errors import UserError, require
+from training_evmamba.callback import TrainingCallback
 from training_evmamba.recipe import NONE, Recipe, get_kinds, load_recipe
+
+
+if TYPE_CHECKING:
+    from training_evmamba.trainer import TrainingRun
 
 
 def parse_fields(text: str) -> dict[str, Any]:
@@ -77,6 +84,46 @@ def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
+class ProgressCallback(TrainingCallback):
+    """Shows a run as bars, and names the images that are skipped."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def on_train_begin(self, step: int, num_steps: int) -> None:
+        self.training = self.progress.add_task("Training", total=num_steps, completed=step, status="")
+
+    def on_step_end(self, step: int) -> None:
+        self.progress.update(self.training, completed=step)
+
+    def on_log(self, record: dict[str, float]) -> None:
+        if "loss" in record:  # other lines are about evaluations
+            status = f"loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
+            self.progress.update(self.training, status=status)
+
+    def on_unreadable(self, message: str) -> None:
+        self.progress.console.print(f"[yellow]Skipped[/] {escape(message)}")
+
+    def on_evaluate_begin(self, num_images: int | None) -> None:
+        self.evaluation = self.progress.add_task("Evaluating", total=num_images, status="")
+
+    def on_evaluate_step(self, num_images: int) -> None:
+        self.progress.advance(self.evaluation, num_images)
+
+    def on_evaluate_end(self) -> None:
+        self.progress.remove_task(self.evaluation)
+
+
+def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float | int] | None:
+    """Trains, and shows on the console of the main process what happens. Returns the results."""
+    is_main_process = run.accelerator.is_main_process
+    if is_main_process:
+        console.print(f"Images are augmented by {escape(run.augmentation)}")
+    columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
+    with Progress(*columns, console=console, disable=not is_main_process) as progress:
+        return run.train(ProgressCallback(progress))
+
+
 @with_recipe_options
 def train(
     output_dir: Annotated[Path, typer.Option(help="Folder of the run: log, checkpoints, and the model.")],
@@ -122,18 +169,16 @@ def train(
         if get_token() is None:
             raise UserError(f"there is no access token for --push-to: {LOGIN_HINT}")
         values["name"] = values.get("name") or push_to
-    run = TrainingRun(
-        load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto", console=error_console
-    )
-    results = run.train()
+    run = TrainingRun(load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto")
+    results = train_with_progress(run, error_console)
     if not run.accelerator.is_main_process:
         return
     accuracy = "" if results is None else f", top-1 {results['top1']:.2%} on {results['images']:,} held-out images"
-    error_console.print(f"[bold green]Trained[/] {escape(str(run.model_dir))}{accuracy}")
+    error_console.print(f"[bold green]Trained[/] {escape(str(run.folder.model_dir))}{accuracy}")
     if push_to is not None:
         upload = push_model(
             push_to,
-            collect_model_files(run.model_dir, push_to),
+            collect_model_files(run.folder.model_dir, push_to),
             message="Upload the model with evmamba train",
             private=private,
         )

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +40,21 @@ class LabeledImage(NamedTuple):
             raise UserError(f"{self.name}: {error}") from error
 
 
+class Share(NamedTuple):
+    """The part of a dataset that one of several processes reads: every `num_processes`-th image."""
+
+    process_index: int
+    num_processes: int
+
+    def indices(self, num_images: int) -> range:
+        """Of the images of this share. The shares of all processes make up the dataset."""
+        return range(self.process_index, num_images, self.num_processes)
+
+    def divide(self, worker_index: int, num_workers: int) -> "Share":
+        """The part of this share that one of the process's workers reads."""
+        return Share(self.process_index * num_workers + worker_index, self.num_processes * num_workers)
+
+
 @dataclass(kw_only=True)
 class LabeledImages:
     """A dataset in a fixed order."""
@@ -53,13 +67,9 @@ class LabeledImages:
     config: str | None = None
     split: str | None = None
 
-    def read(self, index: int, step: int) -> Iterator[LabeledImage]:
-        """One of `step` parts, of equal size but for one image, that together are the dataset."""
+    def read(self, share: Share) -> Iterator[LabeledImage]:
+        """The images of one process. Shares are of equal size but for one image, and together are the dataset."""
         raise NotImplementedError
-
-    def share(self, process_index: int, num_processes: int, skipped: int) -> Iterator[LabeledImage]:
-        """The images of one process, without the first `skipped` of them. The shares of all make up the dataset."""
-        return islice(self.read(process_index, num_processes), skipped, None)
 
 
 class IndexedImages(LabeledImages):
@@ -77,8 +87,8 @@ class IndexedImages(LabeledImages):
         """Of all images."""
         raise NotImplementedError
 
-    def read(self, index: int, step: int) -> Iterator[LabeledImage]:
-        return (self[each] for each in range(index, len(self), step))
+    def read(self, share: Share) -> Iterator[LabeledImage]:
+        return (self[index] for index in share.indices(len(self)))
 
 
 class SelectedImages(IndexedImages):
@@ -157,12 +167,12 @@ class StreamedImages(LabeledImages):
     stream: "datasets.IterableDataset"
     columns: Columns
 
-    def read(self, index: int, step: int) -> Iterator[LabeledImage]:
+    def read(self, share: Share) -> Iterator[LabeledImage]:
         from datasets.distributed import split_dataset_by_node
 
-        part = split_dataset_by_node(self.stream, index, step)
+        part = split_dataset_by_node(self.stream, *share)
         try:
-            yield from self.read_part(part, f"part {index} of {step} of {self.name}")
+            yield from self.read_part(part, f"part {share.process_index} of {share.num_processes} of {self.name}")
         except OSError as error:
             raise UserError(f"the stream {self.name} cannot be read: {error}") from error
 

@@ -30,7 +30,7 @@ import modeling_evmamba  # noqa: F401, tells the Auto classes of the model
 from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images import imagenet
-from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages
+from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages, Share
 
 
 SAVE_INTERVAL = 10  # seconds between savings of the counts
@@ -248,9 +248,9 @@ class Evaluation:
         if dataset.class_names is not None:
             self.class_indices = match_labels(dataset.class_names, self.id2label, label_map)
 
-        index, number = self.processes.process_index, self.processes.num_processes
+        self.share = Share(self.processes.process_index, self.processes.num_processes)
         self.progress_file = progress_file and progress_file.with_name(
-            f"{progress_file.name}.progress-{index}-of-{number}"
+            f"{progress_file.name}.progress-{self.share.process_index}-of-{self.share.num_processes}"
         )
         files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
         weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -263,8 +263,7 @@ class Evaluation:
     @property
     def num_images(self) -> int | None:
         """Images of this process, None where the dataset does not tell."""
-        index, number = self.processes.process_index, self.processes.num_processes
-        return None if self.dataset.num_images is None else len(range(index, self.dataset.num_images, number))
+        return None if self.dataset.num_images is None else len(self.share.indices(self.dataset.num_images))
 
     def load_progress(self) -> Counts | None:
         if self.progress_file is None:
@@ -295,7 +294,7 @@ class Evaluation:
 
     def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Pixel values (B, C, H, W) and labels (B,) of what is left to do; threads prepare the batch that is next."""
-        images = self.dataset.share(self.processes.process_index, self.processes.num_processes, self.num_resumed)
+        images = islice(self.dataset.read(self.share), self.num_resumed, None)
         with ThreadPoolExecutor(self.workers) as pool:
 
             def start() -> list[tuple[Future, int]]:

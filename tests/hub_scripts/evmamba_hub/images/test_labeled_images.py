@@ -2,14 +2,21 @@
 
 import random
 import shutil
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
 import pytest
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.labeled_images import IndexedImages, LabeledImages, StreamedImages, open_dataset, open_splits
+from evmamba_hub.images.labeled_images import (
+    IndexedImages,
+    LabeledImages,
+    Share,
+    StreamedImages,
+    open_dataset,
+    open_splits,
+)
 
 
 NAMES = [str(digit) for digit in range(10)]
@@ -60,23 +67,23 @@ def test_kinds_of_datasets(opened, digits):
     assert opened.class_names == NAMES
     assert opened.num_images in (61, None)
     expected = [(row["image"].convert("RGB").tobytes(), row["label"]) for row in digits]
-    assert sorted(pixels_and_labels(opened.share(0, 1, 0))) == sorted(expected)
+    assert sorted(pixels_and_labels(opened.read(Share(0, 1)))) == sorted(expected)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_shares_are_the_dataset_each_image_once(opened, num_processes):
-    shares = [pixels_and_labels(opened.share(index, num_processes, 0)) for index in range(num_processes)]
-    everything = pixels_and_labels(opened.share(0, 1, 0))
+    shares = [pixels_and_labels(opened.read(Share(index, num_processes))) for index in range(num_processes)]
+    everything = pixels_and_labels(opened.read(Share(0, 1)))
     assert sorted(chain(*shares)) == sorted(everything)
     for index, share in enumerate(shares):
         assert len(share) > 0
-        assert pixels_and_labels(opened.share(index, num_processes, 7)) == share[7:]
+        assert pixels_and_labels(islice(opened.read(Share(index, num_processes)), 7, None)) == share[7:]
 
 
 def test_images_by_index(opened):
     if isinstance(opened, StreamedImages):
         pytest.skip("a stream has no indices")
-    everything = list(opened.share(0, 1, 0))
+    everything = list(opened.read(Share(0, 1)))
     assert isinstance(opened, IndexedImages)
     assert opened.labels == [image.label for image in everything]
     assert opened[60].read().tobytes() == everything[60].read().tobytes()
@@ -85,16 +92,18 @@ def test_images_by_index(opened):
 def test_a_shuffled_stream(hub, digits, tmp_path):
     hub.create("someone/digits-data", parquet_files(digits, tmp_path, 2), kind="dataset")
     opened = open_dataset("someone/digits-data")
-    orders = [pixels_and_labels(opened.shuffle(*order).share(0, 1, 0)) for order in [(0, 0), (0, 0), (0, 1), (1, 0)]]
+    orders = [
+        pixels_and_labels(opened.shuffle(*order).read(Share(0, 1))) for order in [(0, 0), (0, 0), (0, 1), (1, 0)]
+    ]
     assert orders[0] == orders[1]
     assert orders[0] not in orders[2:]
-    assert sorted(orders[0]) == sorted(orders[2]) == sorted(pixels_and_labels(opened.share(0, 1, 0)))
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(pixels_and_labels(opened.read(Share(0, 1))))
 
 
 def test_a_folder_of_images(digit_images):
     opened = open_dataset(str(digit_images))
     assert (opened.class_names, opened.num_images, opened.hub_id) == (NAMES, 599, None)
-    shares = [list(opened.share(index, 2, 0)) for index in range(2)]
+    shares = [list(opened.read(Share(index, 2))) for index in range(2)]
     assert [len(share) for share in shares] == [300, 299]
     for image in chain(*shares):
         assert Path(image.name).parent.name == opened.class_names[image.label]
@@ -107,8 +116,8 @@ def test_streams_of_the_hub_keep_to_one_commit(hub, digits, tmp_path):
     assert (opened.hub_id, opened.revision, opened.split) == ("someone/digits-data", old, "test")
     files = {name: blob for name, blob in repo.commits[old].files.items() if not name.endswith(".parquet")}
     repo.commit("main", files, "Remove the data", old)
-    assert len(list(opened.share(0, 1, 0))) == 61
-    assert len(list(open_dataset("someone/digits-data", revision=old).share(0, 1, 0))) == 61
+    assert len(list(opened.read(Share(0, 1)))) == 61
+    assert len(list(open_dataset("someone/digits-data", revision=old).read(Share(0, 1)))) == 61
 
 
 def test_gated_and_missing_datasets(hub, digits, tmp_path):
@@ -125,7 +134,7 @@ def test_a_stream_that_breaks_off(hub, digits, tmp_path):
     opened = open_dataset("someone/digits-data")
     hub.repos.clear()
     with pytest.raises(UserError, match="someone/digits-data"):
-        list(opened.share(0, 1, 0))
+        list(opened.read(Share(0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +159,7 @@ def test_columns_without_the_usual_types(digits, tmp_path):
         open_dataset(str(tmp_path))
     opened = open_dataset(str(tmp_path), label_column="kind")
     assert opened.class_names is None
-    assert next(opened.share(0, 1, 0)).label in NAMES
+    assert next(opened.read(Share(0, 1))).label in NAMES
 
 
 def test_options_that_a_folder_of_images_has_not(digit_images):

@@ -6,7 +6,6 @@ import torch
 import typer
 import yaml
 from accelerate.state import AcceleratorState
-from rich.console import Console
 from typer.testing import CliRunner
 
 from evmamba_hub.cli.main import app
@@ -114,7 +113,7 @@ def test_uploads_the_model_and_fine_tunes_it_from_there(run, hub, make_recipe, t
 
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = make_recipe(model="someone/stripes", network={}, epochs=1)
-    TrainingRun(recipe, tmp_path / "tuned", resume=False, console=Console(quiet=True)).train()
+    TrainingRun(recipe, tmp_path / "tuned", resume=False).train()
     assert load_card(str(tmp_path / "tuned" / "model")).data.base_model == "someone/stripes"
 
 

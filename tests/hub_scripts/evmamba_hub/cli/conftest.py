@@ -1,0 +1,1 @@
+from training_runs import make_recipe, stripes  # noqa: F401, fixtures

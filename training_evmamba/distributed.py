@@ -1,0 +1,75 @@
+"""The processes of a run, as accelerate started them."""
+
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, parse_flag_from_env
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from evmamba_hub.errors import UserError
+from evmamba_hub.inference.evaluation import computes_on_cpu
+from training_evmamba.recipe import Recipe
+
+
+TRACKERS_NAME = "trackers"
+
+
+def gather_problem(problem: str | None) -> str | None:
+    """The first problem that one of the processes has. To be called by all; each gets it."""
+    return next(filter(None, gather_object([problem])), None)
+
+
+def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
+    """This process among those that accelerate started.
+
+    Raises:
+        UserError: where the machine lacks what the recipe asks for.
+    """
+    try:
+        accelerator = Accelerator(
+            cpu=computes_on_cpu(),
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
+            dynamo_backend="inductor" if recipe.compile else "no",
+            log_with=recipe.report_to or None,
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / TRACKERS_NAME)),
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot do what the recipe asks for: {error}") from error
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
+        raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        set_up_fsdp(accelerator, recipe)
+    if len(accelerator.log_with) < len(recipe.report_to):
+        raise UserError(
+            f"not all trackers of {', '.join(recipe.report_to)} are installed: install them, or use --report-to none"
+        )
+    num_micro_batches = accelerator.num_processes * recipe.gradient_accumulation_steps
+    if recipe.batch_size % num_micro_batches:
+        raise UserError(
+            f"`batch_size` {recipe.batch_size} cannot be divided among {accelerator.num_processes} processes with "
+            f"{recipe.gradient_accumulation_steps} micro-batches each: make it a multiple of {num_micro_batches}"
+        )
+    return accelerator
+
+
+def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Lets FSDP compute in the number formats that there are without it.
+
+    Raises:
+        UserError: for settings of accelerate that would fail later, or be left out.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("accelerate has FSDP for GPUs alone, and would leave it out here: start it without --use_fsdp")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError("of FSDP, version 2 is needed: give accelerate --fsdp_version 2")
+    if plugin.cpu_ram_efficient_loading:  # https://github.com/huggingface/accelerate/issues/3898
+        raise UserError(
+            "accelerate cannot load the statistics of batch norms on one process alone: give it "
+            "--fsdp_cpu_ram_efficient_loading false"
+        )
+    if recipe.compile:  # it would hide the hooks that gather the outermost weights from the evaluation
+        raise UserError("a network that is compiled cannot be spread by FSDP: use one of --compile and --use_fsdp")
+    # accelerate's policy would cast all weights, also of batch norms and scans; autocast chooses by operation
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()

@@ -1,0 +1,108 @@
+"""The folder of a run, which one run at a time has: its recipe and its log."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from evmamba_hub.errors import UserError
+from evmamba_hub.files import partial_name, write_atomic
+from training_evmamba.distributed import gather_problem
+from training_evmamba.recipe import Recipe, create_recipe, dump_recipe, find_changes, read_values
+
+
+class RunFolder:
+    """`recipe.yaml` (all values), `log.jsonl`, `checkpoints/` and, in the end, the curves and `model/`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.log_file = path / "log.jsonl"
+        self.lock_file = path / ".lock"
+        self.checkpoints_dir = path / "checkpoints"
+        self.curves_file = path / "training_curves.png"
+        self.model_dir = path / "model"
+
+    @contextmanager
+    def locked(self, accelerator: Accelerator) -> Iterator[None]:
+        """Keeps other runs out of the folder. The system takes the lock back from a process that is killed.
+
+        To be called by all processes of a run, of which the main one holds the lock.
+
+        Raises:
+            UserError: in all processes, where another run has the folder or it cannot be written.
+        """
+        if self.path.is_file():
+            raise UserError(f"{self.path} is a file, --output-dir is the folder of the run")
+        lock, is_new, problem = FileLock(self.lock_file, timeout=0), not self.path.exists(), None
+        if accelerator.is_main_process:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except Timeout:
+                problem = f"another run writes to {self.path}: wait for its end, or choose another --output-dir"
+            except OSError as error:
+                problem = f"{self.path} cannot be written: {error}"
+        if problem := gather_problem(problem):
+            raise UserError(problem)
+        try:
+            yield
+        finally:
+            if accelerator.is_main_process:
+                with suppress(OSError):  # of Windows, where releasing removes it
+                    self.lock_file.unlink()
+                lock.release()
+                if is_new:
+                    with suppress(OSError):  # of a folder that the run has written to
+                        self.path.rmdir()
+
+    def read_recipe(self, resume: bool) -> Recipe | None:
+        """The recipe of the run that the folder holds; None where the run begins.
+
+        Raises:
+            UserError: where the folder holds something else, or a run that is not to go on.
+        """
+        if not self.recipe_file.is_file():
+            written = {each.name for each in self.path.iterdir()} if self.path.exists() else set()
+            if written - {self.lock_file.name, partial_name(self.recipe_file)}:
+                raise UserError(f"{self.path} holds files that are of no run: choose another --output-dir")
+            return None
+        if not resume:
+            raise UserError(f"{self.path} holds a run: go on with it by --resume auto, or choose another --output-dir")
+        # recipes from before the field was there are of runs that Pillow augmented
+        return create_recipe({"augmentation_library": "pillow", **read_values(str(self.recipe_file))})
+
+    def check_same_recipe(self, saved: Recipe, recipe: Recipe) -> None:
+        changes = find_changes(saved, recipe)
+        if changes:
+            listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
+            raise UserError(
+                f"{self.path} is a run with another recipe ({listed}): go on with the same, or start anew elsewhere"
+            )
+
+    def begin(self, recipe: Recipe, step: int) -> None:
+        """Writes the recipe, and takes back what the log says beyond a step.
+
+        Raises:
+            UserError: where the folder cannot be written.
+        """
+        write_atomic(self.recipe_file, dump_recipe(recipe).encode())
+        kept = [record for record in self.read_log() if record["step"] <= step]
+        write_atomic(self.log_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def read_log(self) -> list[dict]:
+        """What was logged so far. The last line may be half-written, when a run was killed."""
+        records: list[dict] = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.is_file() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def append_to_log(self, record: dict[str, float]) -> None:
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
