@@ -1,4 +1,4 @@
-# Needs Python 3.10 or newer, make, and a network for the first run.
+# Needs Python 3.11 or newer, make, and a network for the first run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,7 @@ help:  ## Show this list.
 install: $(INSTALLED)  ## Create .venv and install the package into it.
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EfficientVMamba needs Python 3.11 or newer, and $(PYTHON) is Python %d.%d: name another one, as in make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
@@ -66,9 +67,11 @@ digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
 	rm -rf demo/digits
 	cp -r build/digits-run/model demo/digits
 
-quality: $(INSTALLED)  ## Check style and formatting.
+quality: $(INSTALLED)  ## Check style, formatting, the layers of the packages, and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 
 style: $(INSTALLED)  ## Mend style and formatting.
 	$(BIN)/ruff check --fix .

@@ -59,7 +59,8 @@ class EfficientVMambaLayerNorm(nn.LayerNorm):
 class EfficientVMambaGatedLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of a map, times SiLU of a gate."""
 
-    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # (B, H, W, D) each
+    # (B, H, W, D) each; the base class takes no gate
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return layer_norm_gated(hidden_states, gate, self.weight, self.bias, self.eps)
 
 
@@ -312,7 +313,7 @@ class EfficientVMambaStage(nn.Module):
         super().__init__()
         hidden_size = config.hidden_sizes[stage_idx]
         if stage_idx == 0:
-            self.downsampling_layer = nn.Identity()
+            self.downsampling_layer: nn.Module = nn.Identity()
         else:
             self.downsampling_layer = EfficientVMambaPatchMerging(
                 config, config.hidden_sizes[stage_idx - 1], hidden_size
@@ -338,7 +339,7 @@ class EfficientVMambaPreTrainedModel(PreTrainedModel):
     config: EfficientVMambaConfig
     base_model_prefix = "efficientvmamba"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple, as in transformers' own vision models
     supports_gradient_checkpointing = True
     _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["EfficientVMambaEVSSLayer", "EfficientVMambaInvertedResidualLayer"]
@@ -420,11 +421,9 @@ class EfficientVMambaForImageClassification(EfficientVMambaPreTrainedModel):
 
     def __init__(self, config: EfficientVMambaConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.efficientvmamba = EfficientVMambaModel(config)
-        self.classifier = (
-            nn.Linear(config.hidden_sizes[-1], config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
+        self.classifier = nn.Linear(config.hidden_sizes[-1], self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple

@@ -44,18 +44,19 @@ for command in (
     app.command()(command)
 
 
-def show_version(requested: bool) -> None:
-    if requested:
+def show_version(is_requested: bool) -> None:
+    if is_requested:
         console.print(f"evmamba {version('efficientvmamba')}")
         raise typer.Exit
 
 
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+]
+
+
 @app.callback()
-def main_options(
-    show: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def define_version_option(version: VersionOption = False) -> None:
     pass
 
 

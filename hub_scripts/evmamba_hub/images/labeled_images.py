@@ -255,10 +255,9 @@ def open_splits(
     if path.is_dir() and not is_saved and not any(file.suffix in DATA_FILE_SUFFIXES for file in path.rglob("*")):
         if (config, revision, image_column, label_column) != (None,) * 4:
             raise UserError(f"{dataset} is a folder of images: it has neither configurations, revisions nor columns")
-        folders: dict[str | None, Path] = {None: path}
         if split_folders := find_split_folders(path):
-            folders = {**split_folders}
-        return {split: partial(ImageFolder, folder, split) for split, folder in folders.items()}
+            return {split: partial(ImageFolder, folder, split) for split, folder in split_folders.items()}
+        return {None: partial(ImageFolder, path, None)}
 
     require("datasets", extra="evaluate")
     import datasets

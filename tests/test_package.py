@@ -1,0 +1,51 @@
+"""What the package says of itself: its layers, its version, and the Python that it needs."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+import pytest
+
+import evmamba_hub
+import modeling_evmamba
+from evmamba_hub.cli.main import main
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_layers_name_every_room():
+    """import-linter holds the order of the rooms that the contract names, and of no others."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    named = {room.strip() for layer in layers for room in layer.split("|")}
+    (folder,) = map(Path, evmamba_hub.__path__)
+    modules = {path.stem for path in folder.glob("*.py") if path.name != "__init__.py"}
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert {f"evmamba_hub.{room}" for room in modules | packages} == {
+        room for room in named if room.startswith("evmamba_hub.")
+    }
+
+
+def test_version_has_one_source(capsys, monkeypatch):
+    assert version("efficientvmamba") == modeling_evmamba.__version__
+    monkeypatch.setattr(sys, "argv", ["evmamba", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out == f"evmamba {modeling_evmamba.__version__}\n"
+
+
+def test_make_says_which_python_it_wants(tmp_path):
+    """Before pip starts. The older Python is a script that runs the same check for another version."""
+    older = tmp_path / "python3.10"
+    older.write_text(f'#!/bin/sh\nexec {sys.executable} "$1" "import sys; sys.version_info = (3, 10); $2"\n')
+    older.chmod(0o755)
+    arguments = ["make", "install", f"PYTHON={older}", f"VENV={tmp_path / 'venv'}"]
+    variables = {"PATH": os.environ["PATH"]}
+    completed = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert completed.returncode != 0
+    assert f"needs Python {metadata('efficientvmamba')['Requires-Python'].strip('>=')} or newer" in completed.stderr
+    assert not (tmp_path / "venv").exists()
