@@ -1,7 +1,10 @@
 """The endpoints of the running Space through `gradio_client`, and what it refuses."""
 
 import configparser
+import json
+import os
 import struct
+import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +33,36 @@ def client(space) -> Client:
 def classify(client: Client, path: Path) -> list[str]:
     labels, _, _ = client.predict(handle_file(path), api_name="/classify")
     return [entry["label"] for entry in labels["confidences"]]
+
+
+# The program of the Space without its server. Prints as JSON where its modules lie, and what else could be imported.
+ORIGINS = """
+import json, sys
+from importlib.metadata import distributions
+from importlib.util import find_spec
+import app
+
+ours = ("app", "evmamba_", "modeling_evmamba", "training_evmamba")
+print(json.dumps({
+    "files": [module.__file__ for name, module in sys.modules.items() if name.startswith(ours)],
+    "packages": sorted({name.partition(".")[0] for name in sys.modules if name.startswith(ours)}),
+    "others": [name for name in ("training_evmamba", "evmamba_hub.cli") if find_spec(name)],
+    "distributions": [each.name for each in distributions() if each.name == "efficientvmamba"],
+}))
+"""
+
+
+def test_everything_comes_from_the_space(space):
+    folder = space.log.parent
+    variables = {"PATH": os.environ["PATH"], "HOME": str(space.python.parents[1]), "PYTHONPATH": str(folder)}
+    completed = subprocess.run(
+        [space.python, "-c", ORIGINS], cwd=folder, env=variables, capture_output=True, text=True, timeout=120
+    )
+    assert completed.returncode == 0, completed.stderr
+    found = json.loads(completed.stdout.splitlines()[-1])
+    assert all(Path(file).is_relative_to(folder) for file in found["files"])
+    assert found["packages"] == ["app", "evmamba_demo", "evmamba_hub", "evmamba_kernels", "modeling_evmamba"]
+    assert found["others"] == found["distributions"] == []
 
 
 def test_endpoints_are_named_and_described(client):

@@ -4,14 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 from PIL import Image
 from transformers import AutoModelForImageClassification
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -19,6 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from evmamba_hub.publish.bundle import find_remote_code
 from evmamba_hub.publish.push import collect_model_files
+from linked_environments import link_distributions
 from modeling_evmamba import EfficientVMambaForImageClassification
 
 
@@ -30,6 +28,7 @@ EXAMPLE = ROOT / "demo" / "examples" / "digit_3.png"
 SCRIPT = """
 import json, sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -58,6 +57,7 @@ operator = sys.modules[type(model).__module__].atrous_selective_scan
 backends = sys.modules[operator.__module__.rpartition(".")[0] + ".backends"]
 print(json.dumps({
     "installed": [name for name in PACKAGES if find_spec(name)],
+    "files": sorted(path.name for path in Path(sys.modules[type(model).__module__].__file__).parent.glob("*.py")),
     "modules": [type(config).__module__, type(model).__module__, operator.__module__],
     "logits": logits.tolist(),
     "other_logits": other_logits.tolist(),
@@ -77,28 +77,6 @@ def test_files_of_a_bundle_demand_no_package(name, path):
     known = {*sys.stdlib_module_names, "huggingface_hub", "numpy", "torch", "transformers"}
     assert set(get_imports(path)) <= known
     assert {f"{module}.py" for module in get_relative_imports(path)} <= find_remote_code().keys()
-
-
-def find_requirements(name: str, found: set[str]) -> set[str]:
-    """The distributions that one needs, itself included."""
-    if name not in found:
-        found.add(name)
-        for line in distribution(name).requires or []:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                find_requirements(requirement.name, found)
-    return found
-
-
-def link_distributions(environment: Path, names: list[str]) -> None:
-    """Puts installed distributions, and what they need, into another virtual environment, without copying them."""
-    paths = sysconfig.get_paths("venv", vars={"base": str(environment)})
-    for name in set().union(*(find_requirements(name, set()) for name in names)):
-        found = distribution(name)
-        for top in {Path(file).parts[0] for file in found.files} - {"..", "__pycache__"}:
-            link = Path(paths["purelib"], top)
-            if not link.exists():
-                link.symlink_to(found.locate_file(top))
 
 
 def create_environment(folder: Path, kind: str) -> Path:
@@ -153,6 +131,8 @@ def test_a_clean_environment(hub, repositories, tmp_path, kind):
     accelerated = kind == "with_numba"
     assert found["installed"] == (["numba"] if accelerated else [])
     assert all(module.startswith("transformers_modules.someone.digits.") for module in found["modules"])
+    # transformers fetches what the classes can load: a file beyond that would travel for nothing
+    assert found["files"] == sorted({"__init__.py", *find_remote_code()})
     assert found["backend"] == ("numba" if accelerated else "torch")
     # operators of our own are what the accelerated backends are called by; without them, nothing but PyTorch's run.
     # The code of the other repository is loaded by then, and must not have taken their names.
