@@ -9,7 +9,6 @@ The networks are two stages of one block, in which convolutions look no further 
 are trained alike, on the same images, with several seeds, on which weights and the order of the images depend.
 """
 
-import sys
 import time
 from pathlib import Path
 from statistics import mean
@@ -28,7 +27,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, exit_on_user_error
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D, EfficientVMambaEVSSLayer
 
@@ -315,7 +314,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         typer.run(main)
-    except UserError as error:
-        sys.exit(f"Error: {error}")

@@ -156,16 +156,18 @@ def count_millions(model: nn.Module) -> float:
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
-def classify(model: nn.Module, images: torch.Tensor, backend: str | None = None) -> object:
+def run_network(model: nn.Module, images: torch.Tensor, backend: str | None = None) -> object:
     with torch.inference_mode(), use_backend(backend):
         return model(images)
 
 
-def measure_latency(networks: dict[str, Network], arguments: argparse.Namespace) -> list[dict[str, object]]:
+def compare_latencies(networks: dict[str, Network], arguments: argparse.Namespace) -> list[dict[str, object]]:
     rows = []
     for batch_size in arguments.batch_sizes:
         methods = {
-            name: partial(classify, network.model, torch.randn(batch_size, 3, network.image_size, network.image_size))
+            name: partial(
+                run_network, network.model, torch.randn(batch_size, 3, network.image_size, network.image_size)
+            )
             for name, network in networks.items()
         }
         seconds = median_times(methods, arguments.repeats, f"batches of {batch_size}")
@@ -189,13 +191,13 @@ def measure_latency(networks: dict[str, Network], arguments: argparse.Namespace)
 def measure_memory(image_size: int, backend: str) -> float:
     """Peak memory of one forward pass; to be called in a fresh process."""
     model = make_ours("tiny")
-    classify(model, torch.randn(1, 3, 32, 32), backend)  # compiles, and starts the threads
-    return peak_memory(partial(classify, model, torch.randn(1, 3, image_size, image_size), backend), CPU)
+    run_network(model, torch.randn(1, 3, 32, 32), backend)  # compiles, and starts the threads
+    return peak_memory(partial(run_network, model, torch.randn(1, 3, image_size, image_size), backend), CPU)
 
 
 def measure_image_sizes(networks: dict[str, Network], arguments: argparse.Namespace) -> list[dict[str, object]]:
     methods = {
-        (name, backend, size): partial(classify, networks[name].model, torch.randn(1, 3, size, size), backend)
+        (name, backend, size): partial(run_network, networks[name].model, torch.randn(1, 3, size, size), backend)
         for name, backend in GROWING
         for size in arguments.image_sizes
     }
@@ -253,7 +255,7 @@ def main() -> None:
     torch.manual_seed(0)
     networks = make_networks()
 
-    rows = measure_latency(networks, arguments)
+    rows = compare_latencies(networks, arguments)
     print_table("Latency on a CPU", rows)
     accuracies = {name: f"{accuracy} ({source})" for name, (accuracy, source) in PUBLISHED_ACCURACY.items()}
     write_csv(

@@ -95,7 +95,7 @@ def measure_differences(variant: str, runtimes: dict[str, Runtime]) -> list[dict
 
 
 @torch.inference_mode()
-def measure_latency(
+def compare_latencies(
     variant: str, runtimes: dict[str, Runtime], arguments: argparse.Namespace
 ) -> list[dict[str, object]]:
     rows = []
@@ -149,7 +149,7 @@ def main() -> None:
             save_checkpoint(variant, Path(folder))
             runtimes = make_runtimes(Path(folder), Path(folder))
             differences += measure_differences(variant, runtimes)
-            latencies += measure_latency(variant, runtimes, arguments)
+            latencies += compare_latencies(variant, runtimes, arguments)
     print_table("Largest difference of a logit to PyTorch in float32", differences)
     write_csv(arguments.output_dir / "export_differences.csv", differences, environment)
     print_table("Latency on a CPU, 224 x 224", latencies)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from training_evmamba.recipe import Recipe, load_recipe
 from training_evmamba.trainer import TrainingRun
+from weights import assert_same_weights
 
 
 CLASSES = ["horizontal", "vertical"]
@@ -83,10 +83,7 @@ def read_losses(output_dir) -> dict[int, float]:
 
 
 def assert_same_models(output_dir, other) -> None:
-    weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (output_dir, other))
-    assert weights.keys() == others.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, others[name]), name
+    assert_same_weights(*(load_file(folder / "model" / "model.safetensors") for folder in (output_dir, other)))
 
 
 def go_back(output_dir: Path, copy: Path, step: int) -> None:

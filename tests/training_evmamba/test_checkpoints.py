@@ -49,8 +49,7 @@ def test_everything_comes_back(make_recipe, tmp_path):
     state = loaded.state(RunProgress())
     checkpoints.load(checkpoint, state)
     assert state.progress == progress
-    for name, tensor in saved.model.state_dict().items():
-        assert torch.equal(tensor, loaded.model.state_dict()[name])
+    assert_same_weights(saved.model.state_dict(), loaded.model.state_dict())
     for average, other in zip(saved.ema.averages, loaded.ema.averages, strict=True):
         assert torch.equal(average, other)
     assert saved.schedule.get_last_lr() == loaded.schedule.get_last_lr()
@@ -128,6 +127,7 @@ from evmamba_hub.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails, like on a full disk
 checkpoint = Path(sys.argv.pop()) / "checkpoints" / "step-0000005"
 import training_evmamba.checkpoints as checkpoints
+from weights import assert_same_weights
 save = checkpoints.Checkpoints.save
 
 def save_on_a_full_disk(self, *args, **kwargs):

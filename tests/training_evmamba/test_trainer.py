@@ -21,6 +21,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import create_recipe, read_values
 from training_evmamba.trainer import create_accelerator
 from training_runs import assert_same_models, go_back, read_log, read_losses, start, train
+from weights import assert_same_weights
 
 
 def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path):
@@ -52,8 +53,7 @@ def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path)
     model = EfficientVMambaForImageClassification.from_pretrained(output / "model")
     assert model.config.id2label == {0: "horizontal", 1: "vertical"}
     averages = load_file(output / "checkpoints" / "step-0000037" / "ema.safetensors")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, averages[name])
+    assert_same_weights(model.state_dict(), averages)
     classifier = pipeline("image-classification", model=str(output / "model"))
     held_out = sorted((stripes / "validation").glob("*/*.png"))
     right = [classifier(str(path))[0]["label"] == path.parent.name for path in held_out]
