@@ -62,11 +62,11 @@ def random_arguments(
     Args:
         dtype: of the map. The parameters are float64 beside a float64 map, else float32.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=parameter_dtype, device=device)
 
     hidden_states, *parameters = [
         normal(batch_size, height, width, channels),
@@ -76,7 +76,4 @@ def random_arguments(
         normal(4, channels, state_size).abs(),
         normal(4, channels),
     ]
-    return [
-        hidden_states.to(device, dtype),
-        *(parameter.to(device, parameter_dtype) for parameter in parameters),
-    ]
+    return [hidden_states.to(dtype), *parameters]

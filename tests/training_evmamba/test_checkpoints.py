@@ -10,6 +10,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.checkpoints import Checkpoints, RunProgress, TrainingState
 from training_evmamba.network import complete_recipe, create_model
 from training_evmamba.optimization import ExponentialMovingAverage, create_optimizer, create_schedule
+from weights import assert_same_weights
 
 
 class Training:
