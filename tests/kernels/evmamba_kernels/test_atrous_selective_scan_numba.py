@@ -27,7 +27,9 @@ from evmamba_kernels.atrous_selective_scan_reference import random_arguments
 
 
 def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, rank=3, seed=0):
-    return random_arguments(batch_size, height, width, channels, state_size, rank, seed=seed)
+    """Half of the usual, whose gradients reach 10,000: there, the order of a float32 sum shows."""
+    tensors = random_arguments(batch_size, height, width, channels, state_size, rank, seed=seed)
+    return [tensor / 2 for tensor in tensors]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch brings other OpenMP runtimes")
