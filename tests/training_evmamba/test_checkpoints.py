@@ -128,7 +128,6 @@ from evmamba_hub.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails, like on a full disk
 checkpoint = Path(sys.argv.pop()) / "checkpoints" / "step-0000005"
 import training_evmamba.checkpoints as checkpoints
-from weights import assert_same_weights
 save = checkpoints.Checkpoints.save
 
 def save_on_a_full_disk(self, *args, **kwargs):
