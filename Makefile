@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel bench-gpu digits quality style clean
+.PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel bench-gpu digits docs quality style \
+	clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,7 +56,6 @@ bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU
 		$(BIN)/python benchmarks/profile_model.py --device cuda --dtype $$dtype || exit 1; \
 	done
 
-.PHONY: docs
 docs: $(INSTALLED)  ## Build the documentation into build/site, with all links checked.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -70,6 +70,7 @@ digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
 quality: $(INSTALLED)  ## Check style, formatting, the layers of the packages, and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
