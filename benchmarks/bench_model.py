@@ -16,6 +16,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from measure import (
     RESULTS_DIR,
     console,
@@ -24,6 +25,7 @@ from measure import (
     median_times,
     peak_memory,
     print_table,
+    save_figure,
     write_csv,
 )
 from torch import nn
@@ -223,7 +225,7 @@ def measure_image_sizes(networks: dict[str, Network], arguments: argparse.Namesp
     return rows
 
 
-def plot(rows: list[dict[str, object]], environment: dict[str, str], path: Path) -> None:
+def plot(rows: list[dict[str, object]], environment: dict[str, str]) -> Figure:
     latencies = {row["network"]: row["median ms"] for row in rows if row["batch"] == 1}
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     points = {name: (latencies[name], accuracy) for name, (accuracy, _) in PUBLISHED_ACCURACY.items()}
@@ -232,9 +234,9 @@ def plot(rows: list[dict[str, object]], environment: dict[str, str], path: Path)
     )
     optimized = [(latencies[OPTIMIZED[name]], points[name][1]) for name in OURS]
     ax.plot(*zip(*optimized, strict=True), "o--", color="#fb923c", markersize=6, label="optimize_for_inference")
-    ax.plot(*zip(*(points[name] for name in PEERS), strict=True), "s", color="#475569", markersize=7)
+    ax.plot(*zip(*(points[name] for name in PEERS), strict=True), "s", color="#8b949e", markersize=7)
     for name, point in points.items():
-        color = "#c2410c" if name in OURS else "#475569"
+        color = "#c2410c" if name in OURS else "#8b949e"
         x, y, alignment = LABELS.get(name, (8, -12, "left"))
         ax.annotate(name, point, xytext=(x, y), textcoords="offset points", color=color, fontsize=9, ha=alignment)
     ax.set_xlim(0, 1.3 * max(latencies.values()))
@@ -244,8 +246,7 @@ def plot(rows: list[dict[str, object]], environment: dict[str, str], path: Path)
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, facecolor="white")
-    console.print(f"written: {path}", soft_wrap=True)
+    return figure
 
 
 def main() -> None:
@@ -262,7 +263,7 @@ def main() -> None:
         arguments.output_dir / "model.csv", rows, environment | {f"top-1 of {k}": v for k, v in accuracies.items()}
     )
     if 1 in arguments.batch_sizes:
-        plot(rows, environment, arguments.output_dir / "accuracy_latency.png")
+        save_figure(partial(plot, rows, environment), arguments.output_dir / "accuracy_latency.png")
     if arguments.image_sizes:
         rows = measure_image_sizes(networks, arguments)
         print_table("Growing images", rows)

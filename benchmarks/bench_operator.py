@@ -19,6 +19,7 @@ import matplotlib
 import torch
 from baselines import mamba_ssm_scan, mambapy_pscan, plain_recurrence
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from measure import (
     RESULTS_DIR,
     console,
@@ -28,6 +29,7 @@ from measure import (
     parse_device,
     peak_memory,
     print_table,
+    save_figure,
     write_csv,
 )
 
@@ -233,7 +235,7 @@ def measure_scaling(names: list[str], arguments: argparse.Namespace) -> list[dic
     return rows
 
 
-def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str, str], path: Path) -> None:
+def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str, str]) -> Figure:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, axes = plt.subplots(1, len(MODES), figsize=(11, 4), sharey=True, layout="constrained")
     width = 0.8 / len(names)
@@ -247,16 +249,16 @@ def plot(rows: list[dict[str, object]], names: list[str], environment: dict[str,
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("median time in ms")
     axes[0].legend(frameon=False, fontsize=8)
-    device = environment.get("gpu", f"{environment['cpu']}, {environment['threads']} threads")
+    is_cpu = environment["device"] == "cpu"
+    device = f"{environment['cpu']}, {environment['threads']} threads" if is_cpu else environment["accelerator"]
     figure.suptitle(f"Atrous selective scan of maps B x H x W x D, {environment['dtype']}, {device}", fontsize=11)
-    figure.savefig(path, dpi=150, facecolor="white")
-    console.print(f"written: {path}", soft_wrap=True)
+    return figure
 
 
 def main() -> None:
     arguments = parse_arguments()
     matplotlib.use("Agg")
-    environment = describe_environment()
+    environment = {**describe_environment(), "device": arguments.device.type}
     environment |= {"repeats": str(arguments.repeats), "dtype": arguments.dtype}
     device, dtype = arguments.device.type, arguments.dtype
     file_name = "_".join(
@@ -277,7 +279,7 @@ def main() -> None:
     rows = [row for shape in arguments.shapes for row in measure_shape(shape, names, arguments, limits)]
     print_table("Atrous selective scan", rows)
     write_csv(arguments.output_dir / f"{file_name}.csv", rows, environment)
-    plot(rows, names, environment, arguments.output_dir / f"{file_name}.png")
+    save_figure(partial(plot, rows, names, environment), arguments.output_dir / f"{file_name}.png")
     if arguments.scaling:
         rows = measure_scaling([*backends, PLAIN], arguments)
         print_table("Growing maps, forward", rows)

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,6 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from evmamba_hub import info
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 console = Console(highlight=False)
@@ -120,3 +125,16 @@ def write_csv(path: Path, rows: list[dict[str, object]], environment: dict[str, 
             rounded = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             writer.writerow(rounded)
     console.print(f"written: {path}", soft_wrap=True)
+
+
+def save_figure(draw: Callable[[], "Figure"], path: Path) -> None:
+    """Draws a figure for light and for dark pages, and saves it with `-light` and `-dark` in the name."""
+    from matplotlib import pyplot as plt
+
+    for theme, style in {"light": "default", "dark": "dark_background"}.items():
+        file = path.with_stem(f"{path.stem}-{theme}")
+        with plt.style.context(style):
+            figure = draw()
+            figure.savefig(file, dpi=150)
+            plt.close(figure)
+        console.print(f"written: {file}", soft_wrap=True)
