@@ -210,5 +210,5 @@ def test_values_beyond_the_range_of_half_precision(evmamba, tmp_path):
     state_dict["layers.3.1.conv_dw.1.running_var"][3] = 1e6
     torch.save(state_dict, tmp_path / "source.pth")
     result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--dtype", "float16")
-    assert_refused(result, tmp_path, "layers.3.1.conv_dw.1.running_var holds values that are no finite", "float16")
+    assert_refused(result, tmp_path, "layers.3.1.conv_dw.1.running_var holds values that are not finite", "float16")
     assert evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--dtype", "bfloat16")[0] == 0

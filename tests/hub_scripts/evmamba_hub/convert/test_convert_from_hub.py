@@ -33,7 +33,7 @@ def test_choice_of_the_file(files, wanted, expected):
     [
         (["README.md", "code.tar"], None, "someone/tiny holds no checkpoint"),
         (["a.pth", "b.safetensors"], None, "choose one with --file: a.pth, b.safetensors"),
-        (["a.pth"], "c.pth", "someone/tiny holds no file c.pth, it holds a.pth"),
+        (["a.pth"], "c.pth", "someone/tiny holds no file c.pth: choose one of a.pth"),
     ],
 )
 def test_no_choice_of_the_file(files, wanted, message):
@@ -97,5 +97,8 @@ def test_no_connection(tmp_path):
     assert "hf_secret" not in process.stderr
     result = process.returncode, process.stdout, process.stderr
     assert_refused(
-        result, tmp_path, "http://127.0.0.1:9 cannot be reached for TerryPei/EfficientVMamba-Tiny", "check it"
+        result,
+        tmp_path,
+        "http://127.0.0.1:9 cannot be reached for TerryPei/EfficientVMamba-Tiny",
+        "check the connection",
     )

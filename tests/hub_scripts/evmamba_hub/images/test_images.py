@@ -50,7 +50,7 @@ def test_broken_files_are_refused(tmp_path, content, message):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.new("F", (2, 2)).save(tmp_path / "float.tiff")
-    with pytest.raises(UserError, match="floating point"):
+    with pytest.raises(UserError, match="floating-point numbers of unknown range"):
         read_image(tmp_path / "float.tiff")
 
 

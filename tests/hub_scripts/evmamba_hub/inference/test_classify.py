@@ -53,7 +53,7 @@ def test_a_broken_image_is_reported_and_the_rest_goes_on(evmamba, tmp_path):
     "arguments, expected_code, message",
     [
         (["missing.png"], 1, "missing.png does not exist"),
-        ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is no valid repository id"),
+        ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is neither a path nor a valid repository id"),
         ([EXAMPLES, "--device", "abacus"], 1, "device 'abacus' cannot be used"),
         ([EXAMPLES, "--dtype", "int8"], 2, "int8"),
         ([EXAMPLES, "--top-k", "0"], 2, "top-k"),

@@ -99,13 +99,13 @@ def test_an_interrupted_evaluation_goes_on(evmamba, few_digits, tmp_path):
 
     last.write_bytes(content)
     _, _, err = evmamba("evaluate", *arguments, "--dtype", "bfloat16")  # another measurement starts anew
-    assert "Going on" not in err
+    assert "Resuming" not in err
 
     last.write_bytes(b"no image")
     assert evmamba("evaluate", *arguments)[0] == 1
     last.write_bytes(content)
     code, _, err = evmamba("evaluate", *arguments)
-    assert code == 0 and "Going on after 52 images" in err
+    assert code == 0 and "Resuming after 52 images" in err
     results = json.loads((tmp_path / "results.json").read_text())
     assert {**results, "images_per_second": None} == {**expected, "images_per_second": None}
     assert not progress.exists()
@@ -190,7 +190,7 @@ def test_ctrl_c_while_a_batch_is_counted(evmamba, few_digits, tmp_path, at_secon
     signal.signal(signal.SIGINT, handler)
     assert code != 0 and "top-1" not in out
     code, _, err = evmamba("evaluate", *arguments, tmp_path / "results.json")
-    assert code == 0 and "Going on after 8 images" in err
+    assert code == 0 and "Resuming after 8 images" in err
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["loss"] == pytest.approx(expected["loss"], rel=1e-9)
     ignored = {"images_per_second": None, "loss": None}
@@ -400,14 +400,14 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, hub_data, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["no/such/model", "--dataset", "DATA"], "no valid repository id"),
-        ([DIGITS, "--dataset", "no/such/data"], "no valid repository id"),
+        (["no/such/model", "--dataset", "DATA"], "nor a valid repository id"),
+        ([DIGITS, "--dataset", "no/such/data"], "nor a valid repository id"),
         ([DIGITS, "--dataset", "DATA", "--revision", "main"], "only repositories on the Hub have revisions"),
         ([DIGITS, "--dataset", "DATA", "--label-map", "missing.json"], "missing.json cannot be read as JSON"),
         ([DIGITS.parent, "--dataset", "DATA"], "cannot be loaded as an image classifier"),
         (["MODEL", "--dataset", "DATA", "--update-card"], "holds no README.md"),
-        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is a folder or a device, --output is a file"),
-        ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is a folder or a device, --output is a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is not a regular file: --output takes a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is not a regular file: --output takes a file"),
         (["someone/missing", "--dataset", "DATA"], "neither a path here nor a repository on the Hub"),
     ],
 )
@@ -439,7 +439,7 @@ def test_images_of_different_sizes(evmamba, few_digits, tmp_path):
     assert evaluate(evmamba, *arguments, "--batch-size", 1)["images"] == 71
 
 
-@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no right")])
+@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no permission")])
 def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path, action, message):
     assert evmamba("push", DIGITS, "someone/digits")[0] == 0
     hub.faults = [Fault("commit", action)]
@@ -448,7 +448,7 @@ def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, 
     assert code == 1 and "100.00%" in out and message in err.splitlines()[-1] and err.count("Error:") == 1
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 70
     code, out, err = evmamba("evaluate", *arguments)
-    assert code == 0 and "Going on after 70 images" in err and "100.00%" in out
+    assert code == 0 and "Resuming after 70 images" in err and "100.00%" in out
     assert json.loads((tmp_path / "results.json").read_text())["images_per_second"] is None
     assert len(hub.repos["model", "someone/digits"].history) == 3
     assert not list(tmp_path.glob("*.progress-*"))
@@ -457,7 +457,7 @@ def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, 
 def test_missing_packages(evmamba, few_digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     code, _, err = evmamba("evaluate", DIGITS, "--dataset", few_digits)
-    assert code == 1 and 'pip install "efficientvmamba[evaluate]"' in err
+    assert code == 1 and 'run pip install ".[evaluate]" in a clone of the repository' in err
 
 
 def test_a_damaged_download(evmamba, hub, few_digits, tmp_path):

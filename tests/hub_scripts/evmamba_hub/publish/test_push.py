@@ -134,7 +134,7 @@ def test_private_branch_and_pull_request(evmamba, hub, model_dir):
 def test_pull_request_to_a_repository_of_someone_else(evmamba, hub, monkeypatch):
     hub.create("else/model", {"config.json": b"{}"})
     code, _, err = evmamba("push", DIGITS, "else/model")
-    assert code == 1 and "no right" in err
+    assert code == 1 and "no permission" in err
     assert evmamba("push", DIGITS, "else/model", "--create-pr")[0] == 0
     assert list(hub.repos["model", "else/model"].refs) == ["main", "refs/pr/1"]
 
@@ -229,11 +229,11 @@ def test_backbone(evmamba, hub, tmp_path):
 @pytest.mark.parametrize(
     "repo_id, fragments",
     [
-        ("someone/digits/more", ["no valid repository id", "user/name"]),
-        ("someone/--", ["no valid repository id"]),
-        ("someone/dig its", ["no valid repository id"]),
+        ("someone/digits/more", ["nor a valid repository id", "user/name"]),
+        ("someone/--", ["nor a valid repository id"]),
+        ("someone/dig its", ["nor a valid repository id"]),
         ("digits", ["names no owner", "user/name"]),
-        ("else/digits", ["answered 403", "no right"]),
+        ("else/digits", ["answered 403", "no permission"]),
         ("someone/data", ["someone/data is a dataset on the Hub, not a model", "another id"]),
         ("someone/space", ["someone/space is a space on the Hub, not a model"]),
     ],
@@ -253,9 +253,9 @@ def test_wrong_repositories(evmamba, hub, repo_id, fragments):
     "token, fragments",
     [
         (None, ["no access token", "`hf auth login`", "HF_TOKEN"]),
-        ("hf_InvalidSecret", ["answered 401", "not valid", "`hf auth login`"]),
-        (READ_TOKEN, ["answered 403", "no right"]),
-        (OTHER_TOKEN, ["answered 403", "no right"]),
+        ("hf_InvalidSecret", ["answered 401", "is invalid or has expired", "`hf auth login`"]),
+        (READ_TOKEN, ["answered 403", "no permission"]),
+        (OTHER_TOKEN, ["answered 403", "no permission"]),
     ],
     ids=["none", "invalid", "read", "other"],
 )
@@ -282,13 +282,13 @@ def test_no_network(evmamba, hub, monkeypatch):
 @pytest.mark.parametrize(
     "phase, status, message",
     [
-        ("info", 500, "trouble of its own"),
+        ("info", 500, "is overloaded or fails"),
         ("create", 404, "answered 404"),
-        ("create", 502, "trouble of its own"),
+        ("create", 502, "is overloaded or fails"),
         ("commit", 404, "answered 404"),
-        ("commit", 409, "something else changes it"),
+        ("commit", 409, "another process changes it"),
         ("commit", 418, "answered 418"),
-        ("commit", 504, "trouble of its own"),
+        ("commit", 504, "is overloaded or fails"),
     ],
 )
 def test_errors_of_the_hub(evmamba, hub, phase, status, message):
@@ -310,7 +310,7 @@ def test_words_of_the_hub_are_shown_without_the_token(evmamba, hub):
 def test_answers_that_are_not_of_a_hub(evmamba, hub, phase):
     hub.faults = [Fault(phase, "corrupt")]
     code, _, err = evmamba("push", DIGITS, REPO_ID)
-    assert code == 1 and "refuses the upload to someone/digits" in err
+    assert code == 1 and "rejects the upload to someone/digits" in err
 
 
 def damage(name: str, content: bytes | None):
@@ -345,7 +345,7 @@ def lose_a_shard(model_dir: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, fragments",
     [
-        (shutil.rmtree, ["is no folder", "`save_pretrained`"]),
+        (shutil.rmtree, ["is not a directory", "`save_pretrained`"]),
         (damage("config.json", None), ["config.json is missing or damaged"]),
         (damage("config.json", b"{"), ["config.json is missing or damaged"]),
         (damage("config.json", b'{"model_type": "resnet"}'), ["of the type 'resnet'"]),
