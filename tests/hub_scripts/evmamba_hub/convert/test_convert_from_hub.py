@@ -1,4 +1,4 @@
-"""`evmamba convert` on repositories of the Hub."""
+"""`evmamba convert` with repositories on the Hub."""
 
 import os
 import re
@@ -84,7 +84,7 @@ def test_a_damaged_download(evmamba, hub, tmp_path):
 
 
 def test_no_connection(tmp_path):
-    """In a process of its own: the Hub's client reads its endpoint when it is imported."""
+    """The Hub's client reads its endpoint at import, so the command runs in a separate process."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
     process = subprocess.run(
         [sys.executable, "-m", "evmamba_hub.cli", "convert", "TerryPei/EfficientVMamba-Tiny", "converted"],

@@ -1,4 +1,4 @@
-"""Files that `evmamba convert` refuses: pickles with code, damaged files, other networks, and places to write."""
+"""Input that `evmamba convert` rejects: pickles with code, damaged files, other networks, unwritable directories."""
 
 import argparse
 import builtins
@@ -14,7 +14,7 @@ from original_checkpoints import assert_golden, assert_refused, micro, older_nam
 
 
 class Payload:
-    """Unpickled, it calls `function(*arguments)`."""
+    """Unpickling this object calls `function(*arguments)`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -205,7 +205,7 @@ def test_output_directory_in_use(evmamba, tmp_path):
 def test_output_directory(evmamba, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     torch.save(micro(), "source.pth")
-    (tmp_path / "converted").mkdir()  # empty: may be used
+    (tmp_path / "converted").mkdir()  # an empty directory is accepted
     code, out, _ = evmamba("convert", "source.pth", output)
     assert code == 0 and f"--model {output}\n" in out
     assert_golden(tmp_path / output)
@@ -215,7 +215,7 @@ def test_output_directory(evmamba, tmp_path, monkeypatch, output):
 def test_write_that_fails_midway(evmamba, tmp_path):
     torch.save(micro(), tmp_path / "source.pth")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk to this process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # appears as a full disk to this process
     try:
         result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted")
     finally:

@@ -1,4 +1,4 @@
-"""`evmamba export`: files that other runtimes open, with the logits of PyTorch."""
+"""`evmamba export`: other runtimes open the files, and compute the logits of PyTorch."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from training_evmamba.digits import load_splits
 
 
 LABELS = ["bird", "cat", "dog", "été"]
-SMALLEST_SIDE = 4 * (2 + 1)  # two places a side in the second of two stages
+SMALLEST_SIDE = 4 * (2 + 1)  # two positions per side in the second of two stages
 
 
 def load_image_processor() -> BitImageProcessorPil:
@@ -31,7 +31,7 @@ def load_image_processor() -> BitImageProcessorPil:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A network of both kinds of block whose batch norms do something, and whose labels are not in ASCII."""
+    """A network of both block types, with batch norms that are not the identity, and labels that are not ASCII."""
     config = EfficientVMambaConfig(
         hidden_sizes=[16, 24],
         depths=[1, 1],
@@ -62,7 +62,7 @@ def model(checkpoint):
 
 @pytest.fixture
 def exported(evmamba, checkpoint, tmp_path):
-    """Exports the network: the file."""
+    """Export the network. Return the file."""
 
     def run(*arguments, name="model.onnx"):
         exit_code, _, stderr = evmamba("export", checkpoint, tmp_path / name, *arguments)
@@ -85,7 +85,7 @@ def run_onnx(file, pixel_values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def largest_difference(logits: torch.Tensor, model, pixel_values: torch.Tensor) -> float:
     expected = model(pixel_values.float()).logits
-    # as much as the images differ, or a file that returns the same for all of them would pass
+    # logits must differ between images, or a file with constant logits would pass
     assert len(expected) == 1 or expected.std(dim=0).min() > 1e-2
     return (logits.float() - expected).abs().max().item()
 
@@ -155,7 +155,7 @@ def test_digits_in_8_bits(evmamba, tmp_path):
     assert exit_code == 0, stderr
     graph = onnx.load(tmp_path / "digits.onnx").graph
     model = EfficientVMambaForImageClassification.from_pretrained(folder).eval()
-    # linear layers and pointwise convolutions; those of the scan stay in float32
+    # linear layers and pointwise convolutions, while the scan's matrices stay in float32
     num_layers = sum(
         isinstance(module, torch.nn.Linear) or getattr(module, "kernel_size", None) == (1, 1)
         for module in model.modules()
@@ -205,7 +205,7 @@ def test_without_a_compiler(evmamba, checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_file_with_other_logits_is_not_left_behind(evmamba, checkpoint, tmp_path):
-    """Weights beyond the range of float16 become infinite; the older file stays."""
+    """Weights beyond the range of float16 become infinite. The older file stays."""
     model = EfficientVMambaForImageClassification.from_pretrained(checkpoint)
     model.classifier.weight.data *= 1e6
     model.save_pretrained(tmp_path / "large")

@@ -1,4 +1,4 @@
-"""`evmamba classify` on the bundled model and the example images."""
+"""`evmamba classify` with the bundled model, on the example images."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[4] / "demo" / "examples"
 
 
 def label_in_name(path: str | Path) -> str:
-    return Path(path).stem[-1]  # the examples are called digit_0.png ... digit_9.png
+    return Path(path).stem[-1]  # the examples are digit_0.png ... digit_9.png
 
 
 def test_examples_are_classified_right(evmamba):

@@ -1,4 +1,4 @@
-"""`evmamba push` against the Hub of the tests: what arrives, what is refused, and what interruptions leave behind."""
+"""`evmamba push` to the Hub of the tests: uploaded files, rejected input, interruptions."""
 
 import json
 import os
@@ -33,7 +33,7 @@ PHASES = ["info", "create", "validate", "preupload", "batch", "upload", "verify"
 
 @pytest.fixture
 def evmamba(evmamba):
-    """The command line, whose output never holds a token."""
+    """The command line, with a check that its output holds no token."""
 
     def run(*arguments):
         code, out, err = evmamba(*arguments)
@@ -140,7 +140,7 @@ def test_pull_request_to_a_repository_of_someone_else(evmamba, hub, monkeypatch)
 
 
 def test_token_of_the_login(evmamba, hub, monkeypatch):
-    """The file that `hf auth login` writes."""
+    """Use the file that `hf auth login` writes."""
     token = os.environ["HF_TOKEN"]
     monkeypatch.delenv("HF_TOKEN")
     path = Path(constants.HF_TOKEN_PATH)
@@ -223,7 +223,7 @@ def test_backbone(evmamba, hub, tmp_path):
     assert 'out_features=["stage2", "stage4"]' in card and "AutoModelForImageClassification" not in card
 
 
-# Refusals
+# Rejected input
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_details_where_there_is_a_card(evmamba, hub):
 
 
 def push_in_a_fork(model_dir: Path) -> int:
-    """Starts a push in a process of its own and returns its id. The libraries are imported there already."""
+    """Start a push in a separate process, with the libraries imported. Return the id of the process."""
     pid = os.fork()
     if pid == 0:
         sys.argv = ["evmamba", "push", str(model_dir), REPO_ID]
@@ -405,7 +405,7 @@ def test_a_push_that_is_killed(evmamba, hub, model_dir, phase, exists):
     hub.faults = [Fault(phase, lambda: os.kill(child, signal.SIGKILL))]
     child = push_in_a_fork(model_dir)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    if exists and phase != "commit":  # a commit that was sent completely is made, whether the client lives or not
+    if exists and phase != "commit":  # the Hub makes a commit that was sent completely, even if the client is dead
         assert hub.repos["model", REPO_ID].refs["main"] == old_commit
         assert hub.repos["model", REPO_ID].files() == old_files
 
@@ -426,7 +426,7 @@ def test_a_push_that_is_killed(evmamba, hub, model_dir, phase, exists):
 def test_a_connection_that_breaks(evmamba, hub, phase, action):
     hub.faults = [Fault(phase, action)]
     code, _, err = evmamba("push", DIGITS, REPO_ID)
-    # large files and what precedes them are tried again by the client
+    # the client retries large files and the requests before them
     assert code == (0 if phase in ("preupload", "batch", "upload", "verify") else 1)
     if code:
         assert err.splitlines()[-1].startswith("Error: ") and "the connection broke off" in err

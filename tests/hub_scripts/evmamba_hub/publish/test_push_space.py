@@ -1,4 +1,4 @@
-"""`evmamba push-space` on a small folder."""
+"""`evmamba push-space` with a small Space."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From the authors' checkpoints to repositories with cards: `evmamba convert --push-to` and `evmamba republish`."""
+"""`evmamba convert --push-to` and `evmamba republish`: from the authors' checkpoints to repositories with cards."""
 
 import re
 
@@ -20,7 +20,7 @@ TINY = "TerryPei/EfficientVMamba-Tiny"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, bytes]:
-    """What the authors' repositories hold, with other weights."""
+    """The checkpoints of the authors' repositories, with other weights."""
     contents = {}
     for variant in VARIANTS:
         path = tmp_path_factory.mktemp("checkpoints") / f"{variant}.pth"
