@@ -66,8 +66,9 @@ class HubError(Exception):
 class Fault:
     """A fault in the next `times` requests of a phase.
 
-    `action` is "hang up" (in the middle of the request), "hang up after" (the work is done, the response is lost),
-    "truncate" or "corrupt" (of the response's body), a status code, or a function to call before the work.
+    `action` is a status code, a function to call before the work, or a word. "hang up" drops the connection in the
+    middle of the request. "hang up after" loses the response, after the work is done. "truncate" and "corrupt" change
+    the body of the response.
     """
 
     phase: str

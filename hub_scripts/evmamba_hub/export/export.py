@@ -159,8 +159,8 @@ def export_model(
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: If the model cannot be loaded, the file cannot be written, a package or compiler is missing, or the
-            logits of the file differ from PyTorch's.
+        UserError: If the model cannot be loaded, the file cannot be written, a package or compiler is missing, or
+            logits differ from PyTorch's.
     """
     suffix = FORMATS[format].suffix
     output = output.absolute()
