@@ -1,7 +1,7 @@
-"""Semantic segmentation with a classification checkpoint: EfficientVMamba as the backbone of UperNet.
+"""Semantic segmentation with EfficientVMamba as the backbone of UperNet, from a classification checkpoint.
 
-The images are generated: discs, boxes and triangles on a grey gradient, all with noise. The steps are those of any
-other dataset: make the backbone from a checkpoint, put it under a head, train, predict, look at the masks.
+The images are generated: noisy discs, boxes and triangles on a gray gradient. The steps are the same for any dataset.
+Load the backbone from a checkpoint, add a head, train, predict, and look at the masks.
 
     python examples/segment_shapes.py
     python examples/segment_shapes.py --checkpoint someone/efficientvmamba-tiny --steps 500
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
-# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+# the name in `transformers` itself is a placeholder that raises if torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from evmamba_demo.bundled import find_bundled_model
@@ -30,10 +30,10 @@ from modeling_evmamba import EfficientVMambaBackbone
 console = Console(highlight=False, soft_wrap=True)
 
 CLASSES = ["background", "disc", "box", "triangle"]
-COLORS = [(226, 232, 240), (194, 65, 12), (29, 78, 216), (21, 128, 61)]  # of the classes in the picture
+COLORS = [(226, 232, 240), (194, 65, 12), (29, 78, 216), (21, 128, 61)]  # of the classes, in the picture
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 TRAINING_SIZE = (96, 96)  # (width, height)
-TEST_SIZE = (150, 109)  # another one, odd: neither the backbone nor the head depends on the size
+TEST_SIZE = (150, 109)  # odd and different: neither the backbone nor the head depends on the size
 NUM_TEST_IMAGES = 32
 NUM_SHOWN = 4
 GAP = 6  # pixels between the images of the picture
@@ -42,11 +42,11 @@ BATCH_SIZE = 16
 
 class Scene(NamedTuple):
     image: Image.Image
-    mask: np.ndarray  # (H, W), int64, numbers of CLASSES
+    mask: np.ndarray  # (H, W), int64, indices of CLASSES
 
 
 def draw_scene(generator: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """Three to five shapes of random kinds, colors, places and sizes, the later ones in front of the earlier."""
+    """Draw three to five shapes of random kinds, colors, positions and sizes. Later shapes cover earlier ones."""
     width, height = size
     gradient = np.linspace(*generator.uniform(60, 200, size=2), num=width).round().astype(np.uint8)  # (W,)
     image = Image.fromarray(np.tile(gradient, (height, 1))).convert("RGB")
@@ -73,8 +73,8 @@ def draw_scenes(generator: np.random.Generator, number: int, size: tuple[int, in
 
 
 def create_segmenter(checkpoint: str) -> UperNetForSemanticSegmentation:
-    """UperNet with fresh weights in its heads and those of a classification checkpoint in its backbone."""
-    # What the checkpoint does not hold are the norms of the feature maps; its classifier is left out.
+    """Create a UperNet with untrained heads, and a backbone with the weights of a classification checkpoint."""
+    # The classifier of the checkpoint is not loaded. The norms of the feature maps are untrained.
     backbone = EfficientVMambaBackbone.from_pretrained(checkpoint, out_features=STAGES)
     config = UperNetConfig(
         backbone_config=backbone.config,
@@ -90,7 +90,7 @@ def create_segmenter(checkpoint: str) -> UperNetForSemanticSegmentation:
 
 
 def to_batch(scenes: list[Scene], image_processor) -> dict[str, torch.Tensor]:
-    """`pixel_values` (B, 3, H, W) as the checkpoint is used to them, but in full size, and `labels` (B, H, W)."""
+    """Returns `pixel_values` (B, 3, H, W), normalized for the checkpoint in full size, and `labels` (B, H, W)."""
     images = [scene.image for scene in scenes]
     inputs = image_processor(images, do_resize=False, do_center_crop=False, return_tensors="pt")
     labels = torch.from_numpy(np.stack([scene.mask for scene in scenes]))
@@ -99,8 +99,8 @@ def to_batch(scenes: list[Scene], image_processor) -> dict[str, torch.Tensor]:
 
 def train(
     segmenter: UperNetForSemanticSegmentation, image_processor, generator: np.random.Generator, steps: int
-) -> list[float]:
-    """Trains in place, every step on images of its own. Returns the loss of every step."""
+) -> list[float]:  # the loss of every step
+    """Train in place, on new images in every step. Return the loss of every step."""
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
     losses = []
@@ -122,23 +122,23 @@ def train(
 
 @torch.no_grad()
 def predict(segmenter: UperNetForSemanticSegmentation, image_processor, scenes: list[Scene]) -> torch.Tensor:
-    """Masks (B, H, W), as large as the images."""
+    """Returns the predicted masks (B, H, W), in the size of the images."""
     pixel_values = to_batch(scenes, image_processor)["pixel_values"]
-    return segmenter.eval()(pixel_values).logits.argmax(dim=1)  # UperNet enlarges its logits to the image's size
+    return segmenter.eval()(pixel_values).logits.argmax(dim=1)  # UperNet upsamples its logits to the image's size
 
 
 def measure(predictions: torch.Tensor, scenes: list[Scene]) -> tuple[float, float]:
-    """The share of pixels that are right, and the mean over the classes of intersection over union."""
+    """Returns the pixel accuracy and the mean intersection over union of the classes (mIoU)."""
     truth = torch.from_numpy(np.stack([scene.mask for scene in scenes]))
     pairs = (truth * len(CLASSES) + predictions).flatten().bincount(minlength=len(CLASSES) ** 2)
-    confusion = pairs.reshape(len(CLASSES), len(CLASSES))  # of a class, taken for another
+    confusion = pairs.reshape(len(CLASSES), len(CLASSES))  # (true class, predicted class)
     intersection = confusion.diag()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - intersection
     return (intersection.sum() / confusion.sum()).item(), (intersection / union).mean().item()
 
 
 def save_picture(path: Path, scenes: list[Scene], predictions: torch.Tensor) -> None:
-    """One column per scene: the image, its mask, the predicted mask."""
+    """Save one column per scene: the image, its mask, the predicted mask."""
     palette = np.array(COLORS, dtype=np.uint8)
     width, height = scenes[0].image.size
     picture = Image.new("RGB", (len(scenes) * (width + GAP) - GAP, 3 * (height + GAP) - GAP), "white")
@@ -154,21 +154,22 @@ def main(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of a classification model.", show_default="the bundled model of handwritten digits"
+            help="Directory or Hub id of a classification model.",
+            show_default="the bundled model of handwritten digits",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, of 16 images each.")] = 200,
-    output: Annotated[Path, typer.Option(help="Picture to write, a PNG file.")] = Path("segment_shapes.png"),
-    seed: Annotated[int, typer.Option(help="Of images and weights.")] = 0,
-) -> list[float]:
-    """Trains UperNet on generated shapes and shows what it predicts. Returns the loss of every step.
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps, of 16 images each.")] = 200,
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("segment_shapes.png"),
+    seed: Annotated[int, typer.Option(help="Seed of images and weights.")] = 0,
+) -> list[float]:  # the loss of every step
+    """Train UperNet on generated shapes, and save a picture of its predictions.
 
-    The picture has a column for each of four images that the network has not seen: image, truth, prediction.
+    The picture has a column for each of four held-out images: image, true mask, predicted mask.
     """
     if output.is_dir() or output.suffix.lower() != ".png":
-        raise UserError(f"{output} cannot be written: --output is a file that ends in .png")
+        raise UserError(f"{output} cannot be written: --output takes a file that ends in .png")
     checkpoint = checkpoint or str(find_bundled_model())
-    find_configs(checkpoint)  # explains what is wrong with other models
+    find_configs(checkpoint)  # raises a UserError for other networks
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     try:

@@ -1,4 +1,4 @@
-"""Settings that have to be made before the libraries are imported, and the Hub of the tests."""
+"""Settings that must precede the imports of the libraries, and the Hub of the tests."""
 
 import os
 from tempfile import TemporaryDirectory
@@ -8,13 +8,13 @@ import pytest
 from hub_server import HubServer
 
 
-# huggingface_hub reads these when it is imported. Nothing of the user's own cache and login is seen or changed.
+# huggingface_hub reads these at import. They keep the tests off the user's own cache and login.
 hub_server = HubServer()
 hub_home = TemporaryDirectory(prefix="evmamba-hub-home-")
 os.environ |= {
     "HF_ENDPOINT": hub_server.endpoint,
     "HF_HOME": hub_home.name,
-    "HF_HUB_DISABLE_XET": "1",  # Xet's protocol has a server of its own; without it, the client speaks plain LFS
+    "HF_HUB_DISABLE_XET": "1",  # Xet has a protocol and server of its own; without it, the client speaks plain LFS
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
@@ -23,13 +23,13 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLI
 import torch  # noqa: E402
 
 
-# Tests run side by side (pytest -n), on maps too small to share: threads of one would wait for those of the others.
+# Parallel tests (pytest -n) on small maps gain nothing from threads, which would wait for each other.
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def hub(monkeypatch) -> HubServer:
-    """The Hub of the tests, empty; whoever asks it is logged in as its user "someone"."""
+    """The empty Hub of the tests. The client is logged in as its user "someone"."""
     from hub_server import WRITE_TOKEN
 
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)

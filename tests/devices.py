@@ -1,4 +1,4 @@
-"""Where the tests of the operator and of golden values run: on the CPU unless the environment asks for another device.
+"""The device of the tests of operators and golden values: the CPU, unless the environment names another one.
 
 `make test-triton` runs the Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1`), on tensors of the CPU.
 `make test-gpu` runs them on a GPU (`EVMAMBA_TEST_DEVICE=cuda`).
@@ -20,5 +20,5 @@ BACKENDS = ["torch", *(name for name, backend in ALL_BACKENDS.items() if DEVICE.
 
 
 def sized(usual: Size, interpreted: Size) -> Size:
-    """A size for all runs but those in Triton's interpreter, which takes about a millisecond for a step of a state."""
+    """Returns a smaller size in Triton's interpreter, which takes about a millisecond for a step of a state."""
     return interpreted if IS_INTERPRETED else usual

@@ -1,6 +1,6 @@
-"""Values of the authors' own implementation, float32 on a CPU, and the weights and images that produced them.
+"""Golden values of the authors' implementation (float32, CPU), and the weights and images that produced them.
 
-Weights and images regenerate from names, shapes and a seed alone, so that only outputs lie in `golden/`.
+Names, shapes and a seed determine weights and images, so `golden/` holds only outputs.
 """
 
 import json
@@ -17,7 +17,7 @@ SHAPES = json.loads((GOLDEN_DIR / "shapes.json").read_text())  # variant -> auth
 
 
 def load_cases(file_name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """The file's tensors by case: "case/name" becomes cases["case"]["name"]."""
+    """Load the tensors of a file by case: "case/name" becomes cases["case"]["name"]."""
     cases = {}
     for name, tensor in load_file(GOLDEN_DIR / file_name).items():
         case, _, rest = name.partition("/")
@@ -52,7 +52,7 @@ def original_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def original_state_dict(variant: str, seed: int) -> dict[str, torch.Tensor]:
-    """A checkpoint of `variant` ("tiny", "small", "base", "micro") under the authors' names."""
+    """Returns a checkpoint of `variant` ("tiny", "small", "base", "micro") with the authors' names."""
     return {
         name: torch.from_numpy(original_tensor(name, tuple(shape), seed)) for name, shape in SHAPES[variant].items()
     }
@@ -63,6 +63,6 @@ def image(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """|actual - expected| / max(|expected|, floor) in the Euclidean norm; NaN where `actual` holds one."""
+    """Returns |actual - expected| / max(|expected|, floor) in the Euclidean norm, or NaN if `actual` holds a NaN."""
     assert actual.shape == expected.shape
     return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()

@@ -1,4 +1,4 @@
-"""What a repository of the Hub of the tests holds: commits of files, branches, pull requests."""
+"""A repository on the Hub of the tests: commits of files, branches, pull requests."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Repo:
 
     @property
     def history(self) -> list[str]:
-        """Titles of the commits of the main branch, the newest first."""
+        """Titles of the commits on the main branch, newest first."""
         titles, sha = [], self.refs["main"]
         while sha is not None:
             titles.append(self.commits[sha].title)

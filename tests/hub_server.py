@@ -1,10 +1,10 @@
-"""A small Hugging Face Hub: speaks the Hub's protocol over HTTP and keeps in memory what it is given.
+"""A small Hugging Face Hub that speaks the Hub's protocol over HTTP and keeps its state in memory.
 
-It decides what is a large file (LFS), checks hashes, sizes, tokens and rights, keeps branches, pull requests and every
-commit, and serves large files from another origin, as the Hub does. Faults can be put into any phase of the protocol:
-the phases are the names of the handlers in `ROUTES`.
+It decides which files are large (LFS), and checks hashes, sizes, tokens and permissions. It keeps every commit, branch
+and pull request. It serves large files from another origin, as the Hub does. Tests can inject faults into any phase of
+the protocol. The phases are the names of the handlers in `ROUTES`.
 
-Three tokens are known: `WRITE_TOKEN` and `READ_TOKEN` of the user "someone", and `OTHER_TOKEN` of the user "else".
+The server knows three tokens: `WRITE_TOKEN` and `READ_TOKEN` of the user "someone", and `OTHER_TOKEN` of "else".
 """
 
 import base64
@@ -55,7 +55,7 @@ ROUTES = [
 
 
 class HubError(Exception):
-    """An answer that is an error, with the headers by which the client knows its kind."""
+    """An error response, with the headers that tell the client its type."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -64,10 +64,11 @@ class HubError(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong in a phase: each of the next `times` requests of it.
+    """A fault in the next `times` requests of a phase.
 
-    `action` is "hang up" (in the middle of the request), "hang up after" (the work is done, its answer is lost),
-    "truncate" or "corrupt" (of the answer's body), a status code, or a function to be called before the work.
+    `action` is a status code, a function to call before the work, or a word. "hang up" drops the connection in the
+    middle of the request. "hang up after" loses the response, after the work is done. "truncate" and "corrupt" change
+    the body of the response.
     """
 
     phase: str
@@ -80,20 +81,20 @@ class QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients are killed on purpose
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # tests kill clients on purpose
             super().handle_error(request, client_address)
 
 
 class HubServer:
-    """The server's state, and the threads that serve it on free ports of the loopback device."""
+    """The state of the server, and the threads that serve it on free ports of the loopback device."""
 
     def __init__(self):
-        self.multipart_size: int | None = None  # files above it are uploaded in parts
+        self.multipart_size: int | None = None  # larger files are uploaded in parts
         self.reset()
         self.servers = [QuietServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         for server in self.servers:
             server.hub = self
-        # two host names: clients tell the storage from the Hub by it, and send it no token
+        # Two host names: the client takes the storage for another host, and sends it no token.
         self.endpoint, self.storage_endpoint = (
             f"http://{host}:{server.server_port}"
             for host, server in zip(("127.0.0.1", "localhost"), self.servers, strict=True)
@@ -116,7 +117,7 @@ class HubServer:
             server.server_close()
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, kind: str = "model", **fields) -> Repo:
-        """Puts a repository on the server, as its owner's earlier work."""
+        """Create a repository with an initial commit of its owner."""
         repo = self.repos[kind, repo_id] = Repo(repo_id.split("/")[0], **fields)
         blobs = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}
         for path, content in (files or {}).items():
@@ -138,7 +139,7 @@ class HubServer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize, disable_nagle_algorithm = -1, True  # an answer goes out at once, instead of waiting for the client's ACK
+    wbufsize, disable_nagle_algorithm = -1, True  # send responses at once, instead of waiting for the client's ACK
 
     @property
     def hub(self) -> HubServer:
@@ -204,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    # Rights
+    # Permissions
 
     def authenticate(self) -> tuple[str | None, str]:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
@@ -450,7 +451,7 @@ class Handler(BaseHTTPRequestHandler):
         self.serve(self.hub.objects[oid])
 
     def serve(self, content: bytes, **headers: str) -> None:
-        """A file, or the bytes of it that the client asks for."""
+        """Send a file, or the range of its bytes that the client requests."""
         if not (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
             return self.answer(200, content, Accept_Ranges="bytes", **headers)
         start = int(match[1])

@@ -1,4 +1,4 @@
-"""Which operators run: kernels for inference on CPUs have no gradients, and know float32 alone."""
+"""Checks of the operators that run: CPU kernels for inference take float32 alone, and have no gradients."""
 
 from collections.abc import Callable
 

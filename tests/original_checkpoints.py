@@ -1,4 +1,4 @@
-"""Checkpoints as the authors' code writes them, on weights whose logits are known, and what a conversion leaves."""
+"""Checkpoints in the layouts of the authors' code, with known logits, and checks of their conversion."""
 
 import argparse
 import re
@@ -27,7 +27,7 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
 
 
 def older_names() -> dict[str, torch.Tensor]:
-    """As the authors' older runs spelt them."""
+    """Returns the state dict with the names of the authors' older runs."""
     spellings = [
         (r"^patch_embed\.0\.", "patch_embed.proj."),
         (r"^patch_embed\.2\.", "patch_embed.norm."),
@@ -46,7 +46,7 @@ def older_names() -> dict[str, torch.Tensor]:
 
 
 def training_state() -> dict:
-    """What stands beside the weights."""
+    """Returns the entries of a checkpoint beside the weights."""
     return {
         "epoch": 299,
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
@@ -65,7 +65,7 @@ def assert_golden(directory) -> None:
 
 
 def assert_refused(result, tmp_path, *fragments) -> None:
-    """Exit code 1, one line that holds the fragments, and nothing in the directory but what the test put there."""
+    """Check for exit code 1, one line with the fragments, and no file in the directory but the test's own."""
     code, out, err = result
     assert (code, out) == (1, "")
     assert err.startswith("Error: ") and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Maps (B, H, W, D) that do not lie in memory one number after the other. Sides of 5 and more."""
+"""Maps (B, H, W, D) that are not contiguous in memory. They need sides of at least 5."""
 
 import torch
 

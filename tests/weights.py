@@ -6,7 +6,7 @@ import torch
 
 
 def assert_same_weights(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Checks that two state dicts hold the same names and, bit for bit, the same tensors, on any devices."""
+    """Check that two state dicts hold the same names and, bit for bit, the same tensors, on any devices."""
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         assert torch.equal(tensor.cpu(), expected[name].cpu()), name

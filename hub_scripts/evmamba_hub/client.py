@@ -1,4 +1,4 @@
-"""The Hub's client with our rules: uploads are one commit, downloads are checked, errors come in our own words."""
+"""The Hub's client with rules of this package: one commit per upload, verified downloads, messages without tokens."""
 
 import hashlib
 import time
@@ -31,26 +31,26 @@ from huggingface_hub.utils import validate_repo_id
 from evmamba_hub.errors import UserError
 
 
-Files = dict[str, Path | bytes]  # what a repository shall hold, by the path in it
+Files = dict[str, Path | bytes]  # path in the repository -> local file or content
 RepoType = Literal["model", "dataset", "space"]
 
 LOGIN_HINT = "log in with `hf auth login` or set HF_TOKEN"
 
-# Requests that the client does not repeat by itself (creation, commit) are repeated when the Hub asks to come back.
+# The client does not retry some requests (creation, commit) itself. Retry them while the Hub is busy.
 BUSY_STATUS_CODES = (429, 503)
 MAX_ATTEMPTS = 5
-DEFAULT_WAIT = 2  # seconds, where the Hub does not say how long
+DEFAULT_WAIT = 2  # seconds, if the Hub does not say how long
 MAX_WAIT = 300
 
-# Files of the cache are symbolic links to blobs that are named by their hash: SHA-256 of large files, Git's of others.
+# Files in the cache are symbolic links to blobs, named by their hash: SHA-256 of large files, Git's of others.
 SHA256_LENGTH, GIT_HASH_LENGTH = 64, 40
 
 
 @contextmanager
 def translate_hub_errors(repo_id: str) -> Iterator[None]:
-    """Translates errors of the Hub's client into a `UserError` about the repository.
+    """Translate errors of the Hub's client into a `UserError` about the repository.
 
-    Nothing of the request, which carries the access token, may reach the terminal: each error gets our own words.
+    The request carries the access token, and nothing of it may reach the terminal. So each error gets a new message.
     """
     try:
         yield
@@ -59,7 +59,7 @@ def translate_hub_errors(repo_id: str) -> Iterator[None]:
             raise
         raise UserError(
             describe_hub_error(error.__cause__, repo_id)
-        ) from error  # uploads of large files wrap what happened
+        ) from error  # uploads of large files wrap the error
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(describe_hub_error(error, repo_id)) from error
     except OSError as error:
@@ -69,9 +69,11 @@ def translate_hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def describe_hub_error(error: Exception, repo_id: str) -> str:
+    """Returns the message for an error of the Hub's client: what is wrong, and what to do."""
     if isinstance(error, HFValidationError):
         return (
-            f"{repo_id!r} is no valid repository id (user/name, of letters, digits, '-', '_' and '.') and no path here"
+            f"{repo_id!r} is neither a path nor a valid repository id: give user/name, of letters, digits, '-', '_' "
+            "and '.'"
         )
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated: accept its conditions on {constants.ENDPOINT}/{repo_id} and {LOGIN_HINT}"
@@ -83,30 +85,30 @@ def describe_hub_error(error: Exception, repo_id: str) -> str:
         status = error.response.status_code
         answered = f"{constants.ENDPOINT} answered {status} for {repo_id}"
         if status == 401:
-            return f"{answered}: the access token is not valid (any more), {LOGIN_HINT}"
+            return f"{answered}: the access token is invalid or has expired, {LOGIN_HINT}"
         if status == 402:
-            return f"{answered}: it asks for a subscription or a method of payment for this"
+            return f"{answered}: this needs a subscription or a payment method"
         if status == 403:
-            return f"{answered}: the access token has no right to do this, use one that may write to {repo_id}"
+            return f"{answered}: the access token has no permission for this, use one that may write to {repo_id}"
         if status in (409, 412):
-            return f"{answered}: something else changes it at the same time, run the command again"
+            return f"{answered}: another process changes it at the same time, run the command again"
         if status == 429 or status >= 500:
-            return f"{answered}: it is overloaded or has trouble of its own, run the command again later"
+            return f"{answered}: the server is overloaded or fails, run the command again later"
         return redact_token(f"{answered}: {error.server_message}") if error.server_message else answered
     return (
-        f"{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check it and run the "
-        "command again"
+        f"{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check the connection and "
+        "run the command again"
     )
 
 
 def redact_token(text: str) -> str:
-    """What the Hub itself says, should it ever repeat the token."""
+    """Returns a message of the Hub without the access token, in case the message repeats it."""
     token = get_token()
     return text if token is None else text.replace(token, "(the access token)")
 
 
 def retry(function: Callable, *args, **kwargs):
-    """Calls a function of the Hub's client, and again for as long as the Hub answers that it is busy."""
+    """Call a function of the Hub's client. Call it again while the Hub answers that it is busy."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             return function(*args, **kwargs)
@@ -119,13 +121,18 @@ def retry(function: Callable, *args, **kwargs):
 
 @dataclass
 class Upload:
-    """What became of an upload."""
+    """The result of an upload."""
 
-    url: str  # of the commit, or of the pull request
-    changed: bool  # whether there is a new commit
+    url: str  # of the commit or the pull request
+    changed: bool  # whether a commit was made
 
 
 def check_repo_id(repo_id: str) -> None:
+    """Check that a repository id is valid and names an owner.
+
+    Raises:
+        UserError: If the id is invalid, or names no owner.
+    """
     with translate_hub_errors(repo_id):
         validate_repo_id(repo_id)
     if "/" not in repo_id:
@@ -144,22 +151,25 @@ def upload(
     create_pr: bool = False,
     is_stale: Callable[[str], bool] = lambda name: False,
 ) -> Upload:
-    """Brings files into a repository in one commit, or none if they are there already.
+    """Upload files to a repository in one commit. Make no commit if the repository holds them already.
 
-    Until the commit, nothing of the repository changes; large files that were uploaded before an interruption are not
-    uploaded again.
+    The repository does not change before the commit. Large files that an interrupted call uploaded are not uploaded
+    again.
 
     Args:
-        repo_id: the repository, created where it does not exist.
-        files: what it shall hold. Other files of the repository stay.
-        message: of the commit.
-        repo_type, space_sdk, private: of a new repository.
-        revision: the branch to commit to, created from the main branch where it does not exist.
-        create_pr: propose the commit as a pull request instead.
-        is_stale: which files of the repository, by name, go unless they are among `files`.
+        repo_id: The id of the repository, which is created if it does not exist.
+        files: The files to upload. Other files of the repository stay.
+        message: The commit message.
+        repo_type: The type of the repository.
+        space_sdk: The SDK of a new Space.
+        private: Whether to make a new repository private.
+        revision: The branch to commit to. It is created from the main branch if it does not exist.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+        is_stale: Whether to delete a file of the repository, by its name. Names in `files` are not deleted.
 
     Raises:
-        UserError: without token, rights, network or a valid id, and where the id is another type of repository.
+        UserError: If the token, the permission or the connection is missing, or the id is invalid or that of another
+            type of repository.
     """
     check_repo_id(repo_id)
     if get_token() is None:
@@ -197,22 +207,24 @@ def upload(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except ValueError as error:  # refused metadata or large files, and answers that are not of a Hub
+        except ValueError as error:  # rejected metadata or large files, and answers that are not from a Hub
             if isinstance(error, HTTPError):
                 raise
-            raise UserError(redact_token(f"{constants.ENDPOINT} refuses the upload to {repo_id}: {error}")) from error
+            raise UserError(redact_token(f"{constants.ENDPOINT} rejects the upload to {repo_id}: {error}")) from error
     return Upload(commit.pr_url or commit.commit_url, commit.oid != head.sha)
 
 
 def fetch_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: `model` itself, or the download of the repository of this id, whose hashes are checked.
+    """Returns the directory of a model: `model` itself, or the verified download of the repository with this id.
 
     Raises:
-        UserError: where there is neither, or the Hub cannot be reached, or a file was damaged on its way.
+        UserError: If neither exists, the Hub cannot be reached, or a file was damaged during the download.
     """
     if Path(model).is_dir():
         if revision is not None:
-            raise UserError(f"{model} is a folder, only repositories on the Hub have revisions")
+            raise UserError(
+                f"{model} is a directory, only repositories on the Hub have revisions: leave the revision out"
+            )
         return Path(model)
     with translate_hub_errors(model):
         folder = snapshot_download(
@@ -223,10 +235,10 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
 
 
 def check_downloads(paths: Iterable[Path]) -> None:
-    """Compares files in the Hub's cache with the hashes that they are kept under. The client compares sizes alone.
+    """Compare files in the Hub's cache with the hashes in the names of their blobs. The client compares sizes alone.
 
     Raises:
-        UserError: for damaged files. They are removed from the cache.
+        UserError: If a file is damaged. Damaged files are removed from the cache.
     """
     damaged = [path for path in paths if is_damaged(path)]
     for path in damaged:
@@ -239,7 +251,7 @@ def check_downloads(paths: Iterable[Path]) -> None:
 
 def is_damaged(path: Path) -> bool:
     if not path.is_symlink():
-        return False  # on a file system without links, the name of the blob is lost
+        return False  # without symbolic links, the cache does not keep the name of the blob
     blob = path.resolve()
     if len(blob.name) == SHA256_LENGTH:
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the one line that a command prints for them."""
+"""Errors that the user can fix, and the line that a command prints for them."""
 
 import sys
 from collections.abc import Iterator
@@ -10,30 +10,32 @@ from rich.markup import escape
 
 
 class UserError(Exception):
-    """An error that the user can mend. The message says what is wrong and what to do; a command prints only it."""
+    """An error that the user can fix. Its message says what is wrong and what to do. A command prints nothing else."""
 
 
 def require(*modules: str, extra: str) -> None:
-    """Imports optional modules, so that a missing package is known before the work begins.
+    """Import optional modules, so that a missing package is found before the work begins.
 
     Args:
-        modules: import names.
-        extra: the extra of this package that brings them.
+        modules: Import names.
+        extra: The extra of this package that installs them.
 
     Raises:
-        UserError: for the first package that is missing. The message gives the command that installs it.
+        UserError: If a module is missing. The message names the package and the command that installs it.
     """
     for module in modules:
         try:
             import_module(module)
         except ModuleNotFoundError as error:
             package = (error.name or module).partition(".")[0]
-            raise UserError(f'this needs the package {package}: pip install "efficientvmamba[{extra}]"') from error
+            raise UserError(
+                f'this needs the package {package}: run pip install ".[{extra}]" in a clone of the repository'
+            ) from error
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Wraps the top level of a command: a `UserError` becomes one line on stderr and exit code 1."""
+    """Turn a `UserError` into one line on stderr and exit code 1. Wrap the top level of a command in it."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""`evmamba info`: the size of a network, counted, what runs it on this machine, and how long calls take."""
+"""`evmamba info`: the size of a network, the active backend, and the latency of a call."""
 
 import platform
 import time
@@ -27,15 +27,15 @@ PACKAGES = ("efficientvmamba", "torch", "transformers", "huggingface_hub", "numb
 SCAN_MACS_PER_STATE = 9  # the authors' convention
 
 MACS_CONVENTION = (
-    "Multiply-accumulates of convolutions and linear layers, the projections to delta, B and C among them, plus "
-    f"{SCAN_MACS_PER_STATE} per state of the selective scan (pixels x channels x states), as the authors count. "
-    "Norms, activations and gates are left out."
+    "GMACs count the multiply-accumulates of convolutions and linear layers, including the projections to delta, B "
+    f"and C. The selective scan counts {SCAN_MACS_PER_STATE} per state (pixels x channels x states), as the authors "
+    "count it. Norms, activations and gates are left out."
 )
 
 
 @dataclass
 class Size:
-    """Parameters of a network and its multiply-accumulates for one image."""
+    """The parameters of a network, and its multiply-accumulates for one image."""
 
     parameters: int
     macs: int
@@ -47,12 +47,12 @@ def measure_size(
     width: int,
     model_class: type[EfficientVMambaPreTrainedModel] = EfficientVMambaForImageClassification,
 ) -> Size:
-    """Counts by running the network on the meta device: nothing is computed and no memory is taken.
+    """Count parameters and multiply-accumulates on the meta device, without computing or allocating anything.
 
     Args:
-        config: the network.
-        height, width: sides of the image in pixels.
-        model_class: with which head, or none.
+        config: The configuration of the network.
+        height, width: The sides of the image in pixels.
+        model_class: The class of the network, which determines its head.
     """
     macs = 0
 
@@ -66,7 +66,7 @@ def measure_size(
 
     def count_scan(module: EfficientVMambaES2D, inputs: tuple, output: torch.Tensor) -> None:
         nonlocal macs
-        num_pixels = output.shape[:3].numel()  # of (B, H, W, C): the zeros that continue odd sides do not count
+        num_pixels = output.shape[:3].numel()  # of (B, H, W, C): the padding of odd sides does not count
         _, channels, rank = module.dt_proj_weight.shape
         state_size = module.A_log.shape[-1]
         projections = rank + 2 * state_size + rank
@@ -88,12 +88,15 @@ def measure_size(
 
 
 def measure_latency(call: Callable[[], object], num_calls: int, warm_up_calls: int = 1) -> list[float]:
-    """Measures the seconds of calls in a row, each until the accelerator is done, if there is one.
+    """Measure the latency of successive calls. Each measurement waits for the accelerator, if there is one.
 
     Args:
-        call: what to measure.
-        num_calls: how often.
-        warm_up_calls: calls before, which are not measured: the first ones compile and allocate.
+        call: The function to measure.
+        num_calls: The number of measured calls.
+        warm_up_calls: The number of calls before them, which compile and allocate. They are not measured.
+
+    Returns:
+        The seconds of each measured call.
     """
     seconds = []
     for _ in range(warm_up_calls + num_calls):
@@ -106,13 +109,13 @@ def measure_latency(call: Callable[[], object], num_calls: int, warm_up_calls: i
 
 
 def synchronize() -> None:
-    """Waits until the accelerator has done all that it was given. Without one, there is nothing to wait for."""
+    """Wait until the accelerator has finished its work. Without an accelerator, return at once."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def find_variant(config: EfficientVMambaConfig) -> str | None:
-    """The published network that has these sizes, or None."""
+    """Returns the name of the published network that has these sizes, or None."""
     for name, fields in VARIANTS.items():
         if all(getattr(config, field) == value for field, value in fields.items()):
             return name
@@ -120,10 +123,10 @@ def find_variant(config: EfficientVMambaConfig) -> str | None:
 
 
 def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
-    """The configuration of a local folder or Hub id, or those of the published networks.
+    """Returns the configuration of a directory or Hub id by its name, or those of the published networks.
 
     Raises:
-        UserError: for a model that cannot be found or is no EfficientVMamba.
+        UserError: If the model cannot be loaded, or is another network.
     """
     if model is None:
         return {
@@ -136,16 +139,17 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
         raise UserError(f"the model {model!r} cannot be loaded: {error}") from error
     if not isinstance(config, EfficientVMambaConfig):
         raise UserError(
-            f"the model {model!r} is of the type {config.model_type!r}, not {EfficientVMambaConfig.model_type!r}"
+            f"the model {model!r} is of the type {config.model_type!r}, not {EfficientVMambaConfig.model_type!r}: "
+            "give an EfficientVMamba"
         )
     return {model: config}
 
 
 def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Returns what decides how fast the network runs here: system, processor, accelerator, versions, scan backend.
+    """Returns what determines the speed on this machine: system, devices, versions and the active backend.
 
     Args:
-        packages: whose versions to name, by the names of their distributions.
+        packages: names of distributions whose versions to include.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     scan = choose_backend("cpu" if accelerator is None else accelerator.type, torch.float32)

@@ -1,4 +1,4 @@
-"""The example of dense prediction: a short run, and what it says to those who err."""
+"""The example of dense prediction: a short run, and its error messages."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def test_scenes_come_from_the_seed_and_hold_every_class():
 
 
 def test_mask_lies_where_the_shapes_are():
-    """Where the mask has none, there is nothing but the grey gradient and its noise."""
+    """Pixels outside the shapes show the gray gradient and its noise alone."""
     for scene in segment_shapes.draw_scenes(np.random.default_rng(0), 8, (96, 96)):
         pixels = np.asarray(scene.image).astype(float)
         gradient = pixels[scene.mask == 0].reshape(-1, 3)

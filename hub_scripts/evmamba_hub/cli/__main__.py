@@ -1,4 +1,4 @@
-"""`python -m evmamba_hub.cli`, which launchers of several processes can start."""
+"""`python -m evmamba_hub.cli`, for launchers of several processes such as `accelerate launch`."""
 
 from evmamba_hub.cli.main import main
 

@@ -13,17 +13,20 @@ from evmamba_hub.errors import UserError
 
 
 def check_runtimes(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of the model.")],
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A runtime to try, as the table names it. Can be given several times.", show_default="all"),
+        typer.Option(
+            help="Runtime to run, by its name in the table. Repeat the option for several.", show_default="all"
+        ),
     ] = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Runs a classifier through every runtime that is here, and shows how exact and how fast each is.
+    """Run a classifier in every installed runtime, and compare logits and latency.
 
-    Differences are to PyTorch in float64, the largest of all logits of images of three sizes; times are medians of one
-    image of the model's own size. Compilers take minutes. Needs the extra `export` of this package for ONNX Runtime.
+    The table shows the largest difference of a logit to PyTorch in float64, over images of three sizes. It also shows
+    the median latency of one image of the model's own size. Compilers take minutes. ONNX Runtime needs the extra
+    `export` of this package.
 
     Examples:
 
@@ -37,7 +40,7 @@ def check_runtimes(
 
     unknown = [name for name in only or [] if name not in RUNTIMES]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is no runtime, choose among {', '.join(map(repr, RUNTIMES))}")
+        raise UserError(f"unknown runtime {unknown[0]!r}: choose one of {', '.join(map(repr, RUNTIMES))}")
     logging.disable_progress_bar()
     table = Table(
         "runtime",
@@ -56,4 +59,4 @@ def check_runtimes(
             missing.append(check)
     console.print(table)
     for check in missing:
-        console.print(f"Not tried: {escape(check.runtime)}: {escape(check.missing or '')}")
+        console.print(f"Skipped: {escape(check.runtime)}: {escape(check.missing or '')}")

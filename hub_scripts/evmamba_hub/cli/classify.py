@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 
 
 def classify(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders to search for images.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and directories to search for images.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of the model.", show_default="the bundled model of handwritten digits"),
+        typer.Option(help="Directory or Hub id of the model.", show_default="the bundled model of handwritten digits"),
     ] = None,
     revision: RevisionOption = None,
-    top_k: Annotated[int, typer.Option(min=1, help="How many labels to show per image.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of labels to show for each image.")] = 5,
     device: Annotated[
-        str, typer.Option(help="Where to compute: `cpu`, `cuda`, `cuda:1`, `mps`, ..., or the first accelerator.")
+        str, typer.Option(help="Device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first accelerator.")
     ] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Classifies images.
+    """Classify images.
 
-    A file that is no image, or a damaged one, is reported and the others go on; the exit code is then 1.
+    Show the most likely labels of each image. If a file is damaged or no image, the command reports it, classifies the
+    other files, and exits with code 1.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The two consoles of the command line: results go to stdout, progress and errors to stderr."""
+"""The two consoles of the command line: results go to stdout, progress and errors go to stderr."""
 
 from rich.console import Console
 

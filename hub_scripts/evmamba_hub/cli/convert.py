@@ -15,30 +15,33 @@ from evmamba_hub.errors import UserError
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A `.pth`, `.pth.tar` or `.safetensors` file, or a repository on the Hub.")
+        str, typer.Argument(help="A `.pth`, `.pth.tar` or `.safetensors` file, or the id of a repository on the Hub.")
     ],
     output_dir: Annotated[
         Path | None,
-        typer.Argument(help="Directory to write. It must not exist or be empty. Not needed with `--push-to`."),
+        typer.Argument(help="Directory to write, new or empty. Optional with `--push-to`."),
     ] = None,
     weights: Annotated[
         Literal["raw", "ema"] | None,
         typer.Option(
-            help="Which weights of a checkpoint with both.", show_default="ema where the checkpoint has them"
+            help="Weights to convert, if the checkpoint has both.", show_default="ema, if the checkpoint has them"
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format of the copy.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the converted weights.")] = "float32",
     file: Annotated[
-        str | None, typer.Option(help="The file in a repository that holds several checkpoints.", show_default=False)
+        str | None,
+        typer.Option(help="File to convert, if the repository holds several checkpoints.", show_default=False),
     ] = None,
     push_to: Annotated[
-        str | None, typer.Option(help="Repository on the Hub to upload the result to.", show_default=False)
+        str | None,
+        typer.Option(help="Repository on the Hub to upload the result to, as `user/name`.", show_default=False),
     ] = None,
     private: PrivateOption = False,
 ) -> None:
-    """Converts a checkpoint of the authors for `from_pretrained`, and uploads it where `--push-to` says so.
+    """Convert a checkpoint of the authors for `from_pretrained`.
 
-    Sizes, variant and number of classes are read off the tensors. Files that want to run code are refused.
+    The tensors determine the variant and the number of classes. Pickles that would execute code are rejected. With
+    `--push-to`, upload the result to the Hub.
 
     Examples:
 
@@ -56,7 +59,7 @@ def convert(
     from evmamba_hub.publish.republish import collect_converted_files
 
     if output_dir is None and push_to is None:
-        raise UserError("give a directory to write, or --push-to a repository, or both")
+        raise UserError("there is no output: give a directory to write, --push-to with a repository, or both")
     if push_to is not None:
         check_repo_id(push_to)
     logging.disable_progress_bar()
@@ -82,5 +85,5 @@ def convert(
                 if output_dir is None:
                     raise
                 raise UserError(
-                    f"{error}. `evmamba push {output_dir} {push_to}` uploads what was converted"
+                    f"{error}. Run `evmamba push {output_dir} {push_to}` to upload the converted model"
                 ) from error

@@ -11,22 +11,25 @@ def demo(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder or Hub id of a model. The first is shown, further ones are there to be compared.",
+            help="Directory or Hub id of a model. The first is shown. Repeat the option to compare models.",
             show_default="the bundled model of handwritten digits",
         ),
     ] = None,
     allow_any_model: Annotated[
         bool,
         typer.Option(
-            "--allow-any-model", help="Let visitors name models too, on the Hub and in folders of this disk."
+            "--allow-any-model",
+            help="Let visitors load any model from the Hub or this disk. Avoid it on public addresses.",
         ),
     ] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for the whole network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Use `0.0.0.0` for the whole network.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
-    """Shows a model in the browser: classify, look inside, compare, measure.
+    """Show a model in the browser: classify, look inside, compare, measure.
 
-    Needs the extra `demo` of this package.
+    The command needs the extra `demo` of this package. The bundled model of handwritten digits is always offered.
 
     Examples:
 

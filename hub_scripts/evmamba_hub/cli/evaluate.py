@@ -16,55 +16,55 @@ from evmamba_hub.errors import UserError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of the model.")],
     dataset: Annotated[
         str,
         typer.Option(
-            help="Folder with a folder of images per class, folder of a dataset, or the Hub id of a dataset."
+            help="Directory with a directory of images per class, directory of a dataset, or Hub id of a dataset."
         ),
     ],
     revision: RevisionOption = None,
     config: Annotated[
-        str | None, typer.Option(help="Configuration of the dataset.", show_default="its only one")
+        str | None, typer.Option(help="Configuration of the dataset.", show_default="the only one")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of the dataset.", show_default="validation, test, or its only one")
+        str | None, typer.Option(help="Split of the dataset.", show_default="validation, val, test, or the only one")
     ] = None,
     dataset_revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the dataset on the Hub.", show_default="main")
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column with the images.", show_default="the only one of this type")
+        str | None, typer.Option(help="Column with the images.", show_default="the only one of its type")
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column with the labels.", show_default="the only one of this type")
+        str | None, typer.Option(help="Column with the labels.", show_default="the only one of its type")
     ] = None,
     label_map: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with the model's label for labels of the dataset that are spelled otherwise.",
+            help="JSON file that maps names in the dataset to labels of the model.",
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 32,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read and scale images.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Number of threads that read and resize images.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = "float32",
     output: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file for the results. An interrupted evaluation with the same file goes on where it was.",
+            help="JSON file for the results. An interrupted evaluation with the same file resumes.",
             show_default=False,
-            resolve_path=True,  # the file is replaced: a link to it is to stay one
+            resolve_path=True,  # so that replacing the file keeps a link to it
         ),
     ] = None,
     updates_card: Annotated[
         bool, typer.Option("--update-card", help="Write the results into the metadata of the model's card.")
     ] = False,
 ) -> None:
-    """Measures how often a classifier is right on a dataset.
+    """Measure the accuracy of a classifier on a dataset.
 
-    Labels are matched by name. Needs the extra `evaluate` of this package. Started by `accelerate launch`, several
-    processes share the images.
+    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name. The command needs
+    the extra `evaluate` of this package. Start it with `accelerate launch` to share the images among processes.
 
     Examples:
 
@@ -81,8 +81,8 @@ def evaluate(
     from evmamba_hub.inference.evaluation import Evaluation, join_processes, read_label_map, save_results
     from evmamba_hub.publish.card import load_card, to_eval_results, update_card
 
-    if output is not None and os.path.exists(output) and not os.path.isfile(output):  # of any name
-        raise UserError(f"{output} is a folder or a device, --output is a file for the results")
+    if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
+        raise UserError(f"{output} is not a regular file: --output takes a file for the results")
     logging.disable_progress_bar()
     names = {} if label_map is None else read_label_map(label_map)
     processes = join_processes()
@@ -116,7 +116,7 @@ def evaluate(
     ) as progress:
         task = progress.add_task("Evaluating", total=evaluation.num_images, completed=evaluation.num_resumed)
         if evaluation.num_resumed and processes.is_main_process:
-            progress.console.print(f"Going on after {evaluation.num_resumed:,} images")
+            progress.console.print(f"Resuming after {evaluation.num_resumed:,} images")
         for num_images in evaluation.run():
             progress.advance(task, num_images)
     results = evaluation.finish()

@@ -13,28 +13,31 @@ from evmamba_hub.cli.options import RevisionOption
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
-    output: Annotated[Path, typer.Argument(help="File to write, `.onnx` or `.pt2`. An older one is replaced.")],
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of the model.")],
+    output: Annotated[Path, typer.Argument(help="File to write, `.onnx` or `.pt2`. An existing file is replaced.")],
     format: Annotated[
         Literal["onnx", "torch-export", "aoti"],
         typer.Option(
-            help="ONNX; a graph that PyTorch loads without this package; or a compiled one that calls its kernels."
+            help="`onnx`, `torch-export` for PyTorch alone, or `aoti` for compiled code with this package's kernel."
         ),
     ] = "onnx",
     image_size: Annotated[
         tuple[int, int] | None,
-        typer.Option(min=1, help="Height and width of all images.", show_default="images of any size"),
+        typer.Option(min=1, help="Height and width to fix, in pixels.", show_default="any size"),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "int8"],
-        typer.Option(help="Number format; `int8` is for ONNX, and for the weights of linear and pointwise layers."),
+        typer.Option(
+            help="Dtype of the file. With `int8`, for ONNX only, linear and pointwise layers have 8-bit weights."
+        ),
     ] = "float32",
     revision: RevisionOption = None,
 ) -> None:
-    """Writes a classifier as one file for another runtime, once its logits have been compared with PyTorch's.
+    """Export a classifier as one file for another runtime.
 
-    ONNX files need nothing but standard operators, of opset 18, and carry labels and preprocessing in their metadata.
-    Needs the extra `export` of this package.
+    The command compares the logits of the file with PyTorch's before it leaves the file on the disk. ONNX files use
+    standard operators of opset 18. Their metadata hold the labels and the preprocessing. ONNX needs the extra `export`
+    of this package, and `aoti` needs a C++ compiler.
 
     Examples:
 

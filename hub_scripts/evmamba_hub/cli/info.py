@@ -12,13 +12,13 @@ from evmamba_hub.cli.console import console
 def info(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a model.", show_default="the published networks"),
+        typer.Option(help="Directory or Hub id of a model.", show_default="the published networks"),
     ] = None,
     image_size: Annotated[
-        int, typer.Option(min=1, help="Side of the image in pixels that operations count for.")
+        int, typer.Option(min=1, help="Side of the image in pixels, for which GMACs are counted.")
     ] = 224,
 ) -> None:
-    """Shows the size of a network and what runs it on this machine.
+    """Show the size of a network, and the active backend on this machine.
 
     Examples:
 
@@ -33,6 +33,6 @@ def info(
         size = measure_size(config, image_size, image_size)
         table.add_row(escape(name), f"{size.parameters:,}", f"{size.macs / 1e9:.3f}")
     console.print(table)
-    console.print(f"{MACS_CONVENTION} For one image of {image_size} x {image_size} pixels.", soft_wrap=False)
+    console.print(f"{MACS_CONVENTION} The image has {image_size} x {image_size} pixels.", soft_wrap=False)
     for name, value in describe_environment().items():
         console.print(f"  {name:<16}{value}")

@@ -21,7 +21,7 @@ from evmamba_hub.errors import exit_on_user_error
 
 
 app = typer.Typer(
-    help="EfficientVMamba on the Hugging Face Hub.",
+    help="Classify, train, evaluate, convert, export and publish EfficientVMamba models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -61,6 +61,6 @@ def define_version_option(version: VersionOption = False) -> None:
 
 
 def main() -> None:
-    """Runs the command line. A `UserError` becomes one line on stderr and exit code 1."""
+    """Run the command line. A `UserError` becomes one line on stderr and exit code 1."""
     with exit_on_user_error():
         app()

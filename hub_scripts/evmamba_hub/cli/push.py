@@ -10,7 +10,9 @@ from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload, show_files
 
 
 def push(
-    model_dir: Annotated[Path, typer.Argument(help="Folder that `save_pretrained` or `evmamba convert` wrote.")],
+    model_dir: Annotated[
+        Path, typer.Argument(help="Directory that `save_pretrained`, `evmamba convert` or `evmamba train` wrote.")
+    ],
     repo_id: Annotated[
         str, typer.Argument(help="Repository on the Hub, as `user/name`. Created if it does not exist.")
     ],
@@ -22,24 +24,27 @@ def push(
     create_pr: CreatePrOption = False,
     dry_run: DryRunOption = False,
     base_model: Annotated[
-        str | None, typer.Option(help="For the card: the model that was fine-tuned.", show_default=False)
+        str | None, typer.Option(help="For the card: Hub id of the model that was fine-tuned.", show_default=False)
     ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="For the card: a dataset of the training, by its id.", show_default=False)
+        list[str] | None,
+        typer.Option(help="For the card: Hub id of a training dataset. Repeat for several.", show_default=False),
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="For the card: the licence, as the Hub calls it.", show_default=False)
+        str | None, typer.Option(help="For the card: the license, by its identifier on the Hub.", show_default=False)
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="For the card: a file that `evmamba evaluate` wrote.", show_default=False)
+        Path | None, typer.Option(help="For the card: file that `evmamba evaluate` wrote.", show_default=False)
     ] = None,
 ) -> None:
-    """Uploads a model to the Hub: weights, configuration, image processor, card and the network's code, in one commit.
+    """Upload a model to the Hub in one commit.
 
-    A README.md in the folder is the card; without one, a card is rendered. Earlier weights that would be loaded in
-    place of these are deleted in the repository, variants like `model.fp16.safetensors` and all other files stay. When
-    an upload breaks off, the repository is as it was, and the same command completes it. Log in with `hf auth login`
-    or set `HF_TOKEN`.
+    The commit holds weights, configuration, image processor, card and the network's code. A README.md in the directory
+    is the card. Without one, a card is rendered. Log in with `hf auth login`, or set `HF_TOKEN`.
+
+    Earlier weights that `from_pretrained` would load in place of the new ones are deleted. Variants such as
+    `model.fp16.safetensors` and all other files stay. An interrupted upload leaves the repository as it was. Run the
+    same command again to complete it.
 
     Examples:
 

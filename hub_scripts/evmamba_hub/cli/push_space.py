@@ -11,20 +11,23 @@ from evmamba_hub.cli.uploads import report_upload, show_files
 
 def push_space(
     repo_id: Annotated[str, typer.Argument(help="Space on the Hub, as `user/name`. Created if it does not exist.")],
-    model: Annotated[str, typer.Option(help="The model that the Space shows, by its id on the Hub.")],
+    model: Annotated[str, typer.Option(help="Hub id of the model that the Space shows.")],
     folder: Annotated[
         Path | None,
-        typer.Option(help="Folder of a Gradio Space to upload instead.", show_default="the demo of this package"),
+        typer.Option(help="Gradio Space folder to upload.", show_default="the demo of this package"),
     ] = None,
     private: PrivateOption = False,
-    message: MessageOption = "Upload the demonstration with evmamba push-space",
+    message: MessageOption = "Upload the demo with evmamba push-space",
     dry_run: DryRunOption = False,
 ) -> None:
-    """Uploads the demonstration as a Gradio Space.
+    """Upload the demo as a Gradio Space.
 
-    The Space learns of its model by the variable `EVMAMBA_MODEL`, and its card names it.
+    The Space's variable `EVMAMBA_MODEL` holds the id of its model, and its card links to the model. Log in with
+    `hf auth login`, or set `HF_TOKEN`.
 
     Examples:
+
+        evmamba push-space someone/efficientvmamba --model someone/efficientvmamba-tiny --dry-run
 
         evmamba push-space someone/efficientvmamba --model someone/efficientvmamba-tiny
     """

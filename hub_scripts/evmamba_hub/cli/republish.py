@@ -11,17 +11,20 @@ from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload, show_files
 
 
 def republish(
-    namespace: Annotated[str, typer.Argument(help="User or organization on the Hub to own the repositories.")],
+    namespace: Annotated[str, typer.Argument(help="User or organization on the Hub that will own the repositories.")],
     private: PrivateOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Converts all of the authors' checkpoints and uploads them, each with its card.
+    """Convert all of the authors' checkpoints, and upload them with their cards.
 
-    The manifest `evmamba_hub/publish/data/checkpoints.yaml` names them.
+    The manifest `evmamba_hub/publish/data/checkpoints.yaml` lists them. Log in with `hf auth login`, or set
+    `HF_TOKEN`.
 
     Examples:
 
         evmamba republish someone --dry-run
+
+        evmamba republish someone --private
     """
     from evmamba_hub.publish.push import WEIGHTS_PATTERNS, push_model
     from evmamba_hub.publish.republish import convert_all

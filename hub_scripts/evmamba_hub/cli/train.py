@@ -29,7 +29,7 @@ def parse_fields(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         fields = None
     if not isinstance(fields, dict):
-        raise typer.BadParameter("give YAML, like {depths: [1, 1, 1, 1]}")
+        raise typer.BadParameter("give YAML, such as {depths: [1, 1, 1, 1]}")
     return fields
 
 
@@ -41,9 +41,9 @@ def parse_number_or_none(text: str, kind: type) -> Any:
 
 
 def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
-    """The command line's option for a field of the recipe. An option that is not given is None.
+    """Returns the option for a field of the recipe. An option that is not given is None.
 
-    Where the field may be none, the option takes the word, which `coerce` understands.
+    If the field may be None, the option takes the word `none`, which `coerce` converts.
     """
     kinds = get_kinds(field.type)
     may_be_none = type(None) in kinds
@@ -71,7 +71,7 @@ def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
 
 
 def with_recipe_options(command: Callable) -> Callable:
-    """Gives a command an option for every field of the recipe, in place of its `**values`."""
+    """Replace the `**values` of a command by one option for every field of the recipe."""
     signature = inspect.signature(command)
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [to_parameter(field) for field in dataclasses.fields(Recipe)]
@@ -80,7 +80,7 @@ def with_recipe_options(command: Callable) -> Callable:
 
 
 def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
-    """What the command line says about the recipe."""
+    """Returns the fields of the recipe that the command line overrides."""
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
@@ -126,28 +126,31 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
 
 @with_recipe_options
 def train(
-    output_dir: Annotated[Path, typer.Option(help="Folder of the run: log, checkpoints, and the model.")],
+    output_dir: Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")],
     recipe: Annotated[
         str,
         typer.Option(
-            help="A preset (`tiny`, `small`, `base`, `finetune`, `digits`) or a YAML file of the options below."
+            help="Preset (`tiny`, `small`, `base`, `finetune`, `digits`), or YAML file of the options below."
         ),
     ] = "finetune",
     resume: Annotated[
-        Literal["no", "auto"], typer.Option(help="`auto` goes on from the last checkpoint, where there is one.")
+        Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
     ] = "no",
     push_to: Annotated[
-        str | None, typer.Option(help="Repository on the Hub to upload the model to.", show_default=False)
+        str | None,
+        typer.Option(help="Repository on the Hub to upload the model to, as `user/name`.", show_default=False),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     **values: Any,
 ) -> None:
-    """Trains a network from scratch, or fine-tunes a checkpoint on images of your own.
+    """Train a network from scratch, or fine-tune a checkpoint on your own images.
 
-    A recipe says all, and every value can be changed by its option. The folder of the run gets the recipe with all
-    values (`recipe.yaml`), a line of `log.jsonl` every few steps, checkpoints that survive a crash at any moment, the
-    curves, and `model`, which `from_pretrained` loads and `evmamba push` uploads. Needs the extra `train` of this
-    package. Started by `accelerate launch`, several processes share each batch.
+    A recipe holds every value, and each option overrides one value. The output directory gets the complete recipe
+    (`recipe.yaml`), the log (`log.jsonl`), checkpoints, the curves, and `model`. Load `model` with `from_pretrained`,
+    or upload it with `evmamba push`.
+
+    The command needs the extra `train` of this package. Start it with `accelerate launch` to share each batch among
+    processes. A checkpoint is whole at any moment, so a run resumes after a crash.
 
     Examples:
 

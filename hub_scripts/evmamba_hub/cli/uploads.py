@@ -1,4 +1,4 @@
-"""What commands show of uploads: the files before, the result after."""
+"""The output of uploading commands: the files before the upload, and the result after it."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ UPLOAD_MESSAGE = "Upload EfficientVMamba with evmamba push"
 
 
 def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None:
-    """What would be uploaded: paths, sizes in bytes, and the card; and patterns of the names that would be deleted."""
+    """Show the files to upload with their sizes in bytes, the patterns of the names to delete, and the card."""
     table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
     sizes = {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -31,6 +31,7 @@ def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None
 
 
 def report_upload(result: Upload) -> None:
+    """Show the URL of an upload, or that nothing has changed."""
     if result.changed:
         console.print(f"[bold green]Uploaded[/] {escape(result.url)}")
     else:

@@ -1,1 +1,1 @@
-"""Convert the checkpoints of the authors for `from_pretrained`."""
+"""Convert the authors' checkpoints for `from_pretrained`."""

@@ -1,4 +1,4 @@
-"""`evmamba convert`: a checkpoint of the authors becomes a directory that `from_pretrained` loads."""
+"""`evmamba convert`: convert a checkpoint of the authors to a directory that `from_pretrained` loads."""
 
 import re
 from dataclasses import dataclass
@@ -21,30 +21,34 @@ REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass
 class Conversion:
-    """What was written."""
+    """The result of a conversion."""
 
-    variant: str | None  # None for sizes that were not published
+    variant: str | None  # None for an unpublished size
     num_parameters: int
     weights: str  # "ema" or "raw"
     num_labels: int | None  # None for a backbone
 
 
 def choose_checkpoint(repo_id: str, file_names: list[str], wanted: str | None) -> str:
-    """The checkpoint among the files of a repository: the one it holds, or the `wanted` one."""
+    """Returns the name of the checkpoint among the files of a repository: the wanted one, or the only one.
+
+    Raises:
+        UserError: If there is no such file, no checkpoint, or no unique one.
+    """
     if wanted is not None and wanted not in file_names:
-        raise UserError(f"{repo_id} holds no file {wanted}, it holds {', '.join(file_names)}")
+        raise UserError(f"{repo_id} holds no file {wanted}: choose one of {', '.join(file_names)}")
     if wanted is not None:
         return wanted
     checkpoints = [name for name in file_names if name.endswith(CHECKPOINT_SUFFIXES)]
     if not checkpoints:
-        raise UserError(f"{repo_id} holds no checkpoint ({', '.join(CHECKPOINT_SUFFIXES)})")
+        raise UserError(f"{repo_id} holds no checkpoint: its name must end in one of {', '.join(CHECKPOINT_SUFFIXES)}")
     if len(checkpoints) > 1:
-        raise UserError(f"{repo_id} holds several checkpoints, choose one with --file: {', '.join(checkpoints)}")
+        raise UserError(f"{repo_id} holds several checkpoints: choose one with --file: {', '.join(checkpoints)}")
     return checkpoints[0]
 
 
 def download(repo_id: str, file_name: str | None) -> Path:
-    """The checkpoint of a repository on the Hub; `file_name` says which one where it holds several."""
+    """Returns the path of the downloaded checkpoint. `file_name` chooses one of several in the repository."""
     with translate_hub_errors(repo_id):
         hub = HfApi()
         files = hub.model_info(repo_id).siblings  # unlike `list_repo_files`, fails at once without a connection
@@ -55,16 +59,21 @@ def download(repo_id: str, file_name: str | None) -> Path:
 
 
 def resolve_source(source: str, file_name: str | None) -> Path:
-    """The local file that `source`, a path or a repository id, stands for."""
+    """Returns the local file of a source, which is a path or the id of a repository on the Hub.
+
+    Raises:
+        UserError: If the source is neither, or cannot be downloaded.
+    """
     path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
-        raise UserError(f"{source} is a directory, give the checkpoint file in it")
+        raise UserError(f"{source} is a directory: give the checkpoint file in it")
     if REPO_ID.fullmatch(source) and not source.endswith(CHECKPOINT_SUFFIXES):
         return download(source, file_name)
     raise UserError(
-        f"{source} does not exist: give the path of a checkpoint, or a repository like TerryPei/EfficientVMamba-Tiny"
+        f"{source} does not exist: give the path of a checkpoint, or a repository such as "
+        "TerryPei/EfficientVMamba-Tiny"
     )
 
 
@@ -75,17 +84,17 @@ def convert_checkpoint(
     dtype: str = "float32",
     file_name: str | None = None,
 ) -> Conversion:
-    """Writes `model.safetensors`, `config.json` and `preprocessor_config.json` for a checkpoint of the authors.
+    """Convert a checkpoint of the authors to `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
     Args:
-        source: a local file or the id of a repository on the Hub.
-        output_dir: where to write. It must not exist or be empty, and is left as it was when something goes wrong.
-        weights: "ema" or "raw"; None takes the averaged (EMA) weights where the file has them.
+        source: A local file, or the id of a repository on the Hub.
+        output_dir: The directory to write, new or empty. An error leaves it as it was.
+        weights: "ema" or "raw". None takes the averaged (EMA) weights if the file has them.
         dtype: "float32", "float16" or "bfloat16".
-        file_name: the file in the repository, where it holds several checkpoints.
+        file_name: The file to convert, if the repository holds several checkpoints.
 
     Raises:
-        UserError: when the source cannot be found, read or trusted, or does not fit the network tensor by tensor.
+        UserError: If the source cannot be found, read or trusted, or if its tensors do not fit the network.
     """
     output_dir = Path(output_dir).absolute()
     check_is_free(output_dir)
@@ -94,7 +103,7 @@ def convert_checkpoint(
     config, torch_dtype = checkpoint.config, getattr(torch, dtype)
     for name, tensor in checkpoint.state_dict.items():
         if not tensor.to(torch_dtype).isfinite().all():
-            raise UserError(f"{original_name(name, config)} holds values that are no finite numbers in {dtype}")
+            raise UserError(f"{original_name(name, config)} holds values that are not finite in {dtype}")
 
     labels = imagenet.load_labels()
     if config.num_labels == len(labels):

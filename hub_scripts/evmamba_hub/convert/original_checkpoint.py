@@ -1,9 +1,10 @@
-"""The authors' checkpoints, read into this package's names and shapes.
+"""Read the authors' checkpoints into this package's names and shapes.
 
-Weights stand under one of several entries of a pickled dictionary, keys behind prefixes of wrappers, in two
-generations of module names (https://github.com/TerryPei/EfficientVMamba). The file's keys are brought to the newer
-generation; from the other side, tables put every tensor that our network needs into the authors' words. Both sets of
-names must agree.
+The authors' code (https://github.com/TerryPei/EfficientVMamba) writes a pickled dictionary. Its weights are under one
+of several entries. Their keys may have prefixes of wrappers, and come in two generations of module names.
+
+This module renames the keys of the file to the newer generation. It translates the names of our network to that
+generation too. Both sets of names must agree.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, Eff
 
 WEIGHT_ENTRIES = {"ema": ("ema_model", "model_ema", "state_dict_ema"), "raw": ("model", "state_dict")}
 
-# Prefixes of wrappers (DataParallel, torch.compile) and the names of older runs.
+# Prefixes of wrappers (DataParallel, torch.compile), and the names of older runs.
 SPELLINGS = [
     (r"^(?:module\.|_orig_mod\.)+", ""),
     (r"^patch_embed\.proj\.", "patch_embed.0."),
@@ -36,7 +37,7 @@ SPELLINGS = [
     (r"\.self_attention\.", ".op."),
 ]
 
-# Our names -> the authors', by their beginnings: the first one that fits.
+# Our prefixes -> the authors'. The first match counts.
 MODULE_NAMES = {
     "embeddings.patch_embeddings.": "patch_embed.0.",
     "embeddings.layernorm.": "patch_embed.2.",
@@ -68,7 +69,7 @@ BLOCK_NAMES = {
     "project_batch_norm.": "conv_pw2.1.",
 }
 
-# Tensors in the authors' blocks whose first side is the stage's hidden size; the group is the number of the block.
+# Tensors in the authors' blocks whose first dimension is the stage's hidden size. The group is the block's index.
 BLOCK_TENSORS = {
     "evss": r"blocks\.(\d+)\.(?:norm|conv_branch\.\d)\.(?:weight|bias)$",
     "inverted_residual": r"(\d+)\.conv_pw2\.\d\.(?:weight|bias)$",
@@ -76,8 +77,8 @@ BLOCK_TENSORS = {
 
 NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
 
-# What training scripts pickle beside the weights and `weights_only` does not know: data without behaviour. numpy moved
-# `core` to `_core`; the settings of yacs are a dictionary, and read as one they need no yacs.
+# Types that training scripts pickle beside the weights, and that `weights_only` rejects. They execute nothing. numpy
+# moved `core` to `_core`. The settings of yacs are a dictionary: reading them as one needs no yacs.
 HARMLESS_GLOBALS: list[Callable | tuple[Callable, str]] = [
     argparse.Namespace,
     np.dtype,
@@ -92,7 +93,7 @@ MAX_NAMES_IN_MESSAGE = 5
 
 @dataclass
 class OriginalCheckpoint:
-    """A checkpoint of the authors as `model_class.from_pretrained(None, config=, state_dict=)` takes it."""
+    """A checkpoint of the authors, as `model_class.from_pretrained(None, config=, state_dict=)` takes it."""
 
     model_class: type[EfficientVMambaForImageClassification] | type[EfficientVMambaBackbone]
     config: EfficientVMambaConfig
@@ -105,30 +106,42 @@ class OriginalCheckpoint:
 
     @property
     def variant(self) -> str | None:
-        """The published network that this is, or None."""
+        """The name of the published network, or None."""
         return find_variant(self.config)
 
 
 def read_file(path: Path):
-    """What the file holds. Pickles are read with `weights_only`: one that wants to run code is refused."""
+    """Returns the content of a file. `weights_only` rejects pickles that would execute code.
+
+    Raises:
+        UserError: If the file would execute code, or cannot be read.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(HARMLESS_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise errors of many kinds
+    except Exception as error:  # damaged pickles raise many types of errors
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path.name} was refused and nothing in it ran: it holds more than tensors and plain data, loading "
-                f"it would call {wanted[1]}. Ask its authors for a file with the tensors alone"
+                f"{path.name} was rejected and nothing in it ran: it holds more than tensors and plain data, and "
+                f"loading it would call {wanted[1]}. Ask its authors for a file of tensors alone"
             ) from error
-        raise UserError(f"{path.name} cannot be read: it is truncated, damaged or no checkpoint of PyTorch") from error
+        raise UserError(f"{path.name} cannot be read: it is truncated, damaged, or no PyTorch checkpoint") from error
 
 
 def select_weights(content, weights: str | None) -> tuple[str, dict[str, torch.Tensor]]:
-    """The state dict inside a checkpoint and its kind: "ema" where present, "raw" otherwise, or the one asked for."""
+    """Returns the kind of the weights, "ema" or "raw", and their state dict.
+
+    Args:
+        content: The content of the checkpoint.
+        weights: "ema" or "raw". None prefers "ema".
+
+    Raises:
+        UserError: If the checkpoint lacks these weights, or holds something other than tensors in their place.
+    """
     if not isinstance(content, dict):
-        raise UserError(f"the checkpoint holds no dictionary of tensors but a {type(content).__name__}")
+        raise UserError(f"the checkpoint must hold a dictionary of tensors, got a {type(content).__name__}")
     found = {
         kind: content[entry]
         for kind, entries in WEIGHT_ENTRIES.items()
@@ -139,24 +152,24 @@ def select_weights(content, weights: str | None) -> tuple[str, dict[str, torch.T
     kind = weights or next(iter(found))
     if kind not in found:
         raise UserError(
-            f"the checkpoint holds no {kind} weights (none of the entries {', '.join(WEIGHT_ENTRIES[kind])}), "
-            f"only {next(iter(found))} ones"
+            f"the checkpoint holds no {kind} weights (none of the entries {', '.join(WEIGHT_ENTRIES[kind])}): choose "
+            f"--weights {next(iter(found))}"
         )
     for name, value in found[kind].items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise UserError(f"the checkpoint holds {name!r}, which is no named tensor, among its weights")
+            raise UserError(f"the weights of the checkpoint hold {name!r}, which is not a named tensor")
     return kind, found[kind]
 
 
 def modern_name(name: str) -> str:
-    """A key of any run of the authors in the words of the newer ones."""
+    """Returns a key of any generation in the newer generation of names."""
     for pattern, replacement in SPELLINGS:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def original_name(name: str, config: EfficientVMambaConfig) -> str:
-    """What the authors call a tensor of ours."""
+    """Returns the authors' name (newer generation) of a tensor of our network."""
 
     def translate(name: str, table: dict[str, str]) -> str:
         ours, theirs = next((pair for pair in table.items() if name.startswith(pair[0])), ("", ""))
@@ -169,7 +182,7 @@ def original_name(name: str, config: EfficientVMambaConfig) -> str:
         return translate(name, MODULE_NAMES)
 
     stage, rest = int(match[1]), match[3]
-    if match[2] is None:  # patch merging ends the authors' stages and opens ours
+    if match[2] is None:  # patch merging is last in the authors' stages, and first in ours
         stage -= 1
         position = "downsample" if config.block_types[stage] == "evss" else config.depths[stage] + 2
         return f"layers.{stage}.{position}.{rest.replace('layernorm.', 'norm.')}"
@@ -179,15 +192,22 @@ def original_name(name: str, config: EfficientVMambaConfig) -> str:
 
 
 def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
-    """The network that has tensors of these names (the authors', newer generation) and shapes."""
+    """Returns the configuration of the network with these tensors.
+
+    Args:
+        state_dict: The tensors under the authors' names (newer generation).
+
+    Raises:
+        UserError: If a stage has no blocks.
+    """
     fields: dict[str, Any] = {"hidden_sizes": [], "depths": []}
     for stage, block_type in enumerate(EfficientVMambaConfig().block_types):
         pattern = rf"layers\.{stage}\.{BLOCK_TENSORS[block_type]}"
         blocks = [(match, tensor) for name, tensor in state_dict.items() if (match := re.match(pattern, name))]
         sizes = [tensor.shape[0] for _, tensor in blocks if tensor.ndim > 0]
         if not sizes:
-            raise UserError(f"the checkpoint holds no EfficientVMamba: it has no blocks 'layers.{stage}.*'")
-        fields["hidden_sizes"].append(mode(sizes))  # so that one wrong shape is found below instead of believed
+            raise UserError(f"the checkpoint holds no EfficientVMamba: it lacks the blocks 'layers.{stage}.*'")
+        fields["hidden_sizes"].append(mode(sizes))  # the mode, so that a single wrong shape is reported as such
         last_block = max(int(match[1]) for match, _ in blocks)
         fields["depths"].append(last_block + 1 if block_type == "evss" else last_block)
 
@@ -200,15 +220,15 @@ def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
 
 
 def load_original_checkpoint(path: Path, weights: str | None = None) -> OriginalCheckpoint:
-    """Reads a `.pth`, `.pth.tar` or `.safetensors` file of the authors.
+    """Read a `.pth`, `.pth.tar` or `.safetensors` file of the authors.
 
     Args:
-        path: the file.
-        weights: "ema" or "raw"; None takes the averaged (EMA) weights where the file has them.
+        path: The file.
+        weights: "ema" or "raw". None takes the averaged (EMA) weights if the file has them.
 
     Raises:
-        UserError: for files that are damaged, want to run code, or hold no EfficientVMamba, every tensor of it and
-            nothing else.
+        UserError: If the file is damaged, would execute code, or does not hold exactly the tensors of an
+            EfficientVMamba.
     """
     kind, content = select_weights(read_file(path), weights)
     names_in_file: dict[str, str] = {}
@@ -216,7 +236,7 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
     for name, tensor in content.items():
         modern = modern_name(name)
         if modern in original:
-            raise UserError(f"the keys {names_in_file[modern]!r} and {name!r} of the checkpoint mean the same tensor")
+            raise UserError(f"the keys {names_in_file[modern]!r} and {name!r} of the checkpoint name the same tensor")
         names_in_file[modern], original[modern] = name, tensor
 
     config = infer_config(original)
@@ -230,7 +250,7 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
     wrong: list[str] = []
     for name, expected_tensor in expected.items():
         theirs = original_name(name, config)
-        # the authors keep A_log and D of the K scan groups one after the other: (K * D, ...) for (K, D, ...)
+        # the authors flatten A_log and D of the K scan groups: (K * D, ...) instead of (K, D, ...)
         is_flat = theirs.endswith((".A_logs", ".Ds"))
         expected_shape = tuple((expected_tensor.flatten(0, 1) if is_flat else expected_tensor).shape)
         if theirs not in original:
@@ -252,7 +272,7 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
 
 
 def list_problems(problems: dict[str, list[str]]) -> list[str]:
-    """One phrase per kind of problem, with the first names and the number of the others."""
+    """Returns one phrase per kind of problem, with the first names and the number of the others."""
     phrases = []
     for kind, names in problems.items():
         if names:

@@ -1,4 +1,4 @@
-"""`evmamba export`: a classifier as a file for other runtimes, compared with PyTorch before it is left on the disk."""
+"""`evmamba export`: export a classifier as a file for another runtime, and compare its logits with PyTorch's."""
 
 import json
 import logging
@@ -24,10 +24,10 @@ from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClass
 from modeling_evmamba.inference_evmamba import fold_batch_norms
 
 
-Runtime = Callable[[torch.Tensor], torch.Tensor]  # pixel values, (B, C, H, W), to logits, (B, labels), both float32
+Runtime = Callable[[torch.Tensor], torch.Tensor]  # pixel values (B, C, H, W) -> logits (B, labels), both float32
 Sizes = list[tuple[int, int, int]]  # batch size, height and width
 
-# The largest difference of a logit that is let pass, in units of the largest logit, of 1 at least
+# The largest accepted difference of a logit, in units of the largest logit (at least 1)
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "int8": 1e-1}
 
 CHECK_BATCH_SIZES = (1, 5, 2)
@@ -46,43 +46,46 @@ class Logits(nn.Module):
 
 @dataclass
 class ExportReport:
-    """What was written, and how far its logits are from PyTorch's."""
+    """The result of an export, with the differences of its logits to PyTorch's."""
 
-    images: str  # which ones it takes
-    differences: dict[tuple[int, int, int], float]  # by batch size, height and width, the largest of all logits
+    images: str  # the images that the file takes
+    differences: dict[tuple[int, int, int], float]  # (batch size, height, width) -> largest difference of a logit
 
 
 @dataclass
 class Exportable:
-    """A classifier of this package on the CPU."""
+    """A classifier of this package on the CPU, with its image processor."""
 
     model: EfficientVMambaForImageClassification
     image_processor: BaseImageProcessor
 
 
 def load_exportable(model: str, dtype: str, revision: str | None = None) -> Exportable:
-    """The classifier of a folder or Hub id, on the CPU.
+    """Load the classifier of a directory or Hub id on the CPU.
 
     Raises:
-        UserError: for a model that cannot be found, and for other networks.
+        UserError: If the model cannot be found, or is another network.
     """
     classifier = load_classifier(model, "cpu", dtype, revision)
     if not isinstance(classifier.model, EfficientVMambaForImageClassification):
-        raise UserError(f"only EfficientVMamba is exported here, {model!r} is another kind of network")
-    assert classifier.image_processor is not None  # the pipeline needs one
+        raise UserError(f"{model!r} is another kind of network: only EfficientVMamba can be exported")
+    assert classifier.image_processor is not None  # the pipeline requires one
     return Exportable(classifier.model, classifier.image_processor)
 
 
 def smallest_side(config: EfficientVMambaConfig) -> int:
-    """Pixels from which on a graph for all sizes holds: the last stage has more than one place a side.
+    """Returns the smallest side in pixels for a graph of any size.
 
-    PyTorch traces sizes of 1 as constants.
+    PyTorch traces sizes of 1 as constants, so each side of the last stage needs at least two positions.
     """
     return config.patch_size * (2 ** (config.num_stages - 1) + 1)
 
 
 def choose_check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int] | None) -> Sizes:
-    """What an export is tried on: the model's own size, odd sides that no patch divides, small images."""
+    """Returns the sizes on which an export is checked.
+
+    If the size is not fixed, they are the model's own size, odd sides that no patch divides, and small images.
+    """
     if image_size is not None:
         return [(batch_size, *image_size) for batch_size in CHECK_BATCH_SIZES]
     smallest = smallest_side(config)
@@ -93,11 +96,11 @@ def choose_check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int
 
 
 def create_check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> torch.Tensor:
-    """Noise on a colour of its own for every image, so that their logits differ."""
+    """Returns noise (B, C, H, W) on a different color for every image, so that their logits differ."""
     batch_size, height, width = size
     generator = torch.Generator().manual_seed(0)
-    colours = torch.randn(batch_size, config.num_channels, 1, 1, generator=generator)
-    return colours + torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+    colors = torch.randn(batch_size, config.num_channels, 1, 1, generator=generator)
+    return colors + torch.randn(batch_size, config.num_channels, height, width, generator=generator)
 
 
 @torch.inference_mode()
@@ -107,10 +110,19 @@ def check_logits(
     image_size: tuple[int, int] | None,
     bound: float,
 ) -> dict[tuple[int, int, int], float]:
-    """The largest difference of a logit by batch size, height and width.
+    """Compare the logits of a runtime with those of the reference.
+
+    Args:
+        runtime: The exported network.
+        reference: The network in PyTorch.
+        image_size: The height and width of all images, or None for images of any size.
+        bound: The largest accepted difference, in units of the largest logit (at least 1).
+
+    Returns:
+        The largest difference of a logit by batch size, height and width.
 
     Raises:
-        UserError: where one is beyond the bound, in units of the largest logit (of 1 at least), or no number.
+        UserError: If a difference is beyond the bound, or not a number.
     """
     differences = {}
     for size in choose_check_sizes(reference.config, image_size):
@@ -134,32 +146,36 @@ def export_model(
     dtype: str = "float32",
     revision: str | None = None,
 ) -> ExportReport:
-    """Writes one file, which takes `pixel_values` (B, C, H, W) and returns `logits` (B, labels), both in `dtype`.
+    """Export a classifier to one file, which takes `pixel_values` (B, C, H, W) and returns `logits` (B, labels).
+
+    Pixel values and logits have the given dtype, and float32 for "int8".
 
     Args:
-        model: folder or Hub id.
-        output: the file. It appears, or is replaced, when its logits are those of PyTorch, and not before.
-        format: a name in `FORMATS`.
-        image_size: height and width, where they shall be fixed; batches may have any size.
-        dtype: "float32", "float16", or "int8" for ONNX: the weights of linear and pointwise layers in 8 bits.
-        revision: branch, tag or commit on the Hub.
+        model: Directory or Hub id.
+        output: The file to write. It is created or replaced only if its logits equal PyTorch's up to `BOUNDS`.
+        format: A key of `FORMATS`.
+        image_size: The height and width to fix, or None for images of any size. The batch size is never fixed.
+        dtype: "float32", "float16" or, for ONNX, "int8" (8-bit weights in linear and pointwise layers).
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: for a model that cannot be loaded, a file that cannot be written, a package or compiler that is
-            missing, and where the logits of the file are not those of PyTorch.
+        UserError: If the model cannot be loaded, the file cannot be written, a package or compiler is missing, or
+            logits differ from PyTorch's.
     """
     suffix = FORMATS[format].suffix
     output = output.absolute()
     if output.suffix != suffix:
-        raise UserError(f"files of the format {format} end in {suffix}, {output.name} does not")
+        raise UserError(f"files of the format {format} end in {suffix}: rename {output.name}")
     if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"{output} cannot be written: it is a folder, or the folder for it does not exist")
+        raise UserError(f"{output} cannot be written: it is a directory, or its parent directory does not exist")
     if dtype == "int8" and format != "onnx":
-        raise UserError(f"int8 is for the format onnx, {format} takes float32 or float16")
+        raise UserError(f"int8 is for the format onnx: {format} takes float32 or float16")
     reference = load_exportable(model, "float32", revision).model
     config = reference.config
     if image_size is not None and min(image_size) < config.patch_size:
-        raise UserError(f"images must have {config.patch_size} x {config.patch_size} pixels at least, a patch")
+        raise UserError(
+            f"images must have at least {config.patch_size} x {config.patch_size} pixels, the size of a patch"
+        )
     with staged(output) as file:
         runtime = write_and_open(model, format, file, image_size=image_size, dtype=dtype, revision=revision)
         differences = check_logits(runtime, reference, image_size, BOUNDS[dtype])
@@ -178,8 +194,8 @@ def write_and_open(
     dtype: str = "float32",
     revision: str | None = None,
 ) -> Runtime:
-    """Writes the file of an export without comparing anything, and opens it. Arguments as those of `export_model`."""
-    network_dtype = "float16" if dtype == "float16" else "float32"  # int8 is made of float32
+    """Write an exported file and open it, without comparing logits. `export_model` describes the arguments."""
+    network_dtype = "float16" if dtype == "float16" else "float32"  # int8 is quantized from float32
     classifier = load_exportable(model, network_dtype, revision)
     fold_batch_norms(classifier.model)
     FORMATS[format].write(classifier, image_size, file)
@@ -191,7 +207,7 @@ def write_and_open(
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """Keeps what exporters say to their developers off the terminal."""
+    """Hide the warnings and logs of exporters, which address their developers."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -205,9 +221,9 @@ def quiet_exporters() -> Iterator[None]:
 def trace(
     model: EfficientVMambaForImageClassification, image_size: tuple[int, int] | None, backend: str
 ) -> ExportedProgram:
-    """The network as a graph, in which the scan is what `backend` makes of it."""
+    """Trace the network to a graph, with the scan of the given backend."""
     smallest = smallest_side(model.config)
-    height, width = image_size or (2 * smallest, 3 * smallest)  # any will do that are not special
+    height, width = image_size or (2 * smallest, 3 * smallest)  # any sizes without special cases
     pixel_values = torch.zeros(2, model.config.num_channels, height, width, dtype=model.dtype)
     dynamic = {0: Dim.DYNAMIC} if image_size else {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad(), use_backend(backend), quiet_exporters():
@@ -215,7 +231,7 @@ def trace(
 
 
 def describe_inputs(classifier: Exportable) -> dict[str, str]:
-    """What a user of the logits has to know besides: names of the labels, and how images become pixel values."""
+    """Returns the labels and the preprocessing as JSON, which a user of the file needs."""
     id2label = classifier.model.config.id2label or {}
     return {
         "labels": json.dumps([label for _, label in sorted(id2label.items())], ensure_ascii=False),
@@ -229,7 +245,7 @@ def write_onnx(classifier: Exportable, image_size: tuple[int, int] | None, file:
 
     from evmamba_hub.export import onnx_scan
 
-    # the scan as one node, whichever the kernel, which `onnx_scan` translates
+    # a kernel's scan is a single node, which `onnx_scan` translates
     program = trace(classifier.model, image_size, "numba")
     with quiet_exporters():
         exported = torch.onnx.export(
@@ -242,23 +258,23 @@ def write_onnx(classifier: Exportable, image_size: tuple[int, int] | None, file:
             dynamic_shapes=({0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"},),
             verbose=False,
         )
-        assert exported is not None  # it is for the exporter with dynamo=True
-        # weights of any size are transposed here, not whenever a file is opened
+        assert exported is not None  # always true with dynamo=True
+        # transpose all weights now, instead of whenever the file is opened
         optimizer.optimize(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     for node in exported.model.graph.all_nodes():
-        node.metadata_props.clear()  # lines of our code, two thirds of a small file
+        node.metadata_props.clear()  # stack traces of our code, two thirds of a small file
     exported.model.metadata_props.update(describe_inputs(classifier))
     exported.save(file)
 
 
 def quantize_onnx(file: Path) -> None:
-    """Replaces the weights of linear and pointwise layers by 8 bits; inputs of theirs are rounded as they come."""
+    """Quantize the weights of linear and pointwise layers to 8 bits. Their inputs are quantized at run time."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
     model = onnx.load(file)
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    products_of_scan = [  # one for each of its groups, or none of weights
+    products_of_scan = [  # batched over the groups of the scan, or without weights
         node.name for node in model.graph.node if node.op_type == "MatMul" and matrices.isdisjoint(node.input)
     ]
     with quiet_exporters():
@@ -277,7 +293,7 @@ def load_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def write_torch_export(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
-    # the scan in PyTorch's operators: the file needs nothing of this package
+    # the scan in PyTorch operators, so that the file does not need this package
     program = trace(classifier.model, image_size, "torch")
     extra_files = {f"{name}.json": text for name, text in describe_inputs(classifier).items()}
     with quiet_exporters():
@@ -291,7 +307,11 @@ def load_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def require_compiler() -> None:
-    """Raises a `UserError` where TorchInductor finds no C++ compiler."""
+    """Check that TorchInductor finds a C++ compiler.
+
+    Raises:
+        UserError: If it finds none.
+    """
     from torch._inductor import config
 
     compiler = config.cpp.cxx[-1]
@@ -301,7 +321,7 @@ def require_compiler() -> None:
 
 def write_aoti(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
     require_compiler()
-    # the scan as a call of our kernel: in PyTorch's operators, it would take many minutes to compile
+    # the scan as a call of our kernel, because PyTorch operators would compile for many minutes
     program = trace(classifier.model, image_size, "numba")
     with quiet_exporters():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
@@ -313,11 +333,11 @@ def load_aoti(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class Format(NamedTuple):
-    """How a kind of file is called, written and opened."""
+    """A file format: its suffix, and functions that write and open a file."""
 
     suffix: str
     write: Callable[[Exportable, tuple[int, int] | None, Path], None]
-    load: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]  # pixel values to logits in the file's dtype
+    load: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]  # pixel values -> logits, in the file's dtype
 
 
 FORMATS = {

@@ -1,10 +1,11 @@
 """The atrous selective scan in ONNX's standard operators, for maps of any size: one `Scan` along the sequences.
 
-Symbols, sequences and recurrence: `kernels/README.md`. The groups are in the order 0, 2, 1, 3 here, so that those
-visited row by row are neighbours, and those visited column by column. In the states, (B, K, N, D), channels come last,
-so that every operator of a step runs along them. Why one loop over all steps: benchmarks/NOTES.md.
+`kernels/README.md` defines symbols, sequences and recurrence. The groups have the order 0, 2, 1, 3 here, so that the
+two row-wise groups are adjacent, and the two column-wise groups. Channels are the last dimension of the states
+(B, K, N, D), so that every operator of a step runs along them. `benchmarks/NOTES.md` says why one loop runs over all
+steps.
 
-The functions are traced: what they compute with are values of the graph, and sizes are tensors of one element.
+The functions are traced: their arguments are values of the graph, and sizes are tensors of one element.
 """
 
 from itertools import accumulate, pairwise
@@ -19,18 +20,18 @@ GROUP_ORDER = [0, 2, 1, 3]
 
 
 def to_shape(*sizes):
-    """A shape out of sizes, each a number or a value of the graph."""
+    """Returns a shape from sizes, each of which is a number or a value of the graph."""
     return op.Concat(*(op.Constant(value_ints=[size]) if isinstance(size, int) else size for size in sizes), axis=0)
 
 
 def halved_sides(hidden_states):
-    """B, H, W and D of a map, and ceil(H / 2) and ceil(W / 2)."""
+    """Returns B, H, W and D of a map, ceil(H / 2) and ceil(W / 2)."""
     batch_size, height, width, channels = (op.Shape(hidden_states, start=i, end=i + 1) for i in range(4))
     return batch_size, height, width, channels, op.Div(op.Add(height, [1]), [2]), op.Div(op.Add(width, [1]), [2])
 
 
 def to_sequences(hidden_states):
-    """The four sequences of a map (B, H, W, D), with zeros beside an odd side: (B, K, L, D)."""
+    """Returns the four sequences (B, K, L, D) of a map (B, H, W, D). Odd sides are padded with zeros."""
     batch_size, height, width, channels, rows, columns = halved_sides(hidden_states)
     row_pad, column_pad = op.Sub(op.Mul(rows, [2]), height), op.Sub(op.Mul(columns, [2]), width)
     padded = op.Pad(hidden_states, to_shape(0, 0, 0, 0, 0, row_pad, column_pad, 0))
@@ -43,7 +44,7 @@ def to_sequences(hidden_states):
 
 
 def to_map(sequences, hidden_states):
-    """The inverse of `to_sequences`, with the sides of `hidden_states`: (B, K, L, D) -> (B, H, W, D)."""
+    """Invert `to_sequences`: (B, K, L, D) -> (B, H, W, D), with the sides of `hidden_states`."""
     batch_size, height, width, channels, rows, columns = halved_sides(hidden_states)
     by_row, by_column = op.Split(sequences, axis=1, num_outputs=2)  # (B, 2, L, D) each
     by_row = op.Reshape(by_row, to_shape(batch_size, 2, rows, columns, 1, channels))
@@ -57,19 +58,19 @@ def to_map(sequences, hidden_states):
 
 @script()
 def softplus(x) -> FLOAT[...]:
-    """log(1 + exp(x)) to rounding. onnxruntime's own operator takes three times as long (benchmarks/NOTES.md)."""
+    """Returns log(1 + exp(x)) to rounding. The operator of onnxruntime is three times slower (benchmarks/NOTES.md)."""
     one = op.Constant(value_float=1.0)
     z = op.Exp(op.Neg(op.Abs(x)))
     w = one + z
-    return op.Relu(x) + op.Log(w) + (z - (w - one)) / w  # the last term is what rounding has taken from w
+    return op.Relu(x) + op.Log(w) + (z - (w - one)) / w  # the last term restores what w has lost to rounding
 
 
 @script()
 def recur(h_0, delta, delta_u, B, C, A) -> FLOAT[...]:
-    """h_t C_t of all steps, (B, K, L, 1, D).
+    """Returns h_t C_t of all steps, (B, K, L, 1, D).
 
     Args:
-        h_0: the state before the first step, (B, K, N, D).
+        h_0: The state before the first step, (B, K, N, D).
         delta, delta_u: (B, K, L, 1, D).
         B: (B, K, L, N, 1).
         C: (B, K, L, 1, N).
@@ -97,7 +98,7 @@ def recur(h_0, delta, delta_u, B, C, A) -> FLOAT[...]:
 
 
 def scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
-    """The operator `evmamba_kernels::atrous_selective_scan`. What `backend` names computes nothing here."""
+    """Translate the operator `evmamba_kernels::atrous_selective_scan`. The argument `backend` has no effect."""
 
     def ordered(parameter):
         return op.Gather(op.Cast(parameter, to=FLOAT.dtype), GROUP_ORDER)

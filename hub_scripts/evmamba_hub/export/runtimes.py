@@ -1,4 +1,4 @@
-"""`evmamba check-runtimes`: one checkpoint through every runtime that is here."""
+"""`evmamba check-runtimes`: run one checkpoint in every installed runtime."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -32,17 +32,17 @@ WARM_UP_CALLS, TIMED_CALLS = 3, 15
 
 @dataclass
 class RuntimeReport:
-    """What one runtime made of the checkpoint, or why it could not be tried."""
+    """The result of a runtime, or the reason why it did not run."""
 
     runtime: str
-    difference: float | None = None  # the largest of all logits
-    milliseconds: float | None = None  # the median of a call with one image
+    difference: float | None = None  # largest difference of a logit
+    milliseconds: float | None = None  # median latency of one image
     missing: str | None = None
 
 
 @dataclass
 class Candidate:
-    """A folder or Hub id, and the classifier from there in float32."""
+    """A directory or Hub id, and its classifier in float32."""
 
     name: str
     revision: str | None
@@ -92,7 +92,7 @@ def build_from_file(format: str, dtype: str = "float32") -> Callable[[Candidate]
     return build
 
 
-# name -> builder, which raises a UserError where something is missing
+# name -> builder, which raises a UserError if the runtime is not available
 RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
     "PyTorch": build_eager,
     "PyTorch, optimize_for_inference": build_optimized,
@@ -111,15 +111,15 @@ RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
 def compare_runtimes(
     model: str, names: Iterable[str] = tuple(RUNTIMES), revision: str | None = None
 ) -> Iterator[RuntimeReport]:
-    """Compares each runtime with PyTorch in float64, on several sizes of images, and takes its time for one image.
+    """Compare each runtime with PyTorch in float64 on images of several sizes, and measure the latency of one image.
 
     Args:
-        model: folder or Hub id.
-        names: of `RUNTIMES`.
-        revision: branch, tag or commit on the Hub.
+        model: Directory or Hub id.
+        names: Keys of `RUNTIMES`.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: for a model that cannot be loaded, and for other networks.
+        UserError: If the model cannot be loaded, or is another network.
     """
     candidate = Candidate(model, revision, load_exportable(model, "float32", revision).model)
     exact = deepcopy(candidate.model).double()
@@ -134,7 +134,7 @@ def compare_runtimes(
         except UserError as error:
             yield RuntimeReport(name, missing=str(error))
             continue
-        with quiet_exporters():  # of compilers, at the first call
+        with quiet_exporters():  # compilers run at the first call
             difference = find_largest_difference(runtime, batches)
         images, _ = batches[0]
         with torch.inference_mode():
@@ -144,5 +144,5 @@ def compare_runtimes(
 
 @torch.inference_mode()
 def find_largest_difference(runtime: Runtime, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Of all logits; NaN where one is."""
+    """Returns the largest difference over all logits. It is NaN if a logit is NaN."""
     return torch.stack([(runtime(images) - expected).abs().max() for images, expected in batches]).max().item()

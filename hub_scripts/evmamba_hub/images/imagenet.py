@@ -1,4 +1,4 @@
-"""The classes of ImageNet-1k: names and WordNet ids, in class order. README.md beside this file gives the sources."""
+"""The names and WordNet ids of the ImageNet-1k classes, in class order. README.md beside this file has the sources."""
 
 from functools import cache
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 
 @cache
 def load_labels() -> list[str]:
-    """Returns the 1000 names, for example "tench, Tinca tinca"."""
+    """Returns the 1000 names, such as "tench, Tinca tinca"."""
     return read_lines("imagenet1k_labels.txt")
 
 
 @cache
 def load_synsets() -> list[str]:
-    """Returns the 1000 WordNet ids, for example "n01440764", after which the folders of ImageNet are named."""
+    """Returns the 1000 WordNet ids, such as "n01440764", which are also the names of ImageNet's directories."""
     return read_lines("imagenet1k_synsets.txt")
 
 

@@ -1,4 +1,4 @@
-"""Image files as the networks want them: upright, RGB, 8 bits a channel."""
+"""Read image files in the form that the networks take: upright, RGB, 8 bits a channel."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -9,10 +9,10 @@ from evmamba_hub.errors import UserError
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The files among `paths`, and those inside its folders that have the ending of an image format, in order.
+    """Returns the files among the paths, and the images in its directories by their suffixes, in order.
 
     Raises:
-        UserError: for a path that does not exist and for folders without images.
+        UserError: If a path does not exist, or a directory holds no image.
     """
     endings = Image.registered_extensions()
     found = []
@@ -20,36 +20,45 @@ def find_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
             if not inside:
-                raise UserError(f"the folder {path} holds no image")
+                raise UserError(
+                    f"the directory {path} holds no image: give one with files of a format that Pillow reads"
+                )
             found += inside
         elif path.exists():
             found.append(path)
         else:
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist: give image files, or directories of images")
     return found
 
 
 def read_image(file: Path | BinaryIO, max_pixels: int | None = None) -> Image.Image:
-    """An image as a person sees it: turned as its EXIF data say, on white where it is transparent, the first frame.
+    """Read an image as a viewer shows it: the first frame, rotated by its EXIF orientation, on a white background.
 
     Args:
-        file: a path, or an open file.
-        max_pixels: larger images are refused before they are decoded. Pillow's own limit holds in any case.
+        file: A path, or an open file.
+        max_pixels: The largest accepted number of pixels. Larger images are rejected before they are decoded. Pillow's
+            own limit always holds.
+
+    Returns:
+        The image in RGB, with 8 bits a channel.
 
     Raises:
-        UserError: for files that are no image, are damaged, or too large to be decoded safely.
+        UserError: If the file is no image, is damaged, or is too large to decode safely.
     """
     try:
         with Image.open(file) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
                 raise UserError(
-                    f"it has {opened.width} x {opened.height} pixels, at most {max_pixels:,} in all are accepted"
+                    f"it has {opened.width} x {opened.height} pixels, at most {max_pixels:,} in all are accepted: "
+                    "resize it"
                 )
             image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a channel; Pillow's own conversion would clip at 255
+            if image.mode.startswith("I"):  # 16 bits a channel, which Pillow's own conversion would clip at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             if image.mode == "F":
-                raise UserError("its pixels are floating point numbers of unknown range, save it with 8 or 16 bits")
+                raise UserError(
+                    "its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits a channel"
+                )
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

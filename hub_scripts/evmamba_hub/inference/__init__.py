@@ -1,1 +1,1 @@
-"""Run a classifier: on image files, and over a whole dataset."""
+"""Classify image files, and evaluate a classifier on a dataset."""

@@ -1,4 +1,4 @@
-"""`evmamba classify`: images in, labels with scores out."""
+"""`evmamba classify`: classify image files."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import ImageClassificationPipeline, pipeline
 
-import modeling_evmamba  # noqa: F401, registers the model with the pipeline
+import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
 from evmamba_hub.client import fetch_model
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
@@ -15,7 +15,7 @@ from evmamba_hub.images.images import read_image
 
 @dataclass
 class ClassifiedFile:
-    """The predictions for one image file, the most likely first, or what is wrong with the file."""
+    """The predictions for an image file, most likely first, or the error of a file that cannot be read."""
 
     path: Path
     predictions: list[dict]  # {"label": str, "score": float}
@@ -27,16 +27,16 @@ class ClassifiedFile:
 
 
 def load_classifier(model: str, device: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
-    """An image-classification pipeline from a local folder or a Hub id.
+    """Load an image-classification pipeline.
 
     Args:
-        model: folder or Hub id.
-        device: as PyTorch writes it ("cpu", "cuda:1", "mps"), or "auto" for the first accelerator there is.
+        model: Directory or Hub id.
+        device: A device of PyTorch ("cpu", "cuda:1", "mps"), or "auto" for the first accelerator, else the CPU.
         dtype: "float32", "bfloat16" or "float16".
-        revision: branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: for a model that cannot be found or is no image classifier, and for a device that is not there.
+        UserError: If the model cannot be found or is no image classifier, or the device does not exist.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
@@ -44,7 +44,7 @@ def load_classifier(model: str, device: str, dtype: str, revision: str | None = 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         message = str(error).strip().splitlines()[0]
-        raise UserError(f"the device {device!r} cannot be used: {message}") from error
+        raise UserError(f"the device {device!r} cannot be used, choose another device: {message}") from error
     folder = str(fetch_model(model, revision))
     try:
         return pipeline("image-classification", model=folder, device=device, dtype=getattr(torch, dtype))
@@ -55,7 +55,7 @@ def load_classifier(model: str, device: str, dtype: str, revision: str | None = 
 def classify_files(
     classifier: ImageClassificationPipeline, paths: Iterable[Path], top_k: int
 ) -> Iterator[ClassifiedFile]:
-    """Classifies one file after the other. A file that cannot be read yields its error and the rest goes on."""
+    """Classify one file after the other. A file that cannot be read yields its error, and the next file follows."""
     for path in paths:
         try:
             image = read_image(path)

@@ -1,1 +1,1 @@
-"""Publish models, their code and cards, and the demo on the Hub."""
+"""Publish models with their code and cards, and the demo, on the Hub."""

@@ -1,9 +1,9 @@
 """The model's code as flat files, for repositories that are used with `trust_remote_code=True`.
 
-transformers copies a module of a repository and the siblings that it imports as `from .sibling import name`, and
-nothing else. Our modules import each other in no other way, except for the seams: modules of `modeling_evmamba` that
-re-export an operator of `evmamba_kernels`. In a bundle, the operator's own file of the same name replaces the seam.
-Every file is shipped as it lies in the repository.
+transformers copies a module of a repository, and the siblings that it imports as `from .sibling import name`. Our
+modules import each other in this way alone, except for the seams. A seam is a module of `modeling_evmamba` that
+re-exports an operator of `evmamba_kernels`. In a bundle, the operator's own file of the same name replaces the seam.
+No file is changed.
 """
 
 import shutil
@@ -27,12 +27,12 @@ AUTO_MAP = {
 
 
 def find_package_folder(package: ModuleType) -> Path:
-    """Returns the folder in which a package lies."""
+    """Returns the directory of a package."""
     return Path(package.__path__[0])
 
 
 def find_modules(package: ModuleType) -> dict[str, Path]:
-    """Returns the modules of a package by file name, without the package's own."""
+    """Returns the modules of a package by file name, without `__init__.py`."""
     return {
         path.name: path for path in sorted(find_package_folder(package).glob("*.py")) if path.name != "__init__.py"
     }
@@ -40,9 +40,9 @@ def find_modules(package: ModuleType) -> dict[str, Path]:
 
 @cache
 def find_remote_code() -> dict[str, Path]:
-    """Returns what transformers loads for the classes of `AUTO_MAP`, by the name of the file in a bundle.
+    """Returns the files that transformers loads for the classes of `AUTO_MAP`, by file name in a bundle.
 
-    transformers' own function follows the imports.
+    A function of transformers follows the imports.
     """
     modules = find_modules(modeling_evmamba) | find_modules(evmamba_kernels)
     entries = {f"{place.partition('.')[0]}.py" for place in AUTO_MAP.values()}

@@ -1,4 +1,4 @@
-"""Model cards: rendered from `data/model_card.md`, and evaluation results in their metadata."""
+"""Model cards: render them from `data/model_card.md`, and write evaluation results into their metadata."""
 
 import json
 from collections.abc import Iterable
@@ -29,21 +29,21 @@ from modeling_evmamba import (
 
 TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 
-# The Hub's newer form of results is a file per benchmark; what it does not know yet stays in the card's metadata.
+# The Hub's newer format of results has one file per benchmark. Other results stay in the metadata of the card.
 EVAL_RESULTS_FOLDER = ".eval_results"
 TASK = "image-classification"
 TOP1 = "Top-1 accuracy"
 
-UNKNOWN_TRAINING = "Its owner has not described the training."
+UNKNOWN_TRAINING = "The owner of the model has not described its training."
 UNKNOWN_LIMITS = (
-    "It knows the classes that it was trained with and gives any picture one of them. What the training images lack "
-    "it does not recognize; what is over-represented in them it prefers. Its owner has not described them any further."
+    "The model assigns every image to one of the classes of its training data, also images of anything else. It "
+    "inherits the gaps and biases of that data. The owner of the model has not described further limits."
 )
 
 
 @dataclass
 class CardDetails:
-    """What a card says beyond what the configuration tells."""
+    """The content of a card that does not follow from the configuration."""
 
     license: str | None = None
     base_model: str | None = None  # of a fine-tuned model
@@ -54,13 +54,13 @@ class CardDetails:
 
 
 def describe_network(config: EfficientVMambaConfig, is_classifier: bool) -> str:
-    """One sentence on the size and the purpose."""
+    """Returns a sentence on the purpose and the size of the network."""
     if variant := find_variant(config):
-        size = f"the published size {variant}"
+        size = f"of the published size {variant}"
     else:
-        size = f"{len(config.depths)} stages of {', '.join(map(str, config.hidden_sizes))} channels"
+        size = f"with {len(config.depths)} stages of {', '.join(map(str, config.hidden_sizes))} channels"
     purpose = f"a classifier of {config.num_labels} classes" if is_classifier else "the network without a classifier"
-    return f"This is {purpose}, of {size}."
+    return f"This model is {purpose}, {size}."
 
 
 def render_card(
@@ -69,13 +69,13 @@ def render_card(
     model_class: type[EfficientVMambaPreTrainedModel],
     details: CardDetails,
 ) -> ModelCard:
-    """The card of a model. The same model and details give the same text.
+    """Render the card of a model. The same arguments give the same text.
 
     Args:
-        repo_id: where the model will be found on the Hub.
-        config: of the network; parameters and operations are counted from it.
-        model_class: of the checkpoint.
-        details: everything else.
+        repo_id: The id of the model on the Hub.
+        config: The configuration of the network, from which parameters and GMACs are counted.
+        model_class: The class of the checkpoint.
+        details: The content that does not follow from the configuration.
     """
     is_classifier = model_class is EfficientVMambaForImageClassification
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
@@ -112,16 +112,18 @@ def render_card(
 
 
 def load_card(model: str) -> ModelCard:
-    """The card of a model, in its folder or its repository on the Hub.
+    """Load the card of a model from its directory or its repository on the Hub.
 
     Raises:
-        UserError: where there is none, or its metadata are damaged.
+        UserError: If there is no card, or its metadata are damaged.
     """
     if not Path(model).is_dir():
         with translate_hub_errors(model):
             path = Path(HfApi().hf_hub_download(model, constants.REPOCARD_NAME))
     elif not (path := Path(model) / constants.REPOCARD_NAME).is_file():
-        raise UserError(f"{model} holds no {path.name}: `evmamba push --results FILE` renders one with results")
+        raise UserError(
+            f"{model} holds no {path.name}: run `evmamba push --results FILE` to render a card with results"
+        )
     try:
         return ModelCard.load(path)
     except (ValueError, yaml.YAMLError) as error:
@@ -129,7 +131,7 @@ def load_card(model: str) -> ModelCard:
 
 
 def to_eval_results(results: dict) -> list[EvalResult]:
-    """What `evmamba evaluate` found, as a card keeps it."""
+    """Convert the results of `evmamba evaluate` to the entries of a card."""
     name = results["dataset_id"] or Path(results["dataset"]).resolve().name
     return [
         EvalResult(
@@ -152,19 +154,19 @@ def to_eval_results(results: dict) -> list[EvalResult]:
 
 
 def read_results(path: Path) -> list[EvalResult]:
-    """The results in a file that `evmamba evaluate` wrote.
+    """Read the results from a file that `evmamba evaluate` wrote.
 
     Raises:
-        UserError: for any other file.
+        UserError: If the file holds no such results.
     """
     try:
         return to_eval_results(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no results of `evmamba evaluate`: {error!r}") from error
+        raise UserError(f"{path} holds no results, give a file that `evmamba evaluate` wrote: {error!r}") from error
 
 
 def add_results(card: ModelCard, results: Iterable[EvalResult], model_name: str) -> None:
-    """Writes results into a card's metadata, in place of older ones of the same measurement."""
+    """Write results into the metadata of a card. They replace older results of the same measurement."""
     results = list(results)
     kept = [
         old
@@ -176,9 +178,9 @@ def add_results(card: ModelCard, results: Iterable[EvalResult], model_name: str)
 
 
 def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
-    """Top-1 accuracies on datasets of the Hub in its newer form: path in the repository -> content.
+    """Returns top-1 accuracies on datasets of the Hub in its newer format, as content by path in the repository.
 
-    Values are percentages there, as on the leaderboards of the Hub, and fractions in the card's metadata.
+    Values are percentages, as on the leaderboards of the Hub. The metadata of the card hold fractions.
     """
     files = {}
     for result in results:
@@ -199,10 +201,10 @@ def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
 
 
 def update_card(model: str, card: ModelCard, results: list[EvalResult]) -> None:
-    """Writes results into the card of a model, in its folder or, as one commit, in its repository on the Hub.
+    """Write results into the card of a model: in its directory, or in its repository on the Hub by one commit.
 
     Raises:
-        UserError: where the files cannot be written or uploaded.
+        UserError: If the files cannot be written or uploaded.
     """
     folder = Path(model)
     is_local = folder.is_dir()

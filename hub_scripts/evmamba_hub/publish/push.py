@@ -1,4 +1,4 @@
-"""`evmamba push`: a folder that `save_pretrained` wrote becomes a repository on the Hub, with card and code."""
+"""`evmamba push`: upload a directory that `save_pretrained` wrote to the Hub, with card and code."""
 
 import json
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from evmamba_hub.publish.card import EVAL_RESULTS_FOLDER, CardDetails, load_card
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
 
 
-# What `from_pretrained` loads unless it is asked for a variant: those, like model.fp16.safetensors, have other names.
+# Files that `from_pretrained` loads by default. Variants such as model.fp16.safetensors have other names.
 WEIGHTS_PATTERNS = [
     "model.safetensors",
     "model-?????-of-?????.safetensors",
@@ -31,7 +31,11 @@ WEIGHTS_PATTERNS = [
 def check_weights(
     paths: list[Path], model_class: type[EfficientVMambaPreTrainedModel], config: EfficientVMambaConfig
 ) -> None:
-    """Compares names and shapes in the files with those of the network, without reading the tensors."""
+    """Compare names and shapes in the files with those of the network, without reading the tensors.
+
+    Raises:
+        UserError: If a file is damaged, or does not fit the network.
+    """
     with torch_device("meta"):
         expected = {name: list(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
     found: dict[str, list[int]] = {}
@@ -41,25 +45,26 @@ def check_weights(
                 with safe_open(path, framework="pt") as file:
                     found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             except SafetensorError as error:
-                raise UserError(f"{path} is damaged: {error}") from error
+                raise UserError(f"{path} is damaged, save the model again: {error}") from error
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise UserError(
-            f"the weights do not fit {model_class.__name__} of this {CONFIG_NAME}: {len(wrong)} tensors are missing, "
-            f"unknown or of another shape, the first of them {wrong[0]}"
+            f"the weights do not fit {model_class.__name__} with this {CONFIG_NAME}: {len(wrong)} tensors are "
+            f"missing, unknown or of another shape, first {wrong[0]}. Save weights and configuration together"
         )
 
 
 def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | None = None) -> Files:
-    """All that the repository will hold, by path in it. Needs no network.
+    """Collect the files of a repository by path in it. No connection is needed.
 
     Args:
-        model_dir: configuration, safetensors weights and image processor; a README.md in it is the card.
-        repo_id: where the files will go, for the card.
-        details: for the card that is rendered where there is none.
+        model_dir: The directory with configuration, safetensors weights and image processor. A README.md in it is the
+            card.
+        repo_id: The id of the repository, for the card.
+        details: The content of the card, if the directory has none.
 
     Raises:
-        UserError: for a folder that holds no complete EfficientVMamba, and for details where there is a card.
+        UserError: If the directory holds no complete EfficientVMamba, or holds a card although there are details.
     """
     check_repo_id(repo_id)
     config = load_config(model_dir)
@@ -68,14 +73,16 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
     check_weights(weights, model_class, config)
     image_processor = model_dir / IMAGE_PROCESSOR_NAME
     if not image_processor.is_file():
-        raise UserError(f"{model_dir} holds no {image_processor.name}: save the image processor there too")
+        raise UserError(
+            f"{model_dir} holds no {image_processor.name}: save the image processor there with `save_pretrained`"
+        )
 
     fields = json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
     card = model_dir / constants.REPOCARD_NAME
     if card.is_file():
         if details is not None:
-            raise UserError(f"{card} is the card already: change it there, or remove it to have one rendered")
-        load_card(str(model_dir))  # so that metadata the Hub would refuse are found before anything is uploaded
+            raise UserError(f"{card} is the card already: edit it, or remove it to have one rendered")
+        load_card(str(model_dir))  # finds damaged metadata before the upload
     files = {
         constants.REPOCARD_NAME: card
         if card.is_file()
@@ -92,7 +99,7 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
 
 
 def is_stale(name: str) -> bool:
-    """Weights of an earlier upload, of another sharding or format: `from_pretrained` might prefer them."""
+    """Whether a file may hold weights of an earlier upload, which `from_pretrained` might prefer."""
     return any(fnmatchcase(name, pattern) for pattern in WEIGHTS_PATTERNS)
 
 
@@ -105,5 +112,5 @@ def push_model(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Upload:
-    """Uploads what `collect_model_files` found in one commit. Arguments and errors: `client.upload`."""
+    """Upload the files of `collect_model_files` in one commit. `client.upload` describes arguments and errors."""
     return upload(repo_id, files, message, private=private, revision=revision, create_pr=create_pr, is_stale=is_stale)

@@ -1,7 +1,7 @@
-"""`evmamba push-space`: the demo becomes a Gradio Space that shows a model of the Hub.
+"""`evmamba push-space`: upload the demo as a Gradio Space that shows a model of the Hub.
 
-The Space holds the packages that its program imports, as they are installed here. It needs only what its
-requirements.txt lists, and runs no code out of the repositories of models.
+The Space holds the installed packages that its app imports. It needs only the packages in its requirements.txt, and
+executes no code from the repositories of models.
 """
 
 from pathlib import Path
@@ -16,14 +16,14 @@ from evmamba_hub.errors import UserError
 from evmamba_hub.publish.bundle import find_package_folder
 
 
-MODEL_VARIABLE = "EVMAMBA_MODEL"  # the environment variable that tells the Space's app which model to show
+MODEL_VARIABLE = "EVMAMBA_MODEL"  # environment variable with the model that the app shows
 IGNORED_FOLDERS = {"__pycache__", ".gradio", ".cache"}
 PACKAGES = (evmamba_kernels, evmamba_hub, modeling_evmamba)
-COMMAND_LINE = "evmamba_hub/cli/"  # the Space has none, nor the packages that it imports
+COMMAND_LINE = "evmamba_hub/cli/"  # a Space has no command line, nor the packages that it imports
 
 
 def find_files(folder: Path, prefix: str = "") -> dict[str, Path]:
-    """Finds all files of a folder, by path in it."""
+    """Returns all files of a directory by path in it."""
     return {
         prefix + path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -32,7 +32,7 @@ def find_files(folder: Path, prefix: str = "") -> dict[str, Path]:
 
 
 def find_packages() -> Files:
-    """Finds the packages that the program imports, by path in the Space."""
+    """Returns the files of the packages that the app imports, by path in the Space."""
     files: Files = {}
     for package in PACKAGES:
         files |= find_files(find_package_folder(package), f"{package.__name__}/")
@@ -40,34 +40,34 @@ def find_packages() -> Files:
 
 
 def collect_space_files(own_files: dict[str, Path], repo_id: str, model: str) -> Files:
-    """Collects the files of the Space by path in it. The card's metadata name the model, so that the Hub links both.
+    """Collect the files of a Space by path in it. The metadata of its card name the model, so that the Hub links both.
 
     Args:
-        own_files: program, card, requirements and data, by path in the Space.
-        repo_id: of the Space.
-        model: its id on the Hub.
+        own_files: App, card, requirements and data, by path in the Space.
+        repo_id: The id of the Space.
+        model: The Hub id of the model.
 
     Raises:
-        UserError: if the files make no Gradio Space.
+        UserError: If an id is invalid, or the files are no Gradio Space.
     """
     check_repo_id(repo_id)
     check_repo_id(model)
-    for name, purpose in [("app.py", "its program"), (constants.REPOCARD_NAME, "its card")]:
+    for name, purpose in [("app.py", "its app"), (constants.REPOCARD_NAME, "its card")]:
         if name not in own_files:
-            raise UserError(f"the Space holds no {name}, {purpose}: give a folder with one (--folder)")
+            raise UserError(f"the Space holds no {name}, {purpose}: give a folder with one by --folder")
     card_path = own_files[constants.REPOCARD_NAME]
     try:
         card = SpaceCard.load(card_path)
     except ValueError as error:
         raise UserError(f"the metadata of {card_path} cannot be read: {error}") from error
     if card.data.get("sdk") != "gradio":
-        raise UserError(f"the metadata of {card_path} must say `sdk: gradio`, they say {card.data.get('sdk')!r}")
+        raise UserError(f"the metadata of {card_path} must say `sdk: gradio`, got {card.data.get('sdk')!r}")
     card.data["models"] = [model]
     return find_packages() | own_files | {constants.REPOCARD_NAME: str(card).encode()}
 
 
 def upload_space(repo_id: str, files: Files, model: str, *, message: str, private: bool = False) -> Upload:
-    """Uploads what `collect_space_files` found in one commit and names the model to the Space. Errors: `upload`."""
+    """Upload the files of `collect_space_files` in one commit, and set the variable of the Space. Errors: `upload`."""
     result = upload(repo_id, files, message, repo_type="space", space_sdk="gradio", private=private)
     with translate_hub_errors(repo_id):
         retry(HfApi().add_space_variable, repo_id, MODEL_VARIABLE, model)

@@ -1,4 +1,4 @@
-"""`evmamba republish`: the authors' checkpoints, what the manifest knows of them, and their conversion."""
+"""`evmamba republish`: convert the authors' checkpoints, with cards from the manifest."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ class PublishedCheckpoint:
 
     variant: str
     source: str  # its repository on the Hub
-    name: str  # of the repository that is made of it
-    top1: float  # percent, ImageNet-1k, by the authors' log
+    name: str  # of the converted repository
+    top1: float  # percent, on ImageNet-1k, from the authors' log
     log: str
     details: CardDetails
 
@@ -65,20 +65,20 @@ def load_manifest() -> list[PublishedCheckpoint]:
 
 
 def find_published(source: str) -> PublishedCheckpoint | None:
-    """The manifest's entry for a repository, None for anything else."""
+    """Returns the manifest's entry for a repository, or None."""
     return next((checkpoint for checkpoint in load_manifest() if checkpoint.source == source), None)
 
 
 def write_card(checkpoint: PublishedCheckpoint, conversion: Conversion, model_dir: Path, repo_id: str) -> None:
-    """Puts the card and the accuracy of the manifest into a converted checkpoint's folder.
+    """Write the card and the accuracy from the manifest into the directory of a converted checkpoint.
 
     Raises:
-        UserError: where the checkpoint is not the network that the manifest says.
+        UserError: If the checkpoint is not the network that the manifest names.
     """
     if conversion.variant != checkpoint.variant:
         raise UserError(
-            f"{checkpoint.source} holds {conversion.variant or 'a network of no published size'}, "
-            f"the manifest says {checkpoint.variant}"
+            f"{checkpoint.source} holds {conversion.variant or 'a network of no published size'}, but "
+            f"the manifest names {checkpoint.variant}: convert it to a directory, and upload that with `evmamba push`"
         )
     config = load_config(model_dir)
     averaged = "averaged" if conversion.weights == "ema" else "last, not averaged"
@@ -91,15 +91,16 @@ def write_card(checkpoint: PublishedCheckpoint, conversion: Conversion, model_di
 
 
 def collect_converted_files(source: str, conversion: Conversion, model_dir: Path, repo_id: str) -> Files:
-    """Collects what a converted checkpoint's repository will hold. The manifest's checkpoints get its card.
+    """Collect the files of a converted checkpoint's repository. A checkpoint of the manifest gets its card from there.
 
     Args:
-        source: from which the checkpoint was converted, a file or a repository.
-        conversion, model_dir: what `convert_checkpoint` returned and wrote.
-        repo_id: where the files will go.
+        source: The source of the conversion, a file or a repository.
+        conversion: The result of `convert_checkpoint`.
+        model_dir: The directory that it wrote.
+        repo_id: The id of the repository to upload to.
 
     Raises:
-        UserError: if the checkpoint is not the network that the manifest says.
+        UserError: If the checkpoint is not the network that the manifest names.
     """
     checkpoint = find_published(source)
     if checkpoint is not None:
@@ -114,13 +115,13 @@ class ConvertedCheckpoint(NamedTuple):
 
 
 def convert_all(namespace: str) -> Iterator[ConvertedCheckpoint]:
-    """Converts the manifest's checkpoints one after the other. The files of one go when the next is asked for.
+    """Convert the manifest's checkpoints one after the other. The next iteration deletes the files of the last one.
 
     Args:
-        namespace: user or organization on the Hub that will own the repositories.
+        namespace: The user or organization on the Hub that will own the repositories.
 
     Raises:
-        UserError: for a checkpoint that cannot be downloaded or converted.
+        UserError: If a checkpoint cannot be downloaded or converted.
     """
     for checkpoint in load_manifest():
         repo_id = f"{namespace}/{checkpoint.name}"

@@ -9,7 +9,7 @@ from training_evmamba.digits import load_splits, save_folder
 
 @pytest.fixture
 def evmamba(monkeypatch, capsys):
-    """Runs the command line: exit code, stdout, stderr."""
+    """Run the command line. Return exit code, stdout and stderr."""
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["evmamba", *map(str, arguments)])
@@ -22,7 +22,7 @@ def evmamba(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def digit_images(tmp_path_factory) -> Path:
-    """The digits that the bundled model was not trained with, 599 of them, in a folder for every class."""
+    """The 599 held-out digits of the bundled model, in a directory per class."""
     folder = tmp_path_factory.mktemp("digits")
     save_folder(folder, *load_splits())
     return folder / "validation"

@@ -1,4 +1,4 @@
-"""Models of the Hub, and weights that others saved, in every way that `from_pretrained` offers."""
+"""Load models from the Hub, and weights from other programs, in every way that `from_pretrained` offers."""
 
 import json
 import os
@@ -27,7 +27,7 @@ EXAMPLES = DIGITS.parent / "examples"
 
 @pytest.fixture
 def repo_id(hub: HubServer, tmp_path) -> str:
-    """A repository of two commits with a name of its own, so that nothing of it lies in the cache."""
+    """A repository of two commits with a unique name, so that the cache holds nothing of it."""
     repo_id = f"someone/{uuid4().hex}"
     model = EfficientVMambaForImageClassification.from_pretrained(DIGITS)
     model.classifier.bias.data.fill_(1.0)
@@ -63,7 +63,7 @@ def test_the_cache(hub, repo_id):
 
 
 def test_offline_after_one_download(hub, repo_id):
-    """In processes of their own: the Hub's client reads HF_HUB_OFFLINE when it is imported."""
+    """The Hub's client reads HF_HUB_OFFLINE at import, so the code runs in separate processes."""
     AutoModelForImageClassification.from_pretrained(repo_id)
     hub.requests.clear()
     script = (
@@ -105,7 +105,7 @@ def test_subfolder(hub):
 def test_dtype(repo_id, dtype):
     model = AutoModelForImageClassification.from_pretrained(repo_id, dtype=dtype)
     others = {name.rpartition(".")[2] for name, tensor in model.named_parameters() if tensor.dtype != dtype}
-    assert others == (set() if dtype == torch.float64 else {"A_log", "D"})  # never below float32
+    assert others == (set() if dtype == torch.float64 else {"A_log", "D"})  # float32 at least
     with torch.no_grad():
         image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         logits = model(image.to(dtype)).logits
@@ -119,7 +119,7 @@ def test_device_map(repo_id):
 
 
 def test_blocks_are_not_split_between_devices(tmp_path):
-    """With room for a part of the network only: the rest waits on the disk and comes when it is its turn."""
+    """Memory holds a part of the network. The rest is offloaded to the disk."""
     model = AutoModelForImageClassification.from_pretrained(
         DIGITS, device_map="auto", max_memory={"cpu": 250_000}, offload_folder=str(tmp_path)
     )
@@ -161,7 +161,7 @@ def test_classify_at_a_revision(evmamba, repo_id):
 
 @pytest.mark.parametrize("phase", ["download", "resolve"])
 def test_a_download_that_was_changed_on_its_way(evmamba, hub, repo_id, phase):
-    """All bytes are there, but they are others."""
+    """The file has the right size, but wrong bytes."""
     hub.faults = [Fault(phase, "corrupt", times=3)]
     code, _, err = evmamba("classify", EXAMPLES, "--model", repo_id)
     assert code == 1 and "was damaged on its way" in err and "run the command again" in err
@@ -180,7 +180,7 @@ def test_a_download_that_breaks_off_is_resumed(evmamba, hub, repo_id):
 
 @pytest.fixture
 def trained(tmp_path) -> tuple[Path, EfficientVMambaForImageClassification]:
-    """Two steps of transformers' Trainer."""
+    """Train two steps with transformers' Trainer."""
     config = EfficientVMambaConfig.from_pretrained(DIGITS)
     model = EfficientVMambaForImageClassification(config)
     rows = {"pixel_values": torch.randn(8, 3, 32, 32).tolist(), "labels": [0, 1] * 4}

@@ -22,7 +22,7 @@ def test_one_scan_block_counted_by_hand():
     config = EfficientVMambaConfig(
         hidden_sizes=[16], depths=[1], block_types=["evss"], state_size=4, num_labels=10, squeeze_expansion_ratio=0.5
     )
-    height, width, channels = 5, 3, 32  # the map's sides are odd: the zeros beside it must not count
+    height, width, channels = 5, 3, 32  # the sides of the map are odd, and the padding must not count
     pixels = height * width
     stem = pixels * 16 * 3 * 4 * 4
     projections = pixels * (16 * 2 * channels + channels * 16)
@@ -35,7 +35,7 @@ def test_one_scan_block_counted_by_hand():
 
 
 def test_info_prints_the_sizes():
-    # in a process of its own: the command as the installation made it
+    # the installed program, in a separate process
     command = [Path(sys.executable).with_name("evmamba"), "info"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

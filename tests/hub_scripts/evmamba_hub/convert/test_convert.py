@@ -1,4 +1,4 @@
-"""`evmamba convert` from the command line to the files that it writes, on weights whose logits are known."""
+"""`evmamba convert`, from the command line to the files that it writes, on weights with known logits."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_pickle_of_older_torch(evmamba, tmp_path):
 
 
 def test_views_of_one_buffer(evmamba, tmp_path):
-    """Distributed training may flatten parameters; safetensors takes no shared memory."""
+    """Distributed training may flatten parameters into one buffer, but safetensors rejects shared memory."""
     state_dict = micro()
     floats = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
     parts = torch.cat([tensor.flatten() for tensor in floats.values()]).split([t.numel() for t in floats.values()])
@@ -85,7 +85,7 @@ def test_views_of_one_buffer(evmamba, tmp_path):
 
 
 def test_settings_of_yacs(evmamba, tmp_path, monkeypatch):
-    """The authors' script pickles its yacs settings under "config"; reading them needs no yacs."""
+    """The authors' script pickles its yacs settings under "config". Reading them needs no yacs."""
     module = types.ModuleType("yacs.config")
     module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
     settings = module.CfgNode(MODEL=module.CfgNode(TYPE="vssm", DROP_PATH_RATE=0.1))
@@ -210,5 +210,5 @@ def test_values_beyond_the_range_of_half_precision(evmamba, tmp_path):
     state_dict["layers.3.1.conv_dw.1.running_var"][3] = 1e6
     torch.save(state_dict, tmp_path / "source.pth")
     result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--dtype", "float16")
-    assert_refused(result, tmp_path, "layers.3.1.conv_dw.1.running_var holds values that are no finite", "float16")
+    assert_refused(result, tmp_path, "layers.3.1.conv_dw.1.running_var holds values that are not finite", "float16")
     assert evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--dtype", "bfloat16")[0] == 0

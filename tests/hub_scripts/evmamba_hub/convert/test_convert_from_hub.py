@@ -1,4 +1,4 @@
-"""`evmamba convert` on repositories of the Hub."""
+"""`evmamba convert` with repositories on the Hub."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_choice_of_the_file(files, wanted, expected):
     [
         (["README.md", "code.tar"], None, "someone/tiny holds no checkpoint"),
         (["a.pth", "b.safetensors"], None, "choose one with --file: a.pth, b.safetensors"),
-        (["a.pth"], "c.pth", "someone/tiny holds no file c.pth, it holds a.pth"),
+        (["a.pth"], "c.pth", "someone/tiny holds no file c.pth: choose one of a.pth"),
     ],
 )
 def test_no_choice_of_the_file(files, wanted, message):
@@ -84,7 +84,7 @@ def test_a_damaged_download(evmamba, hub, tmp_path):
 
 
 def test_no_connection(tmp_path):
-    """In a process of its own: the Hub's client reads its endpoint when it is imported."""
+    """The Hub's client reads its endpoint at import, so the command runs in a separate process."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
     process = subprocess.run(
         [sys.executable, "-m", "evmamba_hub.cli", "convert", "TerryPei/EfficientVMamba-Tiny", "converted"],
@@ -97,5 +97,8 @@ def test_no_connection(tmp_path):
     assert "hf_secret" not in process.stderr
     result = process.returncode, process.stdout, process.stderr
     assert_refused(
-        result, tmp_path, "http://127.0.0.1:9 cannot be reached for TerryPei/EfficientVMamba-Tiny", "check it"
+        result,
+        tmp_path,
+        "http://127.0.0.1:9 cannot be reached for TerryPei/EfficientVMamba-Tiny",
+        "check the connection",
     )

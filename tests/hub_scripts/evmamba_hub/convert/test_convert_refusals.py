@@ -1,4 +1,4 @@
-"""Files that `evmamba convert` refuses: pickles with code, damaged files, other networks, and places to write."""
+"""Input that `evmamba convert` rejects: pickles with code, damaged files, other networks, unwritable directories."""
 
 import argparse
 import builtins
@@ -14,7 +14,7 @@ from original_checkpoints import assert_golden, assert_refused, micro, older_nam
 
 
 class Payload:
-    """Unpickled, it calls `function(*arguments)`."""
+    """Unpickling this object calls `function(*arguments)`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -42,7 +42,7 @@ def test_pickle_that_wants_to_run_code(evmamba, tmp_path, function, place, is_zi
     }[place]
     torch.save(content, tmp_path / "source.pth", _use_new_zipfile_serialization=is_zip)
     result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted")
-    assert_refused(result, tmp_path, "source.pth was refused and nothing in it ran", function.rpartition(".")[2])
+    assert_refused(result, tmp_path, "source.pth was rejected and nothing in it ran", function.rpartition(".")[2])
 
 
 def test_payload_of_the_test_would_run(tmp_path):
@@ -59,7 +59,9 @@ def test_truncated_file(evmamba, tmp_path, suffix, share):
     save(micro(), source)
     os.truncate(source, int(share * source.stat().st_size))
     result = evmamba("convert", source, tmp_path / "converted")
-    assert_refused(result, tmp_path, f"{source.name} cannot be read: it is truncated, damaged or no checkpoint")
+    assert_refused(
+        result, tmp_path, f"{source.name} cannot be read: it is truncated, damaged, or no PyTorch checkpoint"
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,11 +162,11 @@ def reshaped(name, *shape):
         ),
         pytest.param(lambda: {"fc.weight": torch.zeros(2, 2)}, ["holds no EfficientVMamba"], id="other_network"),
         pytest.param(dict, ["holds no EfficientVMamba"], id="nothing"),
-        pytest.param(lambda: [torch.zeros(3)], ["no dictionary of tensors but a list"], id="list"),
+        pytest.param(lambda: [torch.zeros(3)], ["must hold a dictionary of tensors, got a list"], id="list"),
         pytest.param(
-            lambda: {"model": {**micro(), "epoch": 3}}, ["'epoch', which is no named tensor"], id="no_tensor"
+            lambda: {"model": {**micro(), "epoch": 3}}, ["'epoch', which is not a named tensor"], id="no_tensor"
         ),
-        pytest.param(lambda: {"model": {0: torch.zeros(3)}}, ["0, which is no named tensor"], id="no_name"),
+        pytest.param(lambda: {"model": {0: torch.zeros(3)}}, ["0, which is not a named tensor"], id="no_name"),
     ],
 )
 def test_tensors_that_do_not_fit(evmamba, tmp_path, content, fragments):
@@ -176,7 +178,7 @@ def test_tensors_that_do_not_fit(evmamba, tmp_path, content, fragments):
 def test_weights_that_are_not_there(evmamba, tmp_path, kind, other):
     torch.save({"model" if other == "raw" else "model_ema": micro()}, tmp_path / "source.pth")
     result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--weights", kind)
-    assert_refused(result, tmp_path, f"no {kind} weights", f"only {other} ones")
+    assert_refused(result, tmp_path, f"no {kind} weights", f"choose --weights {other}")
 
 
 @pytest.mark.parametrize("source", ["source.pth", "./runs/tiny", "a/b/c", "someone/tiny.pth.tar", "no-such-file"])
@@ -203,7 +205,7 @@ def test_output_directory_in_use(evmamba, tmp_path):
 def test_output_directory(evmamba, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     torch.save(micro(), "source.pth")
-    (tmp_path / "converted").mkdir()  # empty: may be used
+    (tmp_path / "converted").mkdir()  # an empty directory is accepted
     code, out, _ = evmamba("convert", "source.pth", output)
     assert code == 0 and f"--model {output}\n" in out
     assert_golden(tmp_path / output)
@@ -213,7 +215,7 @@ def test_output_directory(evmamba, tmp_path, monkeypatch, output):
 def test_write_that_fails_midway(evmamba, tmp_path):
     torch.save(micro(), tmp_path / "source.pth")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk to this process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # appears as a full disk to this process
     try:
         result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted")
     finally:

@@ -45,7 +45,7 @@ def test_older_spellings(name, modern):
 
 @pytest.mark.parametrize("name", [name for name in SHAPES["micro"] if len(SHAPES["micro"][name]) > 0])
 def test_one_wrong_shape_does_not_change_the_sizes(name):
-    """It must be reported as this key's, so no single tensor may decide about the network (but for the classes)."""
+    """The error must name this key, so no single tensor may determine the network (except the number of classes)."""
     state_dict = {other: torch.empty(shape, device="meta") for other, shape in SHAPES["micro"].items()}
     state_dict[name] = torch.empty(7, device="meta")
     config = infer_config(state_dict)

@@ -1,4 +1,4 @@
-"""`evmamba export`: files that other runtimes open, with the logits of PyTorch."""
+"""`evmamba export`: other runtimes open the files, and compute the logits of PyTorch."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from training_evmamba.digits import load_splits
 
 
 LABELS = ["bird", "cat", "dog", "été"]
-SMALLEST_SIDE = 4 * (2 + 1)  # two places a side in the second of two stages
+SMALLEST_SIDE = 4 * (2 + 1)  # two positions per side in the second of two stages
 
 
 def load_image_processor() -> BitImageProcessorPil:
@@ -31,7 +31,7 @@ def load_image_processor() -> BitImageProcessorPil:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A network of both kinds of block whose batch norms do something, and whose labels are not in ASCII."""
+    """A network of both block types, with batch norms that are not the identity, and labels that are not ASCII."""
     config = EfficientVMambaConfig(
         hidden_sizes=[16, 24],
         depths=[1, 1],
@@ -62,7 +62,7 @@ def model(checkpoint):
 
 @pytest.fixture
 def exported(evmamba, checkpoint, tmp_path):
-    """Exports the network: the file."""
+    """Export the network. Return the file."""
 
     def run(*arguments, name="model.onnx"):
         exit_code, _, stderr = evmamba("export", checkpoint, tmp_path / name, *arguments)
@@ -72,7 +72,7 @@ def exported(evmamba, checkpoint, tmp_path):
     return run
 
 
-def colourful(*shape: int) -> torch.Tensor:
+def colorful(*shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(*shape, generator=generator) + torch.randn(*shape[:2], 1, 1, generator=generator)
 
@@ -85,7 +85,7 @@ def run_onnx(file, pixel_values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def largest_difference(logits: torch.Tensor, model, pixel_values: torch.Tensor) -> float:
     expected = model(pixel_values.float()).logits
-    # as much as the images differ, or a file that returns the same for all of them would pass
+    # logits must differ between images, or a file with constant logits would pass
     assert len(expected) == 1 or expected.std(dim=0).min() > 1e-2
     return (logits.float() - expected).abs().max().item()
 
@@ -99,7 +99,7 @@ def onnx_file(checkpoint, tmp_path_factory):
 
 def test_onnx_takes_any_batch_and_size(onnx_file, model):
     for shape in [(1, 3, 64, 64), (5, 3, 225, 223), (2, 3, 37, 53), (1, 3, SMALLEST_SIDE, 100), (3, 3, 4, 4)]:
-        pixel_values = colourful(*shape)
+        pixel_values = colorful(*shape)
         assert largest_difference(run_onnx(onnx_file, pixel_values), model, pixel_values) < 1e-5, shape
 
 
@@ -122,14 +122,14 @@ def test_onnx_is_of_standard_operators_and_describes_itself(onnx_file, checkpoin
 
 def test_onnx_of_one_size(exported, model):
     file = exported("--image-size", 250, 94)
-    pixel_values = colourful(3, 3, 250, 94)
+    pixel_values = colorful(3, 3, 250, 94)
     assert largest_difference(run_onnx(file, pixel_values), model, pixel_values) < 1e-5
     with pytest.raises(Exception, match="invalid dimensions"):
-        run_onnx(file, colourful(3, 3, 94, 250))
+        run_onnx(file, colorful(3, 3, 94, 250))
 
 
 def test_onnx_in_half_precision(exported, model):
-    pixel_values = colourful(3, 3, 41, 33).half()
+    pixel_values = colorful(3, 3, 41, 33).half()
     logits = run_onnx(exported("--dtype", "float16"), pixel_values)
     assert logits.dtype == torch.float16
     assert largest_difference(logits, model, pixel_values) < 1e-2
@@ -155,7 +155,7 @@ def test_digits_in_8_bits(evmamba, tmp_path):
     assert exit_code == 0, stderr
     graph = onnx.load(tmp_path / "digits.onnx").graph
     model = EfficientVMambaForImageClassification.from_pretrained(folder).eval()
-    # linear layers and pointwise convolutions; those of the scan stay in float32
+    # linear layers and pointwise convolutions, while the scan's matrices stay in float32
     num_layers = sum(
         isinstance(module, torch.nn.Linear) or getattr(module, "kernel_size", None) == (1, 1)
         for module in model.modules()
@@ -171,7 +171,7 @@ def test_digits_in_8_bits(evmamba, tmp_path):
 @pytest.mark.slow
 def test_torch_export_needs_nothing_of_this_package(exported, model, tmp_path):
     file = exported("--format", "torch-export", "--image-size", 37, 53, name="model.pt2")
-    pixel_values = colourful(5, 3, 37, 53)
+    pixel_values = colorful(5, 3, 37, 53)
     torch.save(pixel_values, tmp_path / "pixel_values.pt")
     script = """
 import sys, torch
@@ -192,7 +192,7 @@ print(labels["labels.json"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_aoti_package(exported, model):
     file = exported("--format", "aoti", "--image-size", 37, 53, name="model.pt2")
-    pixel_values = colourful(5, 3, 37, 53)
+    pixel_values = colorful(5, 3, 37, 53)
     logits = torch._inductor.aoti_load_package(str(file))(pixel_values)
     assert largest_difference(logits, model, pixel_values) < 1e-5
 
@@ -205,7 +205,7 @@ def test_without_a_compiler(evmamba, checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_file_with_other_logits_is_not_left_behind(evmamba, checkpoint, tmp_path):
-    """Weights beyond the range of float16 become infinite; the older file stays."""
+    """Weights beyond the range of float16 become infinite. The older file stays."""
     model = EfficientVMambaForImageClassification.from_pretrained(checkpoint)
     model.classifier.weight.data *= 1e6
     model.save_pretrained(tmp_path / "large")
@@ -227,7 +227,7 @@ def test_without_the_extra(evmamba, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     exit_code, _, stderr = evmamba("export", checkpoint, tmp_path / "model.onnx")
     assert exit_code == 1
-    assert 'pip install "efficientvmamba[export]"' in stderr
+    assert 'run pip install ".[export]" in a clone of the repository' in stderr
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_without_the_extra(evmamba, checkpoint, tmp_path, monkeypatch):
     [
         (["model.pt2"], 1, "files of the format onnx end in .onnx"),
         (["model.onnx", "--format", "aoti"], 1, "files of the format aoti end in .pt2"),
-        (["missing/model.onnx"], 1, "the folder for it does not exist"),
+        (["missing/model.onnx"], 1, "its parent directory does not exist"),
         (["model.pt2", "--format", "torch-export", "--dtype", "int8"], 1, "int8 is for the format onnx"),
-        (["model.onnx", "--image-size", 3, 64], 1, "must have 4 x 4 pixels at least"),
+        (["model.onnx", "--image-size", 3, 64], 1, "must have at least 4 x 4 pixels"),
         (["model.onnx", "--image-size", 64], 2, "requires 2 arguments"),
         (["model.onnx", "--dtype", "float8"], 2, "float8"),
     ],

@@ -30,14 +30,14 @@ def test_table_of_runtimes(evmamba):
     if torch.accelerator.is_available():
         assert measured["PyTorch, accelerator"][0] < 1e-3
     else:
-        assert not measured and "Not tried: PyTorch, accelerator: PyTorch finds no accelerator" in stdout
+        assert not measured and "Skipped: PyTorch, accelerator: PyTorch finds no accelerator" in stdout
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([find_bundled_model(), "--only", "TensorFlow"], "'TensorFlow' is no runtime, choose among 'PyTorch'"),
-        (["no/such/folder"], "'no/such/folder' is no valid repository id"),
+        ([find_bundled_model(), "--only", "TensorFlow"], "unknown runtime 'TensorFlow': choose one of 'PyTorch'"),
+        (["no/such/folder"], "'no/such/folder' is neither a path nor a valid repository id"),
     ],
     ids=["runtime", "model"],
 )

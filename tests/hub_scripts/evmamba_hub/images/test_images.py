@@ -22,14 +22,14 @@ def test_transparent_pixels_are_white(tmp_path):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").size == (2, 4)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    compression = "tiff_deflate" if mode == "YCbCr" else None  # Pillow 12 does not read those it wrote without
+    compression = "tiff_deflate" if mode == "YCbCr" else None  # without it, Pillow 12 cannot read its own files
     Image.new(mode, (3, 5)).save(tmp_path / "image.tiff", compression=compression)
     image = read_image(tmp_path / "image.tiff")
     assert (image.mode, image.size) == ("RGB", (3, 5))
@@ -42,7 +42,7 @@ def test_broken_files_are_refused(tmp_path, content, message):
     path = tmp_path / "broken.png"
     if content is None:
         Image.effect_noise((64, 64), 50).save(path)
-        content = path.read_bytes()[:1000]  # the header and the beginning of the pixels
+        content = path.read_bytes()[:1000]  # the header and the first pixels
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_image(path)
@@ -50,7 +50,7 @@ def test_broken_files_are_refused(tmp_path, content, message):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.new("F", (2, 2)).save(tmp_path / "float.tiff")
-    with pytest.raises(UserError, match="floating point"):
+    with pytest.raises(UserError, match="floating-point numbers of unknown range"):
         read_image(tmp_path / "float.tiff")
 
 

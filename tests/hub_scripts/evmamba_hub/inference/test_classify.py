@@ -1,4 +1,4 @@
-"""`evmamba classify` on the bundled model and the example images."""
+"""`evmamba classify` with the bundled model, on the example images."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[4] / "demo" / "examples"
 
 
 def label_in_name(path: str | Path) -> str:
-    return Path(path).stem[-1]  # the examples are called digit_0.png ... digit_9.png
+    return Path(path).stem[-1]  # the examples are digit_0.png ... digit_9.png
 
 
 def test_examples_are_classified_right(evmamba):
@@ -53,7 +53,7 @@ def test_a_broken_image_is_reported_and_the_rest_goes_on(evmamba, tmp_path):
     "arguments, expected_code, message",
     [
         (["missing.png"], 1, "missing.png does not exist"),
-        ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is no valid repository id"),
+        ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is neither a path nor a valid repository id"),
         ([EXAMPLES, "--device", "abacus"], 1, "device 'abacus' cannot be used"),
         ([EXAMPLES, "--dtype", "int8"], 2, "int8"),
         ([EXAMPLES, "--top-k", "0"], 2, "top-k"),

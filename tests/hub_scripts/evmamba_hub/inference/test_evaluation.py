@@ -1,4 +1,4 @@
-"""`evmamba evaluate`: counts that are exact, whatever the dataset and the number of processes."""
+"""`evmamba evaluate`: counts are exact for any dataset and any number of processes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ DIGITS = ROOT / "demo" / "digits"
 
 @pytest.fixture
 def few_digits(digit_images, tmp_path) -> Path:
-    """Seven digits of every class."""
+    """A dataset with seven digits per class."""
     for folder in digit_images.iterdir():
         (tmp_path / "few" / folder.name).mkdir(parents=True)
         for path in sorted(folder.iterdir())[:7]:
@@ -61,7 +61,7 @@ def test_what_the_card_of_the_digits_says(evmamba, digit_images, tmp_path):
 
 
 def test_two_processes(evmamba, few_digits, tmp_path):
-    """69 images on two processes: 35 and 34, where batches of 8 would be padded by others."""
+    """Two processes get 35 and 34 of 69 images. Other programs would pad these to batches of 8."""
     next(few_digits.glob("3/*.png")).unlink()
     single = evaluate(evmamba, DIGITS, "--dataset", few_digits, "--output", tmp_path / "single.json")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
@@ -74,7 +74,7 @@ def test_two_processes(evmamba, few_digits, tmp_path):
         timeout=300,
     )
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.count("images per second") == 1  # one of the processes reports
+    assert completed.stdout.count("images per second") == 1  # one process reports
     double = json.loads((tmp_path / "double.json").read_text())
     assert (single["processes"], double["processes"]) == (1, 2)
     for name in ("images", "top1", "top5", "most_confused", "worst_classes"):
@@ -98,14 +98,14 @@ def test_an_interrupted_evaluation_goes_on(evmamba, few_digits, tmp_path):
     (progress,) = tmp_path.glob("results.json.progress-*")
 
     last.write_bytes(content)
-    _, _, err = evmamba("evaluate", *arguments, "--dtype", "bfloat16")  # another measurement starts anew
-    assert "Going on" not in err
+    _, _, err = evmamba("evaluate", *arguments, "--dtype", "bfloat16")  # another dtype does not resume
+    assert "Resuming" not in err
 
     last.write_bytes(b"no image")
     assert evmamba("evaluate", *arguments)[0] == 1
     last.write_bytes(content)
     code, _, err = evmamba("evaluate", *arguments)
-    assert code == 0 and "Going on after 52 images" in err
+    assert code == 0 and "Resuming after 52 images" in err
     results = json.loads((tmp_path / "results.json").read_text())
     assert {**results, "images_per_second": None} == {**expected, "images_per_second": None}
     assert not progress.exists()
@@ -118,7 +118,7 @@ def test_a_damaged_progress_file_is_no_obstacle(evmamba, few_digits, tmp_path):
 
 
 def test_counts():
-    """Against sums over single images."""
+    """Compare with sums over single images."""
     torch.manual_seed(0)
     logits, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
     counts = Counts.start(7)
@@ -137,7 +137,7 @@ def test_counts():
 
 
 def test_a_batch_counts_as_a_whole_or_not(monkeypatch):
-    """Ctrl-C before each line that counts, one after the other."""
+    """Press Ctrl-C before each line of the function, one after the other."""
     logits, labels = torch.eye(7)[:4], torch.arange(4)
 
     def interrupt(frame, event, _):
@@ -166,7 +166,7 @@ def test_a_batch_counts_as_a_whole_or_not(monkeypatch):
 
 @pytest.fixture
 def at_second_batch(monkeypatch):
-    """Lets something happen once while the second batch is being counted."""
+    """Call a function once, while the second batch is being counted."""
     cross_entropy, calls = F.cross_entropy, []
 
     def prepare(action) -> None:
@@ -185,12 +185,12 @@ def test_ctrl_c_while_a_batch_is_counted(evmamba, few_digits, tmp_path, at_secon
     arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--output"]
     expected = evaluate(evmamba, *arguments, tmp_path / "expected.json")
     at_second_batch(lambda: os.kill(os.getpid(), signal.SIGINT))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with another
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with another handler
     code, out, _ = evmamba("evaluate", *arguments, tmp_path / "results.json")
     signal.signal(signal.SIGINT, handler)
     assert code != 0 and "top-1" not in out
     code, _, err = evmamba("evaluate", *arguments, tmp_path / "results.json")
-    assert code == 0 and "Going on after 8 images" in err
+    assert code == 0 and "Resuming after 8 images" in err
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["loss"] == pytest.approx(expected["loss"], rel=1e-9)
     ignored = {"images_per_second": None, "loss": None}
@@ -226,7 +226,7 @@ def test_what_broke_it_off_is_told_where_nothing_can_be_saved_any_more(evmamba, 
 
 
 def test_labels_are_matched_by_name(evmamba, few_digits, tmp_path):
-    """Not by number: the dataset's class 0 is "1" here, and "zero" the last one."""
+    """Indices do not match: the dataset's class 0 is "1", and its last class is "zero"."""
     (few_digits / "0").rename(few_digits / "zero")
     (tmp_path / "map.json").write_text(json.dumps({"zero": "0"}))
     arguments = [DIGITS, "--dataset", few_digits, "--output", tmp_path / "results.json"]
@@ -305,7 +305,7 @@ def test_images_are_cropped_like_torchvision(evmamba, tmp_path, size):
     image_processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     actual = Preprocessor(image_processor)(LabeledImage("image", tmp_path / "image.png", 0))
 
-    # torchvision's Resize(256), CenterCrop(224), ToTensor and Normalize, in their own words
+    # torchvision's Resize(256), CenterCrop(224), ToTensor and Normalize
     width, height = size
     scaled = (256, int(256 * height / width)) if width < height else (int(256 * width / height), 256)
     resized = Image.fromarray(noise).resize(scaled, Image.Resampling.BICUBIC)
@@ -337,7 +337,7 @@ def test_results_in_a_card(evmamba, few_digits, tmp_path):
 
 
 def test_results_and_card_are_replaced_as_a_whole(evmamba, few_digits, tmp_path):
-    """Who has opened an older file goes on reading it, and links stay links."""
+    """A process that has opened the old file can still read it, and links stay links."""
     shutil.copytree(DIGITS, tmp_path / "model")
     (tmp_path / "elsewhere.json").write_text("old")
     (tmp_path / "results.json").symlink_to(tmp_path / "elsewhere.json")
@@ -354,7 +354,7 @@ def test_results_and_card_are_replaced_as_a_whole(evmamba, few_digits, tmp_path)
 
 @pytest.fixture
 def hub_data(hub, few_digits, tmp_path) -> str:
-    """A dataset of the Hub, of seven digits of every class."""
+    """A dataset on the Hub with seven digits per class."""
     load_dataset("imagefolder", data_dir=str(few_digits), split="train").to_parquet(tmp_path / "data.parquet")
     hub.create("someone/data", {"test.parquet": (tmp_path / "data.parquet").read_bytes()}, kind="dataset")
     return "someone/data"
@@ -362,7 +362,7 @@ def hub_data(hub, few_digits, tmp_path) -> str:
 
 def test_results_are_shown_before_a_card_fails(evmamba, hub_data, tmp_path):
     shutil.copytree(DIGITS, tmp_path / "model")
-    (tmp_path / "model" / ".eval_results").touch()  # where a folder is needed
+    (tmp_path / "model" / ".eval_results").touch()  # a file in place of the directory
     arguments = ["--dataset", hub_data, "--output", tmp_path / "results.json", "--update-card"]
     code, out, err = evmamba("evaluate", tmp_path / "model", *arguments)
     assert code == 1 and "100.00%" in out
@@ -400,14 +400,14 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, hub_data, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["no/such/model", "--dataset", "DATA"], "no valid repository id"),
-        ([DIGITS, "--dataset", "no/such/data"], "no valid repository id"),
+        (["no/such/model", "--dataset", "DATA"], "nor a valid repository id"),
+        ([DIGITS, "--dataset", "no/such/data"], "nor a valid repository id"),
         ([DIGITS, "--dataset", "DATA", "--revision", "main"], "only repositories on the Hub have revisions"),
         ([DIGITS, "--dataset", "DATA", "--label-map", "missing.json"], "missing.json cannot be read as JSON"),
         ([DIGITS.parent, "--dataset", "DATA"], "cannot be loaded as an image classifier"),
         (["MODEL", "--dataset", "DATA", "--update-card"], "holds no README.md"),
-        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is a folder or a device, --output is a file"),
-        ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is a folder or a device, --output is a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is not a regular file: --output takes a file"),
+        ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is not a regular file: --output takes a file"),
         (["someone/missing", "--dataset", "DATA"], "neither a path here nor a repository on the Hub"),
     ],
 )
@@ -420,7 +420,7 @@ def test_bad_arguments_get_one_message(evmamba, hub, few_digits, tmp_path, argum
 
 
 def test_the_hub_is_asked_before_the_work_begins(evmamba, hub, few_digits):
-    """A card that cannot be read is found before the evaluation, not after."""
+    """An unreadable card is found before the evaluation."""
     assert evmamba("push", DIGITS, "someone/digits")[0] == 0
     repo = hub.repos["model", "someone/digits"]
     del repo.commits[repo.refs["main"]].files["README.md"]
@@ -439,7 +439,7 @@ def test_images_of_different_sizes(evmamba, few_digits, tmp_path):
     assert evaluate(evmamba, *arguments, "--batch-size", 1)["images"] == 71
 
 
-@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no right")])
+@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no permission")])
 def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path, action, message):
     assert evmamba("push", DIGITS, "someone/digits")[0] == 0
     hub.faults = [Fault("commit", action)]
@@ -448,7 +448,7 @@ def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, 
     assert code == 1 and "100.00%" in out and message in err.splitlines()[-1] and err.count("Error:") == 1
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 70
     code, out, err = evmamba("evaluate", *arguments)
-    assert code == 0 and "Going on after 70 images" in err and "100.00%" in out
+    assert code == 0 and "Resuming after 70 images" in err and "100.00%" in out
     assert json.loads((tmp_path / "results.json").read_text())["images_per_second"] is None
     assert len(hub.repos["model", "someone/digits"].history) == 3
     assert not list(tmp_path.glob("*.progress-*"))
@@ -457,7 +457,7 @@ def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, 
 def test_missing_packages(evmamba, few_digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     code, _, err = evmamba("evaluate", DIGITS, "--dataset", few_digits)
-    assert code == 1 and 'pip install "efficientvmamba[evaluate]"' in err
+    assert code == 1 and 'run pip install ".[evaluate]" in a clone of the repository' in err
 
 
 def test_a_damaged_download(evmamba, hub, few_digits, tmp_path):

@@ -1,4 +1,4 @@
-"""What model cards say, and where it comes from."""
+"""The content of model cards, and its sources."""
 
 import re
 
@@ -80,7 +80,7 @@ def test_cards_of_the_authors_checkpoints(checkpoint):
         "Citation",
     ]
     assert "benchmarks/RESULTS.md" in card.text
-    assert "{" not in card.text.split("```bibtex")[0]  # nothing of the template is left
+    assert "{" not in card.text.split("```bibtex")[0]  # no placeholder of the template is left
 
 
 def test_the_code_of_a_card_is_python(tmp_path):
@@ -147,7 +147,7 @@ def test_files_that_hold_no_results(tmp_path, content):
 
 
 def test_markup_in_names_is_data():
-    """Names come from repositories of others: they are no template."""
+    """Names come from other repositories, and must not be rendered as templates."""
     details = CardDetails(license="mit", base_model="{{ 7 * 7 }}/x", datasets=["a: [b"])
     card = render_classifier_card(details)
     assert metadata(card)["base_model"] == "{{ 7 * 7 }}/x"

@@ -1,4 +1,4 @@
-"""`evmamba push` against the Hub of the tests: what arrives, what is refused, and what interruptions leave behind."""
+"""`evmamba push` to the Hub of the tests: uploaded files, rejected input, interruptions."""
 
 import json
 import os
@@ -33,7 +33,7 @@ PHASES = ["info", "create", "validate", "preupload", "batch", "upload", "verify"
 
 @pytest.fixture
 def evmamba(evmamba):
-    """The command line, whose output never holds a token."""
+    """The command line, with a check that its output holds no token."""
 
     def run(*arguments):
         code, out, err = evmamba(*arguments)
@@ -134,13 +134,13 @@ def test_private_branch_and_pull_request(evmamba, hub, model_dir):
 def test_pull_request_to_a_repository_of_someone_else(evmamba, hub, monkeypatch):
     hub.create("else/model", {"config.json": b"{}"})
     code, _, err = evmamba("push", DIGITS, "else/model")
-    assert code == 1 and "no right" in err
+    assert code == 1 and "no permission" in err
     assert evmamba("push", DIGITS, "else/model", "--create-pr")[0] == 0
     assert list(hub.repos["model", "else/model"].refs) == ["main", "refs/pr/1"]
 
 
 def test_token_of_the_login(evmamba, hub, monkeypatch):
-    """The file that `hf auth login` writes."""
+    """Use the file that `hf auth login` writes."""
     token = os.environ["HF_TOKEN"]
     monkeypatch.delenv("HF_TOKEN")
     path = Path(constants.HF_TOKEN_PATH)
@@ -223,17 +223,17 @@ def test_backbone(evmamba, hub, tmp_path):
     assert 'out_features=["stage2", "stage4"]' in card and "AutoModelForImageClassification" not in card
 
 
-# Refusals
+# Rejected input
 
 
 @pytest.mark.parametrize(
     "repo_id, fragments",
     [
-        ("someone/digits/more", ["no valid repository id", "user/name"]),
-        ("someone/--", ["no valid repository id"]),
-        ("someone/dig its", ["no valid repository id"]),
+        ("someone/digits/more", ["nor a valid repository id", "user/name"]),
+        ("someone/--", ["nor a valid repository id"]),
+        ("someone/dig its", ["nor a valid repository id"]),
         ("digits", ["names no owner", "user/name"]),
-        ("else/digits", ["answered 403", "no right"]),
+        ("else/digits", ["answered 403", "no permission"]),
         ("someone/data", ["someone/data is a dataset on the Hub, not a model", "another id"]),
         ("someone/space", ["someone/space is a space on the Hub, not a model"]),
     ],
@@ -253,9 +253,9 @@ def test_wrong_repositories(evmamba, hub, repo_id, fragments):
     "token, fragments",
     [
         (None, ["no access token", "`hf auth login`", "HF_TOKEN"]),
-        ("hf_InvalidSecret", ["answered 401", "not valid", "`hf auth login`"]),
-        (READ_TOKEN, ["answered 403", "no right"]),
-        (OTHER_TOKEN, ["answered 403", "no right"]),
+        ("hf_InvalidSecret", ["answered 401", "is invalid or has expired", "`hf auth login`"]),
+        (READ_TOKEN, ["answered 403", "no permission"]),
+        (OTHER_TOKEN, ["answered 403", "no permission"]),
     ],
     ids=["none", "invalid", "read", "other"],
 )
@@ -282,13 +282,13 @@ def test_no_network(evmamba, hub, monkeypatch):
 @pytest.mark.parametrize(
     "phase, status, message",
     [
-        ("info", 500, "trouble of its own"),
+        ("info", 500, "is overloaded or fails"),
         ("create", 404, "answered 404"),
-        ("create", 502, "trouble of its own"),
+        ("create", 502, "is overloaded or fails"),
         ("commit", 404, "answered 404"),
-        ("commit", 409, "something else changes it"),
+        ("commit", 409, "another process changes it"),
         ("commit", 418, "answered 418"),
-        ("commit", 504, "trouble of its own"),
+        ("commit", 504, "is overloaded or fails"),
     ],
 )
 def test_errors_of_the_hub(evmamba, hub, phase, status, message):
@@ -310,7 +310,7 @@ def test_words_of_the_hub_are_shown_without_the_token(evmamba, hub):
 def test_answers_that_are_not_of_a_hub(evmamba, hub, phase):
     hub.faults = [Fault(phase, "corrupt")]
     code, _, err = evmamba("push", DIGITS, REPO_ID)
-    assert code == 1 and "refuses the upload to someone/digits" in err
+    assert code == 1 and "rejects the upload to someone/digits" in err
 
 
 def damage(name: str, content: bytes | None):
@@ -345,7 +345,7 @@ def lose_a_shard(model_dir: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, fragments",
     [
-        (shutil.rmtree, ["is no folder", "`save_pretrained`"]),
+        (shutil.rmtree, ["is not a directory", "`save_pretrained`"]),
         (damage("config.json", None), ["config.json is missing or damaged"]),
         (damage("config.json", b"{"), ["config.json is missing or damaged"]),
         (damage("config.json", b'{"model_type": "resnet"}'), ["of the type 'resnet'"]),
@@ -380,7 +380,7 @@ def test_details_where_there_is_a_card(evmamba, hub):
 
 
 def push_in_a_fork(model_dir: Path) -> int:
-    """Starts a push in a process of its own and returns its id. The libraries are imported there already."""
+    """Start a push in a separate process, with the libraries imported. Return the id of the process."""
     pid = os.fork()
     if pid == 0:
         sys.argv = ["evmamba", "push", str(model_dir), REPO_ID]
@@ -405,7 +405,7 @@ def test_a_push_that_is_killed(evmamba, hub, model_dir, phase, exists):
     hub.faults = [Fault(phase, lambda: os.kill(child, signal.SIGKILL))]
     child = push_in_a_fork(model_dir)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    if exists and phase != "commit":  # a commit that was sent completely is made, whether the client lives or not
+    if exists and phase != "commit":  # the Hub makes a commit that was sent completely, even if the client is dead
         assert hub.repos["model", REPO_ID].refs["main"] == old_commit
         assert hub.repos["model", REPO_ID].files() == old_files
 
@@ -426,7 +426,7 @@ def test_a_push_that_is_killed(evmamba, hub, model_dir, phase, exists):
 def test_a_connection_that_breaks(evmamba, hub, phase, action):
     hub.faults = [Fault(phase, action)]
     code, _, err = evmamba("push", DIGITS, REPO_ID)
-    # large files and what precedes them are tried again by the client
+    # the client retries large files and the requests before them
     assert code == (0 if phase in ("preupload", "batch", "upload", "verify") else 1)
     if code:
         assert err.splitlines()[-1].startswith("Error: ") and "the connection broke off" in err

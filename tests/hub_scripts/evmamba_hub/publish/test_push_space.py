@@ -1,4 +1,4 @@
-"""`evmamba push-space` on a small folder."""
+"""`evmamba push-space` with a small Space."""
 
 from pathlib import Path
 
@@ -75,8 +75,8 @@ def test_dry_run(evmamba, hub, demo, monkeypatch):
     [
         ("app.py", None, "holds no app.py"),
         ("README.md", None, "holds no README.md"),
-        ("README.md", "---\nsdk: static\n---\n", "must say `sdk: gradio`, they say 'static'"),
-        ("README.md", "No metadata", "must say `sdk: gradio`, they say None"),
+        ("README.md", "---\nsdk: static\n---\n", "must say `sdk: gradio`, got 'static'"),
+        ("README.md", "No metadata", "must say `sdk: gradio`, got None"),
         ("README.md", "---\n- 1\n---\n", "cannot be read"),
     ],
 )
@@ -91,9 +91,9 @@ def test_wrong_repositories(evmamba, hub, demo):
     hub.create(SPACE)
     for options, message in [
         ({}, "is a model on the Hub, not a space"),
-        ({"space": "a b"}, "no valid repository id"),
+        ({"space": "a b"}, "nor a valid repository id"),
         ({"model": "nobody"}, "names no owner"),
-        ({"space": "else/space"}, "no right"),
+        ({"space": "else/space"}, "no permission"),
     ]:
         code, _, err = push_space(evmamba, demo, **options)
         assert code == 1 and message in err, options

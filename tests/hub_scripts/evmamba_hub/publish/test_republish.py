@@ -1,4 +1,4 @@
-"""From the authors' checkpoints to repositories with cards: `evmamba convert --push-to` and `evmamba republish`."""
+"""`evmamba convert --push-to` and `evmamba republish`: from the authors' checkpoints to repositories with cards."""
 
 import re
 
@@ -20,7 +20,7 @@ TINY = "TerryPei/EfficientVMamba-Tiny"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, bytes]:
-    """What the authors' repositories hold, with other weights."""
+    """The checkpoints of the authors' repositories, with other weights."""
     contents = {}
     for variant in VARIANTS:
         path = tmp_path_factory.mktemp("checkpoints") / f"{variant}.pth"
@@ -83,7 +83,7 @@ def test_the_push_that_fails_after_a_conversion(evmamba, authors, tmp_path):
     authors.faults = [Fault("commit", "hang up")]
     code, out, err = evmamba("convert", TINY, tmp_path / "tiny", "--push-to", "someone/tiny")
     assert code == 1 and "Converted" in out
-    assert f"`evmamba push {tmp_path / 'tiny'} someone/tiny` uploads what was converted" in err
+    assert f"Run `evmamba push {tmp_path / 'tiny'} someone/tiny` to upload the converted model" in err
     assert evmamba("push", tmp_path / "tiny", "someone/tiny")[0] == 0
     assert "76.5" in authors.repos["model", "someone/tiny"].files()[".eval_results/imagenet-1k.yaml"].decode()
 
@@ -99,16 +99,16 @@ def test_a_file_of_ones_own_has_a_card_without_accuracy(evmamba, authors, checkp
 def test_a_checkpoint_that_is_not_what_the_manifest_says(evmamba, hub, checkpoints):
     hub.create(TINY, {"model.pth": checkpoints["small"]})
     code, _, err = evmamba("convert", TINY, "--push-to", "someone/tiny")
-    assert code == 1 and "holds small, the manifest says tiny" in err
+    assert code == 1 and "holds small, but the manifest names tiny" in err
     assert ("model", "someone/tiny") not in hub.repos
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["convert", TINY], "give a directory to write, or --push-to"),
-        (["convert", TINY, "--push-to", "no id"], "no valid repository id"),
-        (["republish", "a/b"], "no valid repository id"),
+        (["convert", TINY], "give a directory to write, --push-to with a repository, or both"),
+        (["convert", TINY, "--push-to", "no id"], "nor a valid repository id"),
+        (["republish", "a/b"], "nor a valid repository id"),
         (["republish", "someone"], "neither a path here nor a repository"),
     ],
 )
