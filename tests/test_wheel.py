@@ -140,4 +140,4 @@ def test_the_space_that_would_be_uploaded(environment):
     own = {path.relative_to(ROOT / "demo").as_posix() for path in (ROOT / "demo").rglob("*") if path.is_file()}
     assert {name for name in own if "__pycache__" not in name} <= files
     assert {"evmamba_hub/client.py", "evmamba_kernels/__init__.py", "modeling_evmamba/__init__.py"} <= files
-    assert not any(name.startswith(("training_evmamba", "evmamba_hub/cli", "evmamba_demo/space")) for name in files)
+    assert not any(name.startswith(("training_evmamba", "evmamba_hub/cli/", "evmamba_demo/space/")) for name in files)
