@@ -126,9 +126,10 @@ def test_resumed_training_ends_at_the_same_weights(tmp_path, splits, image_proce
     assert_same_weights(resumed.model.state_dict(), expected)
 
 
-def test_example_of_the_readme(tmp_path):
+def test_example_of_the_documentation(tmp_path):
     """As it stands there, on a folder of images where the example looks for it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     [example] = [block for block in blocks if 'load_dataset("imagefolder"' in block]
     shutil.copytree(DIGITS, tmp_path / "demo" / "digits")
     generator = np.random.default_rng(0)
