@@ -66,10 +66,10 @@ def test_everything_comes_from_the_space(space):
 
 
 def test_endpoints_are_named_and_described(client):
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "demo.md").read_text()
     endpoints = client.view_api(return_format="dict", print_info=False)
     assert endpoints["named_endpoints"].keys() == ENDPOINTS and not endpoints["unnamed_endpoints"]
-    assert all(f"`{endpoint}`" in readme for endpoint in ENDPOINTS)
+    assert all(f"`{endpoint}`" in page for endpoint in ENDPOINTS)
 
 
 def test_every_endpoint_answers(client):
