@@ -11,22 +11,20 @@ def demo(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder or Hub id of a model. The first is shown, further ones are there to be compared.",
+            help="Directory or Hub id of a model. The first is shown, the others are offered for comparison.",
             show_default="the bundled model of handwritten digits",
         ),
     ] = None,
     allow_any_model: Annotated[
         bool,
-        typer.Option(
-            "--allow-any-model", help="Let visitors name models too, on the Hub and in folders of this disk."
-        ),
+        typer.Option("--allow-any-model", help="Let visitors load any model of the Hub and of this disk."),
     ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
-    """Shows a model in the browser: classify, look inside, compare, measure.
+    """Show a model in the browser: classify, look inside, compare, measure.
 
-    Needs the extra `demo` of this package.
+    Install the extra `demo` first.
 
     Examples:
 
@@ -35,7 +33,7 @@ def demo(
         evmamba demo --model efficientvmamba-tiny --model someone/efficientvmamba-small --port 8000
     """
     require("gradio", extra="demo")
-    from evmamba_demo.bundled import find_bundled_model, find_examples
+    from evmamba_demo.bundled import find_bundled_model
     from evmamba_demo.interface import launch
 
-    launch([*(model or []), str(find_bundled_model())], find_examples(), allow_any_model, host, port)
+    launch([*(model or []), str(find_bundled_model())], allow_any_model, host, port)
