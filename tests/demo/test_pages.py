@@ -177,7 +177,7 @@ def test_an_error_is_shown_and_the_next_picture_works(open_page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     page = open_page()
     upload(page, tmp_path / "broken.png")
-    expect(page.get_by_text("it is not an image in a format that Pillow reads")).to_be_visible()
+    expect(page.get_by_text("it is not an image in a format that Pillow reads").first).to_be_visible()
     save_screenshot(page, "error")
     page.get_by_role("button", name="Remove Image").or_(page.get_by_role("button", name="Clear")).first.click()
     upload(page, EXAMPLES / "digit_5.png")
