@@ -12,7 +12,6 @@ if __name__ == "__main__":
     models = [os.environ["EVMAMBA_MODEL"]] if os.environ.get("EVMAMBA_MODEL") else []
     launch(
         [*models, str(HERE / "digits")],
-        sorted((HERE / "examples").iterdir()),
         allow_any=False,  # visitors of a public Space do not choose what it downloads and runs
         host=None,
         port=None,

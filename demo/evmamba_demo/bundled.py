@@ -1,4 +1,4 @@
-"""What comes with the package: a model of handwritten digits, example images, and the files of the Space.
+"""What comes with the package: a model of handwritten digits, example images, photographs, and the Space's files.
 
 In the repository they lie beside this package, in `demo/`. setup.cfg installs them inside of it.
 """
@@ -25,10 +25,16 @@ def find_examples() -> list[Path]:
     return sorted(find_data("examples", "examples").glob("*.png"))
 
 
+def find_photographs() -> list[Path]:
+    """Photographs for models of other classes. `demo/photographs/README.md` names authors and licenses."""
+    return sorted(find_data("photographs", "photographs").glob("*.jpg"))
+
+
 def find_space_files() -> dict[str, Path]:
     """The Space of this demonstration: the paths of its files, by path in the Space."""
     space = find_data("space", ".")
     files = {name: space / name for name in ("app.py", "README.md", "requirements.txt")}
     files |= {f"evmamba_demo/{path.name}": path for path in sorted(PACKAGE.glob("*.py"))}
     files |= {f"digits/{path.name}": path for path in sorted(find_bundled_model().iterdir())}
-    return files | {f"examples/{path.name}": path for path in find_examples()}
+    files |= {f"examples/{path.name}": path for path in find_examples()}
+    return files | {f"photographs/{path.name}": path for path in find_data("photographs", "photographs").iterdir()}

@@ -1,4 +1,4 @@
-"""Maps and paths drawn over what the network sees."""
+"""Draws maps and paths over what the network sees."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ DECADES = 4  # of influence, from the strongest pixel down, that a receptive fie
 
 
 def to_picture(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> Image.Image:
-    """The image that the network sees: (1, C, H, W) before normalization, enlarged without smoothing."""
+    """Undoes the normalization of (1, C, H, W), and enlarges the image without smoothing."""
     colors = pixel_values[0].permute(1, 2, 0).cpu() * torch.tensor(std) + torch.tensor(mean)  # (H, W, C)
     image = Image.fromarray((colors * 255).round().clamp(0, 255).to(torch.uint8).numpy())
     scale = max(1, round(VIEW_SIDE / max(image.size)))
@@ -23,7 +23,7 @@ def to_picture(pixel_values: torch.Tensor, mean: list[float], std: list[float]) 
 
 
 def tint(picture: Image.Image, color: tuple[int, int, int], strength: torch.Tensor, smooth: bool) -> Image.Image:
-    """Mixes a color into a picture where a map (H, W), from 0 to 1, says so."""
+    """Blends a color into a picture by a map (H, W) from 0 to 1."""
     size = {"size": (picture.height, picture.width), "mode": "bilinear" if smooth else "nearest"}
     alpha = F.interpolate(strength[None, None].float().cpu(), **size)[0, 0]
     mask = Image.fromarray((alpha * 255).round().clamp(0, 255).to(torch.uint8).numpy())
@@ -31,14 +31,14 @@ def tint(picture: Image.Image, color: tuple[int, int, int], strength: torch.Tens
 
 
 def draw_activation(picture: Image.Image, activation: torch.Tensor, opacity: float) -> Image.Image:
-    """A map (H, W) over the picture: what speaks for the class, and against it where values are negative."""
+    """Draws a map (H, W) over the picture: positive values in `FOR`, negative ones in `AGAINST`."""
     strength = opacity * activation / activation.abs().max().clamp_min(1e-12)
     picture = tint(picture.convert("L").convert("RGB"), FOR, strength.clamp_min(0), smooth=True)
     return tint(picture, AGAINST, (-strength).clamp_min(0), smooth=True)
 
 
 def draw_receptive_field(picture: Image.Image, influence: torch.Tensor, row: float, column: float) -> Image.Image:
-    """Influences (H, W) over the picture on a logarithmic scale, and a ring at a place in fractions of the sides."""
+    """Draws influences (H, W) on a logarithmic scale, and a ring at a place in fractions of the sides."""
     decades = (influence / influence.max().clamp_min(1e-30)).clamp_min(10.0**-DECADES).log10()
     picture = tint(picture.convert("L").convert("RGB"), REACH, 1 + decades / DECADES, smooth=False)
     x, y, radius = column * picture.width, row * picture.height, max(picture.size) / 60
@@ -51,7 +51,7 @@ def draw_receptive_field(picture: Image.Image, influence: torch.Tensor, row: flo
 def draw_scan(
     picture: Image.Image, paths: list[torch.Tensor], height: int, width: int, progress: float
 ) -> Image.Image:
-    """The paths of the groups over the picture, up to a fraction of their steps.
+    """Draws the paths of the groups over the picture, up to a fraction of their steps.
 
     Args:
         picture: what the network sees.

@@ -1,6 +1,6 @@
-"""Where in an image a classification comes from, computed from the network: maps, scan paths, receptive fields.
+"""Explains a classification by the network itself: activation maps, scan paths and receptive fields.
 
-Stages are counted from 1; stage 0 is the patch embedding. Images are batches of one, as an image processor makes them.
+Stages count from 1; stage 0 is the patch embedding. Images are batches of one, from an image processor.
 """
 
 import torch
@@ -12,7 +12,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 def run_stages(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits (1, labels), and the outputs (1, C, H, W) of the patch embedding and of every stage, in one graph."""
+    """Returns logits (1, labels) and the outputs (1, C, H, W) of the patch embedding and every stage, in one graph."""
     with torch.enable_grad():
         outputs = model(pixel_values, output_hidden_states=True)
     return outputs.logits, outputs.hidden_states
@@ -22,10 +22,10 @@ def run_stages(
 def class_activation_map(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, label: int
 ) -> torch.Tensor:
-    """What every cell of the last stage adds to the logit of a class (CAM, Zhou et al., arXiv 1512.04150), (H, W).
+    """Returns what every cell of the last stage adds to a class's logit (CAM, Zhou et al., arXiv 1512.04150), (H, W).
 
-    The head is a norm per cell, a mean over the cells and a linear layer, so the logit is a sum over the cells and
-    nothing is approximated: the map's sum is the logit without its bias.
+    The head is a norm per cell, a mean over the cells and a linear layer. So the map is exact: its sum is the logit
+    without its bias.
     """
     network = model.efficientvmamba
     normalized = network.layernorm(network(pixel_values).last_hidden_state)[0]  # (C, H, W)
@@ -36,9 +36,9 @@ def class_activation_map(
 def grad_cam(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, label: int, stage: int
 ) -> torch.Tensor:
-    """Which cells of a stage's output speak for a class (Grad-CAM, Selvaraju et al., arXiv 1610.02391), (H, W), >= 0.
+    """Finds which cells of a stage raise a class's logit (Grad-CAM, Selvaraju et al., arXiv 1610.02391), (H, W), >= 0.
 
-    Channels are weighted by the mean of the logit's gradient, so this is an approximation, unlike the map above.
+    The mean of the logit's gradient weights the channels. Unlike the map above, this is an approximation.
     """
     logits, hidden_states = run_stages(model, pixel_values)
     (gradient,) = torch.autograd.grad(logits[0, label], hidden_states[stage])
@@ -49,16 +49,16 @@ def grad_cam(
 def activation_map(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, label: int, stage: int
 ) -> torch.Tensor:
-    """The exact map for the last stage, Grad-CAM for the earlier ones: (H, W)."""
+    """Returns the exact map for the last stage, Grad-CAM for the earlier ones: (H, W)."""
     if stage == model.config.num_stages:
         return class_activation_map(model, pixel_values, label)
     return grad_cam(model, pixel_values, label, stage)
 
 
 def scan_paths(height: int, width: int) -> list[torch.Tensor]:
-    """The four groups of the atrous scan on a map: its (row, column) pairs (N, 2) per group, in the scan's order.
+    """Returns the (row, column) pairs (N, 2) of the four groups of the atrous scan, in the scan's order.
 
-    Taken from the kernel's own table of steps; steps beyond an odd side, which visit no cell of the map, are left out.
+    The kernel's own table of steps names them. Steps beyond an odd side visit no cell and are left out.
     """
     num_steps = ((height + 1) // 2) * ((width + 1) // 2)
     pixels, inside = pixels_of_steps(height, width, num_steps, torch.device("cpu"))  # (4, L) each
@@ -71,10 +71,10 @@ def scan_paths(height: int, width: int) -> list[torch.Tensor]:
 def effective_receptive_field(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, stage: int, row: int, column: int
 ) -> torch.Tensor:
-    """How strongly each pixel of the image moves one cell of a stage's output, (H, W) of the image, >= 0.
+    """Returns how strongly each pixel of the image changes one cell of a stage's output, (H, W) of the image, >= 0.
 
-    The gradient of the sum over the cell's channels, as in Luo et al. (arXiv 1701.04128), its magnitudes summed over
-    the colors.
+    This is the gradient of the sum over the cell's channels (Luo et al., arXiv 1701.04128). Its magnitudes are summed
+    over the colors.
     """
     pixel_values = pixel_values.detach().requires_grad_(True)
     _, hidden_states = run_stages(model, pixel_values)

@@ -1,4 +1,4 @@
-"""The models that the demonstration shows, and what it asks of them."""
+"""The models that the demo shows: loading, prediction and latency."""
 
 import time
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ TOP_K = 5
 
 MAX_PIXELS = 64_000_000  # of an uploaded image: what cameras take; decoded, 256 MB at most
 
-# Image processors scale the short side and cut out the middle square. An image that is longer than this many squares
-# would be scaled to a huge one first, to lose all of it but the middle.
+# Image processors scale the short side and crop the center. They would scale a longer image than this many squares to
+# a huge one first.
 MAX_SQUARES = 4
 
-# What visitors type in stays loaded for this many models.
+# Models that visitors named and that stay loaded.
 MAX_TYPED_MODELS = 2
 
 LATENCY_SIDES = (64, 128, 192, 256, 320, 384, 448)
@@ -42,16 +42,16 @@ class Prediction(NamedTuple):
 
 
 class Models:
-    """Classifiers by name, loaded when they are first asked for.
+    """Classifiers by name, loaded on first use.
 
     Args:
-        models: folders and Hub ids. The first is the one that is shown.
-        allow_any: whether other names, which visitors type in, are folders and Hub ids too.
+        models: directories and Hub ids. The first is shown.
+        allow_any: whether visitors may name other directories and Hub ids.
         device: as `load_classifier` takes it.
     """
 
     def __init__(self, models: list[str], allow_any: bool, device: str = "auto"):
-        # folders go by their last name: visitors need not know how the disk is laid out
+        # directories go by their last name: visitors need not know the layout of the disk
         self.places = {Path(model).resolve().name if Path(model).is_dir() else model: model for model in models}
         self.names = list(self.places)
         self.allow_any = allow_any
@@ -64,10 +64,10 @@ class Models:
             raise UserError(f"the demonstration explains EfficientVMamba, {models[0]!r} is another kind of network")
 
     def load(self, name: str) -> ImageClassificationPipeline:
-        """The classifier of a name.
+        """Returns the classifier of a name.
 
         Raises:
-            UserError: for names that are not allowed, and models that cannot be loaded.
+            UserError: If the name is not allowed or the model cannot be loaded.
         """
         if name not in self.places and not self.allow_any:
             raise UserError(f"{name!r} is not among the models of this demonstration: {', '.join(self.names)}")
@@ -76,10 +76,10 @@ class Models:
 
 
 def read_picture(path: str) -> Image.Image:
-    """An uploaded file as an image for `predict`, refused where it is no image or too large.
+    """Reads an uploaded file as an image for `predict`.
 
     Raises:
-        UserError: with the reason.
+        UserError: If the file is not an image or too large.
     """
     try:
         image = read_image(Path(path), MAX_PIXELS)
@@ -91,7 +91,7 @@ def read_picture(path: str) -> Image.Image:
 
 
 def predict(classifier: ImageClassificationPipeline, image: Image.Image) -> Prediction:
-    """The most likely labels of an image, with the time that the network took, without reading and scaling."""
+    """Returns the most likely labels of an image and the time of the forward pass, without reading and scaling."""
     inputs = classifier.preprocess(image)
     start = time.perf_counter()
     outputs = classifier.forward(inputs)  # on the CPU, so that the device is done
@@ -106,14 +106,14 @@ def predict(classifier: ImageClassificationPipeline, image: Image.Image) -> Pred
 
 
 def describe_backend(classifier: ImageClassificationPipeline) -> str:
-    """What runs the scan of a model; other networks have none."""
+    """Names the backend of a model's scan. Other networks have no scan."""
     if not isinstance(classifier.model, EfficientVMambaForImageClassification):
         return "no scan"
     return choose_backend(classifier.device.type, classifier.model.dtype).backend
 
 
 def measure_sides(classifier: ImageClassificationPipeline) -> Iterator[tuple[int, float]]:
-    """Sides of square images in pixels with the milliseconds that one takes, the best of a few runs."""
+    """Yields sides of square images in pixels with the latency in milliseconds, the best of a few runs."""
     channels = classifier.model.config.num_channels
     for side in LATENCY_SIDES:
         inputs = {"pixel_values": torch.zeros(1, channels, side, side)}

@@ -1,4 +1,4 @@
-"""The demonstration as a Space: what `push-space` would upload, in a folder of its own, started by its `app.py`."""
+"""The demo as a Space: what `push-space` would upload, in a directory of its own, started by its `app.py`."""
 
 import os
 import shutil
@@ -6,16 +6,21 @@ import socket
 import subprocess
 import time
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from evmamba_demo.bundled import find_space_files
+from evmamba_hub.images.imagenet import load_labels
 from evmamba_hub.publish.push_space import MODEL_VARIABLE, collect_space_files
 from linked_environments import link_distributions
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -24,41 +29,52 @@ DEMO = Path(__file__).parents[2] / "demo"
 class Space(NamedTuple):
     url: str
     pid: int
-    log: Path
+    folder: Path
     python: Path
 
 
 @pytest.fixture(scope="session")
-def space(tmp_path_factory):
-    folder, models = tmp_path_factory.mktemp("space"), tmp_path_factory.mktemp("models")
+def space_folder(tmp_path_factory) -> Path:
+    """The files of the Space. Spaces that share them compile the kernels once."""
+    folder = tmp_path_factory.mktemp("space")
     for name, source in collect_space_files(find_space_files(), "someone/space", "someone/model").items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
-    shutil.copytree(DEMO / "digits", models / "shown")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python(space_folder, tmp_path_factory) -> Path:
+    """The Python of an environment with what the Space's requirements.txt names, and nothing of the repository."""
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment)
+    requirements = (space_folder / "requirements.txt").read_text().split()
+    link_distributions(environment, [Requirement(line).name for line in requirements])
+    return environment / "bin" / "python"
+
+
+@contextmanager
+def run_space(python: Path, folder: Path, model: Path, uploads: Path, **settings: str) -> Iterator[Space]:
+    """Runs a Space that shows a model, with settings as environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # what the Space's requirements.txt names, and nothing of the repository
-    environment = tmp_path_factory.mktemp("environment")
-    venv.create(environment)
-    requirements = (folder / "requirements.txt").read_text().split()
-    link_distributions(environment, [Requirement(line).name for line in requirements])
-    python = environment / "bin" / "python"
     variables = os.environ | {
-        MODEL_VARIABLE: str(models / "shown"),
+        MODEL_VARIABLE: str(model),
         "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads")),
+        "GRADIO_TEMP_DIR": str(uploads),
         "OMP_NUM_THREADS": "1",
+        **settings,
     }
     variables.pop("PYTHONPATH", None)
-    log = folder / "log.txt"
+    log = uploads.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
             [python, "app.py"], cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 300  # imports alone take a minute where every core is busy
+        deadline = time.monotonic() + 300  # for compiling the kernels on busy cores
         while True:
             try:
                 if httpx.get(url, timeout=10).status_code == 200:
@@ -67,7 +83,34 @@ def space(tmp_path_factory):
                 pass
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield Space(url, process.pid, log, python)
+        yield Space(url, process.pid, folder, python)
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def space(python, space_folder, tmp_path_factory):
+    model = tmp_path_factory.mktemp("models") / "shown"
+    shutil.copytree(DEMO / "digits", model)
+    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads")) as space:
+        yield space
+
+
+@pytest.fixture(scope="session")
+def photograph_space(python, space_folder, tmp_path_factory):
+    """A Space as the Hub runs it, with a network of ImageNet's classes that has fresh weights."""
+    model = tmp_path_factory.mktemp("models") / "photographs"
+    id2label = dict(enumerate(load_labels()))
+    torch.manual_seed(0)
+    config = EfficientVMambaConfig(
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        id2label=id2label,
+        label2id={name: label for label, name in id2label.items()},
+    )
+    EfficientVMambaForImageClassification(config).save_pretrained(model)
+    shutil.copyfile(DEMO / "digits" / "preprocessor_config.json", model / "preprocessor_config.json")
+    settings = {"SYSTEM": "spaces", "SPACE_ID": "someone/space"}
+    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads"), **settings) as space:
+        yield space

@@ -41,7 +41,7 @@ def open_page(browser, space):
     """Opens the page; whatever it loads must come from the Space itself."""
     contexts, addresses = [], set()
 
-    def open_page(width: int = 1360, height: int = 1000, dark: bool = False) -> Page:
+    def open_page(width: int = 1280, height: int = 1000, dark: bool = False) -> Page:
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )
@@ -50,7 +50,7 @@ def open_page(browser, space):
         page.set_default_timeout(20_000)
         page.on("request", lambda request: addresses.add(urlsplit(request.url)))
         page.goto(space.url)
-        expect(page.locator("#timing")).to_contain_text("Give a picture first")
+        expect(page.locator("#labels h2")).to_have_text("0")  # the first example
         return page
 
     yield open_page
@@ -101,8 +101,9 @@ def test_upload_and_look_inside(open_page):
     save_screenshot(page, "classify")
 
     open_tab(page, "Look inside")
-    expect(page.locator("#activation-how")).to_contain_text("the map is exact")
-    expect(page.locator("#scan-how")).to_contain_text("Stage 4 has no scan")
+    expect(page.locator("#activation-how")).to_contain_text("“3”")
+    expect(page.locator("#activation-how")).to_contain_text("The map is exact")
+    expect(page.locator("#scan-how")).to_contain_text("8 x 8 cells of stage 2")
     for picture in ("#activation", "#scan", "#field"):
         assert page.locator(f"{picture} img").get_attribute("alt").startswith("The picture under")
 
@@ -115,9 +116,11 @@ def test_upload_and_look_inside(open_page):
     slider.focus()
     for _ in range(3):
         slider.press("ArrowLeft")
-    expect(page.locator("#activation-how")).to_contain_text("stage 1 speaks")
-    expect(page.locator("#scan-how")).to_contain_text("16 x 16 cells of stage 1")
+    expect(page.locator("#activation-how")).to_contain_text("stage 1 raises")
     expect(page.locator("#field-how")).to_contain_text("ringed cell of stage 1")
+    expect(page.locator("#scan-stage input")).to_have_count(2)  # stages 3 and 4 have no scan
+    page.locator("#scan-stage input").first.check()
+    expect(page.locator("#scan-how")).to_contain_text("16 x 16 cells of stage 1")
     settle(page)
 
     for name, picture in [("opacity", "#activation img"), ("progress", "#scan img")]:
@@ -148,7 +151,7 @@ def test_draw(open_page):
     page.mouse.move(x, bottom, steps=15)
     page.mouse.up()
     page.wait_for_timeout(300)
-    page.get_by_role("button", name="Take the drawing").click()
+    page.get_by_role("button", name="Classify the drawing").click()
     expect(page.locator("#labels h2")).to_have_text("1")
     save_screenshot(page, "draw")
 
@@ -158,12 +161,14 @@ def test_example_compare_and_measure(open_page):
     page.locator(".gallery-item, .gallery button").nth(7).click()
     expect(page.locator("#labels h2")).to_have_text("7")
     open_tab(page, "Compare")
+    expect(page.locator("#agreement")).to_contain_text("Both say “7”")  # opening the tab compares
+    page.locator(".gallery-item, .gallery button").nth(2).click()
+    expect(page.locator("#labels h2")).to_have_text("2")
     page.get_by_role("button", name="Compare", exact=True).click()
-    expect(page.locator("#agreement")).to_contain_text("Both say “7”")
+    expect(page.locator("#agreement")).to_contain_text("Both say “2”")
     save_screenshot(page, "compare")
     open_tab(page, "Measure")
-    page.get_by_role("button", name="Measure", exact=True).click()
-    expect(page.get_by_text("200704")).to_be_visible()
+    expect(page.get_by_text("200704")).to_be_visible()  # opening the tab measures
     expect(page.locator("#plot canvas, #plot svg").first).to_be_visible()
     save_screenshot(page, "measure")
 
@@ -172,7 +177,7 @@ def test_an_error_is_shown_and_the_next_picture_works(open_page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     page = open_page()
     upload(page, tmp_path / "broken.png")
-    expect(page.get_by_text("it is not an image in a format that Pillow reads")).to_be_visible()
+    expect(page.get_by_text("it is not an image in a format that Pillow reads").first).to_be_visible()
     save_screenshot(page, "error")
     page.get_by_role("button", name="Remove Image").or_(page.get_by_role("button", name="Clear")).first.click()
     upload(page, EXAMPLES / "digit_5.png")
@@ -180,13 +185,74 @@ def test_an_error_is_shown_and_the_next_picture_works(open_page, tmp_path):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_no_half_of_the_page_is_empty(open_page, dark):
+    """The first example is classified at the start, and the panels stand side by side."""
+    page = open_page(dark=dark)
+    for shown in ("#picture img", "#preview img"):
+        expect(page.locator(shown)).to_be_visible()
+    expect(page.locator("#timing")).to_contain_text("32 x 32 pixels")
+    save_screenshot(page, f"start_{'dark' if dark else 'light'}")
+    open_tab(page, "Look inside")
+    settle(page)
+    for panel in ("#activation", "#scan", "#field"):
+        expect(page.locator(f"{panel} img")).to_be_visible()
+    boxes = [page.locator(panel).bounding_box() for panel in ("#activation", "#scan", "#field")]
+    assert len({box["y"] for box in boxes}) == 1
+    assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"]
+    assert all(box["width"] >= 220 for box in boxes)
+    save_screenshot(page, f"look_inside_{'dark' if dark else 'light'}")
+
+
+@pytest.mark.parametrize("tab", ["activation", "scan", "field"])
+def test_captions_are_short(open_page, tab):
+    page = open_page()
+    open_tab(page, "Look inside")
+    caption = page.locator(f"#{tab}-how")
+    expect(caption).not_to_be_empty()
+    assert len(caption.inner_text().split()) <= 25
+
+
+def test_a_cleared_picture_asks_for_one(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Remove Image").or_(page.get_by_role("button", name="Clear")).first.click()
+    expect(page.locator("#timing")).to_contain_text("Give a picture first")
+
+
+def test_a_space_shows_photographs_and_can_be_shared(browser, photograph_space):
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    try:
+        page = context.new_page()
+        page.goto(photograph_space.url)
+        expect(page.locator("#labels h2")).not_to_be_empty()
+        expect(page.locator(".gallery-item, .gallery button")).to_have_count(15)
+        expect(page.locator("#photographers")).to_contain_text("CC BY 2.0")
+        expect(page.get_by_role("button", name="Duplicate this Space")).to_be_visible()
+        expect(page.get_by_role("button", name="Copy a link")).to_be_visible()
+        save_screenshot(page, "photographs")
+
+        page.locator(".gallery-item, .gallery button").nth(1).click()
+        settle(page)
+        shown = page.locator("#preview img").get_attribute("src")
+        session = page.evaluate("window.__gradio_session_hash__")
+        link = page.evaluate(f"fetch('gradio_api/deep_link?session_hash={session}').then(answer => answer.json())")
+        other = context.new_page()
+        other.goto(f"{photograph_space.url}/?deep_link={link}")
+        expect(other.locator("#picture img")).to_be_visible()
+        settle(other)
+        assert other.locator("#labels h2").inner_text() == page.locator("#labels h2").inner_text()
+        assert shown and "coffee" in other.locator("#picture img").get_attribute("src")
+    finally:
+        context.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_phone(open_page, dark):
-    page = open_page(width=360, height=740, dark=dark)
+    page = open_page(width=390, height=800, dark=dark)
     upload(page, EXAMPLES / "digit_3.png")
     expect(page.locator("#labels h2")).to_have_text("3")
     for tab in ("Classify", "Compare", "Measure", "Look inside"):
         open_narrow_tab(page, tab)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
     red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")[:3]
     assert (red + green + blue < 150) == dark
     save_screenshot(page, f"phone_{'dark' if dark else 'light'}")
@@ -201,4 +267,4 @@ def test_everything_is_reached_by_keyboard(open_page):
     assert any("Classify" in text for text in reached) and any("Picture" in text for text in reached)
     page.get_by_role("tab", name="Measure", exact=True).focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Measure", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Measure again", exact=True)).to_be_visible()

@@ -15,12 +15,13 @@ import yaml
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from evmamba_demo.bundled import find_bundled_model
+from evmamba_demo.bundled import find_bundled_model, find_photographs
 from evmamba_demo.models import MAX_SQUARES, Models, read_picture
 from evmamba_hub.errors import UserError
 
 
 ROOT = Path(__file__).parents[2]
+PHOTOGRAPHS = ROOT / "demo" / "photographs"
 EXAMPLE = ROOT / "demo" / "examples" / "digit_3.png"
 ENDPOINTS = {"/classify", "/activation_map", "/scan_paths", "/receptive_field", "/compare", "/measure"}
 
@@ -53,7 +54,7 @@ print(json.dumps({
 
 
 def test_everything_comes_from_the_space(space):
-    folder = space.log.parent
+    folder = space.folder
     variables = {"PATH": os.environ["PATH"], "HOME": str(space.python.parents[1]), "PYTHONPATH": str(folder)}
     completed = subprocess.run(
         [space.python, "-c", ORIGINS], cwd=folder, env=variables, capture_output=True, text=True, timeout=120
@@ -200,7 +201,7 @@ def call(space, endpoint: str, data: list) -> str:
 def test_files_outside_the_upload_cache_cannot_be_read(space, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(EXAMPLE.read_bytes())
-    beside = Path(space.log).parent / "examples" / "digit_3.png"
+    beside = space.folder / "examples" / "digit_3.png"
     for path in [secret, beside, "/etc/passwd", f"../../../../../../..{secret}"]:
         answer = call(space, "classify", [{"path": str(path), "meta": {"_type": "gradio.FileData"}}])
         assert "event: error" in answer and "confidence" not in answer, path
@@ -267,6 +268,16 @@ def test_many_clients_at_once_in_flat_memory(space):
 
     warm = round_of_visits()
     assert round_of_visits() < warm + 60
+
+
+def test_photographs_are_small_and_name_their_authors():
+    listed = (PHOTOGRAPHS / "README.md").read_text()
+    photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    assert photographs == find_photographs() and 4 <= len(photographs) <= 6
+    for path in photographs:
+        (row,) = [line for line in listed.splitlines() if line.startswith(f"| `{path.name}`")]
+        assert any(license in row for license in ("CC0 1.0", "CC BY 2.0", "public domain"))
+        assert path.stat().st_size < 40_000 and max(Image.open(path).size) <= 320
 
 
 def test_requirements_are_those_of_the_package():

@@ -54,7 +54,9 @@ def classify(
     paths = find_images(images)
     classifier = load_classifier(model or str(find_bundled_model()), device, dtype, revision)
     results = classify_files(classifier, paths, top_k)
-    progress = track(results, "Classifying", len(paths), console=error_console, transient=True, disable=len(paths) < 2)
+    shows_results = not as_json and console.is_terminal  # which a bar on the same terminal would tear apart
+    hide_bar = len(paths) < 2 or shows_results
+    progress = track(results, "Classifying", len(paths), console=error_console, transient=True, disable=hide_bar)
     if as_json:
         classifications = list(progress)
         print(json.dumps([classification.as_json() for classification in classifications], indent=2))
