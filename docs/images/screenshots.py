@@ -1,0 +1,100 @@
+"""Takes the screenshots of the demo with the bundled model, for light and dark pages.
+
+    python docs/images/screenshots.py
+
+Needs the extra `demo`, playwright and Chromium. Writes `demo-classify-*.png` and `demo-inside-*.png` beside this file.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+
+HERE = Path(__file__).parent
+WIDTH, HEIGHT = 1280, 600
+DIGIT = 3  # among the examples
+START_SECONDS = 300
+
+
+@contextmanager
+def run_demo() -> Iterator[str]:
+    """Runs `evmamba demo` on a free port, and returns its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "evmamba_hub.cli", "demo", "--port", str(port)]
+    with TemporaryDirectory() as uploads:
+        process = subprocess.Popen(command, env=os.environ | {"GRADIO_TEMP_DIR": uploads})
+        try:
+            wait_for(url, process)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urlopen(url):
+                return
+        except URLError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def settle(page: Page) -> None:
+    """Waits until the page computes nothing."""
+    page.wait_for_timeout(500)
+    trackers = "[...document.querySelectorAll('[data-testid=status-tracker]')]"
+    page.wait_for_function(f"{trackers}.every(each => each.classList.contains('hide'))", timeout=60_000)
+    page.wait_for_timeout(2000)  # for transitions
+
+
+def save(page: Page, name: str) -> None:
+    """Saves the page with a palette, which makes the file small."""
+    path = HERE / f"{name}.png"
+    page.mouse.move(0, 0)
+    page.screenshot(path=path, full_page=True)
+    with Image.open(path) as screenshot:
+        palette = screenshot.convert("RGB").quantize(kmeans=2, dither=Image.Dither.NONE)
+    palette.save(path, optimize=True)
+
+
+def take_screenshots(browser: Browser, url: str, theme: str) -> None:
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=theme)
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#labels h2")).not_to_be_empty(timeout=60_000)
+    settle(page)
+    page.locator(".gallery-item, .gallery button").nth(DIGIT).click()
+    expect(page.locator("#labels h2")).to_have_text(str(DIGIT), timeout=60_000)
+    settle(page)
+    save(page, f"demo-classify-{theme}")
+    page.get_by_role("tab", name="Look inside", exact=True).click()
+    settle(page)
+    save(page, f"demo-inside-{theme}")
+    context.close()
+
+
+if __name__ == "__main__":
+    with run_demo() as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for theme in ("light", "dark"):
+            take_screenshots(browser, url, theme)
+        browser.close()
