@@ -149,8 +149,9 @@ def train(
     (`recipe.yaml`), the log (`log.jsonl`), checkpoints, the curves, and `model`. Load `model` with `from_pretrained`,
     or upload it with `evmamba push`.
 
-    The command needs the extra `train` of this package. Start it with `accelerate launch` to share each batch among
-    processes. A checkpoint is whole at any moment, so a run resumes after a crash.
+    The command needs the extra `train`: run `pip install ".[train]"` in a clone of the repository. Start the command
+    with `accelerate launch` to share each batch among processes. Checkpoints are whole at any moment, so a run can
+    resume after a crash.
 
     Examples:
 
