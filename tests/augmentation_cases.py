@@ -1,4 +1,4 @@
-"""Settings of the augmentation, and what the tests of both libraries share."""
+"""Settings of the augmentation, and helpers for the tests of both libraries."""
 
 import random
 
@@ -21,7 +21,7 @@ RECIPE = {
     "image_mean": MEAN,
     "image_std": STD,
 }
-# the picture itself, scaled to [0, 1]
+# the image without augmentation, scaled to [0, 1]
 PLAIN = RECIPE | {
     "crop_scale": (1.0, 1.0),
     "crop_ratio": (1.0, 1.0),
@@ -35,7 +35,7 @@ MIXING = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "switch_prob": 0.5, "label_sm
 
 
 def picture(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
-    """Colors that change slowly, and noise: every operation alters it."""
+    """Returns an image with color gradients and noise, which every operation changes."""
     noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3))
     across = np.linspace(0, 150, width)[None, :, None] * np.array([1, 0.6, 0.3])
     down = np.linspace(40, 0, height)[:, None, None]
@@ -43,12 +43,12 @@ def picture(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
 
 
 def import_timm():
-    """Skips the test where timm cannot be imported; a torchvision that does not fit raises more than ImportError."""
+    """Skip the test if timm cannot be imported. A mismatched torchvision raises other errors than ImportError too."""
     return pytest.importorskip("timm.data", exc_type=Exception)
 
 
 class UnchangedGenerators:
-    """Fails where the process's random number generators are others at the end than at the beginning."""
+    """Fail if the block changes the state of the process's random number generators."""
 
     def __enter__(self):
         self.states = self.get_states()

@@ -1,4 +1,4 @@
-"""Virtual environments with some of the installed distributions and no others, made without a download."""
+"""Create virtual environments with a subset of the installed distributions, without a download."""
 
 import sysconfig
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 
 def find_requirements(name: str, found: set[str]) -> set[str]:
-    """The distributions that one needs, itself included."""
+    """Returns a distribution and its requirements, recursively."""
     if name not in found:
         found.add(name)
         for line in distribution(name).requires or []:
@@ -20,7 +20,7 @@ def find_requirements(name: str, found: set[str]) -> set[str]:
 
 
 def link_distributions(environment: Path, names: Iterable[str]) -> None:
-    """Puts installed distributions, and what they need, into another virtual environment, without copying them."""
+    """Link installed distributions and their requirements into a virtual environment."""
     paths = sysconfig.get_paths("venv", vars={"base": str(environment)})
     for name in set().union(*(find_requirements(name, set()) for name in names)):
         found = distribution(name)

@@ -1,4 +1,4 @@
-"""What the package says of itself: its layers, its version, and the Python that it needs."""
+"""The metadata of the package: its layers, its version, and the Python that it needs."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_layers_name_every_room():
-    """import-linter holds the order of the rooms that the contract names, and of no others."""
+    """import-linter checks only the subpackages and modules that the contract names."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     named = {room.strip() for layer in layers for room in layer.split("|")}
@@ -39,7 +39,7 @@ def test_version_has_one_source(capsys, monkeypatch):
 
 
 def test_make_says_which_python_it_wants(tmp_path):
-    """Before pip starts. The older Python is a script that runs the same check for another version."""
+    """The message comes before pip starts. The older Python is a script that runs the check with another version."""
     older = tmp_path / "python3.10"
     older.write_text(f'#!/bin/sh\nexec {sys.executable} "$1" "import sys; sys.version_info = (3, 10); $2"\n')
     older.chmod(0o755)

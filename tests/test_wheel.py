@@ -1,4 +1,4 @@
-"""The sdist, the wheel that comes of it, and both in use far from the repository: `pip install efficientvmamba`."""
+"""The sdist, the wheel that is built from it, and their use outside of the repository."""
 
 import json
 import os
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.wheel, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> Path:
-    """A directory with the sdist, and with the wheel that is built from the unpacked sdist."""
+    """A directory with the sdist, and the wheel that is built from the unpacked sdist."""
     folder = tmp_path_factory.mktemp("distributions")
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, stdout=subprocess.DEVNULL)
     return folder
@@ -67,7 +67,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 
 def run(environment: Path, *command: object) -> str:
-    """Runs a program of the environment in an empty directory."""
+    """Run a program of the environment in an empty directory."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     program, *arguments = command
     (environment / "empty").mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ def test_command_line_with_the_bundled_model(environment, wheel):
 
 
 def test_what_would_be_uploaded(environment, tmp_path):
-    """Template, manifest and the network's code come with the wheel."""
+    """The wheel holds the card's template, the manifest and the network's code."""
     shutil.copytree(ROOT / "demo" / "digits", tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
     files = run(environment, "evmamba", "push", tmp_path / "model", "someone/digits", "--dry-run")
     for text in (

@@ -1,4 +1,4 @@
-"""Training runs of seconds: their images, their recipe, and what tests read of them."""
+"""Short training runs: their images, their recipe, and readers of their output."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ CLASSES = ["horizontal", "vertical"]
 
 @pytest.fixture(scope="session")
 def stripes(tmp_path_factory) -> Path:
-    """An image folder: stripes of random width in noise, lying or standing; 37 to learn from, 10 held out."""
+    """An image folder of noisy horizontal and vertical stripes: 37 training images, 10 held-out images."""
     folder = tmp_path_factory.mktemp("stripes")
     rng = np.random.default_rng(0)
     for split, num_images in (("train", 37), ("validation", 10)):
@@ -37,7 +37,7 @@ def stripes(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_recipe(stripes):
-    """A recipe of seconds: `make_recipe(field=value)`."""
+    """Create a recipe that trains for seconds: `make_recipe(field=value)`."""
 
     def make(**values) -> Recipe:
         small = {
@@ -66,7 +66,7 @@ def make_recipe(stripes):
 
 
 def start(recipe, output_dir, resume=False) -> TrainingRun:
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this process
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in this process
     return TrainingRun(recipe, output_dir, resume=resume)
 
 
@@ -87,7 +87,7 @@ def assert_same_models(output_dir, other) -> None:
 
 
 def go_back(output_dir: Path, copy: Path, step: int) -> None:
-    """A copy of a run as it was after an earlier checkpoint."""
+    """Copy a run in its state after an earlier checkpoint."""
     shutil.copytree(output_dir, copy)
     shutil.rmtree(copy / "model")
     for checkpoint in (copy / "checkpoints").iterdir():

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Write files and directories atomically: they appear whole, or not at all."""
 
 import os
 import shutil
@@ -17,10 +17,12 @@ def partial_name(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replaces a file: at any moment it is the old one or the new one. Creates missing parent directories.
+    """Write a file atomically: at any moment, the path holds the old content or the new one.
+
+    Missing parent directories are created.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: If the file cannot be written.
     """
     partial = path.with_name(partial_name(path))
     try:
@@ -35,10 +37,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def check_is_free(directory: Path) -> None:
-    """Checks that a directory can be written without loss.
+    """Check that a directory is new or empty.
 
     Raises:
-        UserError: if the path exists and is not an empty directory.
+        UserError: If the path exists and is not an empty directory.
     """
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} exists already: remove it or choose another directory")
@@ -46,15 +48,15 @@ def check_is_free(directory: Path) -> None:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Yields a path at which to write a file or a directory that replaces `target` when the block ends.
+    """Yield a path for a new file or directory, which replaces `target` when the block ends.
 
-    If the block fails, `target` stays as it was and nothing else is left. Creates missing parent directories.
+    If the block fails, `target` stays as it was, and nothing else is left. Missing parent directories are created.
 
     No directory can replace another in one step. The old one waits as `.NAME.partial/replaced` until the new one is in
     its place. If the process is killed between these two steps, the next call puts the old one back.
 
     Raises:
-        UserError: if the file or directory cannot be written.
+        UserError: If the file or directory cannot be written.
     """
     staging = target.with_name(partial_name(target))
     written, replaced = staging / target.name, staging / "replaced"

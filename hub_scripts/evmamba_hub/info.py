@@ -149,7 +149,7 @@ def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Returns what determines the speed on this machine: system, devices, versions and the active backend.
 
     Args:
-        packages: names of distributions whose versions to include.
+        packages: Names of distributions whose versions to include.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     scan = choose_backend("cpu" if accelerator is None else accelerator.type, torch.float32)
@@ -176,7 +176,7 @@ def find_version(package: str) -> str:
 
 
 def read_cpu_name() -> str:
-    """Returns the processor's name as Linux knows it, elsewhere its architecture."""
+    """Returns the name of the processor on Linux, and its architecture on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -25,8 +25,9 @@ def check_runtimes(
     """Run a classifier in every installed runtime, and compare logits and latency.
 
     The table shows the largest difference of a logit to PyTorch in float64, over images of three sizes. It also shows
-    the median latency of one image of the model's own size. Compilers take minutes. ONNX Runtime needs the extra
-    `export` of this package.
+    the median latency of one image of the model's own size. Compilers take minutes.
+
+    ONNX Runtime needs the extra `export`: run `pip install ".[export]"` in a clone of the repository.
 
     Examples:
 

@@ -29,7 +29,8 @@ def demo(
 ) -> None:
     """Show a model in the browser: classify, look inside, compare, measure.
 
-    The command needs the extra `demo` of this package. The bundled model of handwritten digits is always offered.
+    The bundled model of handwritten digits is always offered. The command needs the extra `demo`: run
+    `pip install ".[demo]"` in a clone of the repository.
 
     Examples:
 

@@ -63,8 +63,10 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of a classifier on a dataset.
 
-    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name. The command needs
-    the extra `evaluate` of this package. Start it with `accelerate launch` to share the images among processes.
+    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name.
+
+    The command needs the extra `evaluate`: run `pip install ".[evaluate]"` in a clone of the repository. Start the
+    command with `accelerate launch` to share the images among processes.
 
     Examples:
 

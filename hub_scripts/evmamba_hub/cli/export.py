@@ -36,8 +36,10 @@ def export(
     """Export a classifier as one file for another runtime.
 
     The command compares the logits of the file with PyTorch's before it leaves the file on the disk. ONNX files use
-    standard operators of opset 18. Their metadata hold the labels and the preprocessing. ONNX needs the extra `export`
-    of this package, and `aoti` needs a C++ compiler.
+    standard operators of opset 18. Their metadata hold the labels and the preprocessing.
+
+    The format `onnx` needs the extra `export`: run `pip install ".[export]"` in a clone of the repository. The format
+    `aoti` needs a C++ compiler.
 
     Examples:
 

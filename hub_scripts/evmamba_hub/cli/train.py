@@ -85,7 +85,7 @@ def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class ProgressCallback(TrainingCallback):
-    """Shows a run as bars, and names the images that are skipped."""
+    """Show the progress of a run as bars, and name the skipped images."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -97,7 +97,7 @@ class ProgressCallback(TrainingCallback):
         self.progress.update(self.training, completed=step)
 
     def on_log(self, record: dict[str, float]) -> None:
-        if "loss" in record:  # other lines are about evaluations
+        if "loss" in record:  # other records are of evaluations
             status = f"loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
             self.progress.update(self.training, status=status)
 
@@ -115,7 +115,7 @@ class ProgressCallback(TrainingCallback):
 
 
 def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float | int] | None:
-    """Trains, and shows on the console of the main process what happens. Returns the results."""
+    """Train, with progress on the console of the main process. Return the results."""
     is_main_process = run.accelerator.is_main_process
     if is_main_process:
         console.print(f"Images are augmented by {escape(run.augmentation)}")
@@ -149,8 +149,9 @@ def train(
     (`recipe.yaml`), the log (`log.jsonl`), checkpoints, the curves, and `model`. Load `model` with `from_pretrained`,
     or upload it with `evmamba push`.
 
-    The command needs the extra `train` of this package. Start it with `accelerate launch` to share each batch among
-    processes. A checkpoint is whole at any moment, so a run resumes after a crash.
+    The command needs the extra `train`: run `pip install ".[train]"` in a clone of the repository. Start the command
+    with `accelerate launch` to share each batch among processes. Checkpoints are whole at any moment, so a run can
+    resume after a crash.
 
     Examples:
 

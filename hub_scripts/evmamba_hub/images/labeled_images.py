@@ -1,4 +1,4 @@
-"""Datasets of labeled images, from folders, from the Hub and from the library `datasets`, as one kind of thing."""
+"""One interface for datasets of labeled images: from directories, from the Hub, and from the package `datasets`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,7 +24,7 @@ SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk`
 DATA_FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
 TRAIN_SPLIT = "train"
 EVALUATION_SPLITS = ("validation", "val", "test")
-SHUFFLE_BUFFER = 4096  # encoded images that a shuffled stream draws from: some 500 MB of ImageNet's
+SHUFFLE_BUFFER = 4096  # encoded images in the shuffle buffer of a stream, about 500 MB for ImageNet
 
 
 class LabeledImage(NamedTuple):
@@ -33,7 +33,7 @@ class LabeledImage(NamedTuple):
     label: int | str
 
     def read(self) -> Image.Image:
-        """The image in RGB. Errors name it."""
+        """Read the image in RGB. Errors name the image."""
         try:
             return read_image(self.source if isinstance(self.source, Path) else BytesIO(self.source))
         except UserError as error:
@@ -41,17 +41,17 @@ class LabeledImage(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The part of a dataset that one of several processes reads: every `num_processes`-th image."""
+    """The images of one process: every `num_processes`-th image of a dataset."""
 
     process_index: int
     num_processes: int
 
     def indices(self, num_images: int) -> range:
-        """Of the images of this share. The shares of all processes make up the dataset."""
+        """Returns the indices of this share. The shares of all processes together are the dataset."""
         return range(self.process_index, num_images, self.num_processes)
 
     def divide(self, worker_index: int, num_workers: int) -> "Share":
-        """The part of this share that one of the process's workers reads."""
+        """Returns the share of one of the process's workers."""
         return Share(self.process_index * num_workers + worker_index, self.num_processes * num_workers)
 
 
@@ -60,7 +60,7 @@ class LabeledImages:
     """A dataset in a fixed order."""
 
     name: str
-    class_names: list[str] | None  # by label; None where labels are names themselves or numbers without names
+    class_names: list[str] | None  # by label; None if labels are names, or numbers without names
     num_images: int | None  # None for a stream of unknown length
     hub_id: str | None = None
     revision: str | None = None
@@ -68,7 +68,7 @@ class LabeledImages:
     split: str | None = None
 
     def read(self, share: Share) -> Iterator[LabeledImage]:
-        """The images of one process. Shares are of equal size but for one image, and together are the dataset."""
+        """Yield the images of one process. Sizes of shares differ by at most one image."""
         raise NotImplementedError
 
 
@@ -84,7 +84,7 @@ class IndexedImages(LabeledImages):
 
     @property
     def labels(self) -> Sequence[int | str | None]:
-        """Of all images."""
+        """The labels of all images."""
         raise NotImplementedError
 
     def read(self, share: Share) -> Iterator[LabeledImage]:
@@ -92,7 +92,7 @@ class IndexedImages(LabeledImages):
 
 
 class SelectedImages(IndexedImages):
-    """Some images of a dataset."""
+    """A subset of a dataset."""
 
     def __init__(self, images: IndexedImages, indices: list[int]):
         about = {field.name: getattr(images, field.name) for field in fields(LabeledImages)}
@@ -109,12 +109,12 @@ class SelectedImages(IndexedImages):
 
 
 class ImageFolder(IndexedImages):
-    """A folder with a folder of images for every class."""
+    """An image folder: a directory with a directory of images per class."""
 
     def __init__(self, folder: Path, split: str | None = None):
         self.folder, self.files = folder, find_images([folder])
         if misplaced := next((file for file in self.files if file.parent == folder), None):
-            raise UserError(f"{misplaced} lies in no class: {folder} must hold a folder for every class")
+            raise UserError(f"{misplaced} lies in no class: {folder} must hold a directory of images per class")
         class_names = sorted({self.find_class(file) for file in self.files})
         super().__init__(name=str(folder), class_names=class_names, num_images=len(self.files), split=split)
         self.indices = {name: label for label, name in enumerate(class_names)}
@@ -133,21 +133,21 @@ class ImageFolder(IndexedImages):
 
 @dataclass
 class Columns:
-    """Where a dataset of the library `datasets` keeps its images and labels."""
+    """The columns of images and labels in a dataset of the package `datasets`."""
 
     image: str
     label: str
     class_names: list[str] | None
 
     def to_labeled_image(self, row: dict, name: str) -> LabeledImage:
-        image = row[self.image] or {"bytes": b"", "path": None}  # a row without an image is one that cannot be read
+        image = row[self.image] or {"bytes": b"", "path": None}  # treat a missing image as an unreadable one
         source = Path(image["path"]) if image["bytes"] is None else image["bytes"]
         return LabeledImage(name, source, row[self.label])
 
 
 @dataclass(kw_only=True)
 class TableImages(IndexedImages):
-    """A dataset of the library `datasets` on this disk."""
+    """A dataset of the package `datasets` on disk."""
 
     table: "datasets.Dataset"
     columns: Columns
@@ -162,7 +162,7 @@ class TableImages(IndexedImages):
 
 @dataclass(kw_only=True)
 class StreamedImages(LabeledImages):
-    """A dataset that is downloaded while it is read."""
+    """A dataset that is streamed from the Hub."""
 
     stream: "datasets.IterableDataset"
     columns: Columns
@@ -178,19 +178,19 @@ class StreamedImages(LabeledImages):
 
     def read_part(self, part: "datasets.IterableDataset", name: str) -> Iterator[LabeledImage]:
         with translate_hub_errors(self.name):
-            # `iter`, because in a worker of a DataLoader `__iter__` takes a part of the part
+            # `iter`, because `__iter__` in a worker of a DataLoader divides the part again
             for number, rows in enumerate(part.iter(batch_size=1)):
                 row = {name: values[0] for name, values in rows.items()}
                 yield self.columns.to_labeled_image(row, f"image {number} of {name}")
 
     def shuffle(self, seed: int, epoch: int) -> "StreamedImages":
-        """The same images in an order that seed and epoch determine, as random as a buffer allows."""
+        """Returns the images in an order that seed and epoch determine. A buffer limits its randomness."""
         rng = np.random.default_rng((seed, epoch))
         return replace(self, stream=self.stream.shuffle(rng.integers(2**32).item(), buffer_size=SHUFFLE_BUFFER))
 
 
 def find_split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of a dataset's splits, where a folder holds no others."""
+    """Returns the directories of the splits by name, or nothing if the directory holds other directories too."""
     inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     return inside if TRAIN_SPLIT in inside and inside.keys() <= {TRAIN_SPLIT, *EVALUATION_SPLITS} else {}
 
@@ -207,7 +207,7 @@ def choose_split(names: list[str], wanted: str | None, dataset: str) -> str:
 
 def choose_column(candidates: list[str], wanted: str | None, columns: list[str], kind: str, dataset: str) -> str:
     if wanted is not None and wanted not in columns:
-        raise UserError(f"{dataset} has no column {wanted}, it has {', '.join(columns)}")
+        raise UserError(f"{dataset} has no column {wanted}: choose one of {', '.join(columns)}")
     if wanted is None and len(candidates) != 1:
         raise UserError(f"choose the {kind} column of {dataset} with --{kind}-column: it has {', '.join(columns)}")
     return wanted or candidates[0]
@@ -223,7 +223,9 @@ def choose_columns(features: dict, image_column: str | None, label_column: str |
     labels = labels or [name for name in names if name == "label"]
     label_column = choose_column(labels, label_column, names, "label", dataset)
     if not isinstance(features[image_column], datasets.Image):
-        raise UserError(f"the column {image_column} of {dataset} holds no images")
+        raise UserError(
+            f"the column {image_column} of {dataset} holds no images: choose the column with --image-column"
+        )
     label_feature = features[label_column]
     class_names = label_feature.names if isinstance(label_feature, datasets.ClassLabel) else None
     return Columns(image_column, label_column, class_names)
@@ -238,23 +240,32 @@ def open_splits(
     label_column: str | None = None,
     streaming: bool = True,
 ) -> dict[str | None, Callable[[], LabeledImages]]:
-    """The splits of a dataset of any of the kinds, each to be opened by a call. One without splits has the split None.
+    """Open a dataset.
 
     Args:
-        dataset: a folder with a folder per class, or such a folder for each of `train` and others; a folder that
-            `datasets` wrote or reads, or the id of a dataset on the Hub.
-        config, revision: of a dataset of `datasets`.
-        image_column, label_column: may be left out where there is one of the type.
-        streaming: read a dataset of the Hub while it is downloaded, instead of after.
+        dataset: One of these sources:
+
+            - an image folder, or a directory with an image folder for `train` and for other splits
+            - a directory that `datasets` wrote or reads
+            - the id of a dataset on the Hub
+        config: The configuration of a dataset of `datasets`.
+        revision: Branch, tag or commit on the Hub.
+        image_column, label_column: The columns. The default is the only column of the type.
+        streaming: Whether to read a dataset on the Hub during the download instead of after it.
+
+    Returns:
+        A function per split that opens it. A dataset without splits has the split None.
 
     Raises:
-        UserError: where there is no such dataset. Opening a split raises it where there is no such column.
+        UserError: If there is no such dataset. Opening a split raises it if there is no such column.
     """
     path = Path(dataset)
     is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
     if path.is_dir() and not is_saved and not any(file.suffix in DATA_FILE_SUFFIXES for file in path.rglob("*")):
         if (config, revision, image_column, label_column) != (None,) * 4:
-            raise UserError(f"{dataset} is a folder of images: it has neither configurations, revisions nor columns")
+            raise UserError(
+                f"{dataset} is a directory of images: it has neither configurations, revisions nor columns"
+            )
         if split_folders := find_split_folders(path):
             return {split: partial(ImageFolder, folder, split) for split, folder in split_folders.items()}
         return {None: partial(ImageFolder, path, None)}
@@ -278,7 +289,7 @@ def open_splits(
     def open_split(split: str | None) -> LabeledImages:
         rows = loaded if split is None else loaded[split]
         if rows.features is None:
-            raise UserError(f"{dataset} does not say which columns it has: save it as Parquet")
+            raise UserError(f"{dataset} does not declare its columns: save it as Parquet")
         columns = choose_columns(rows.features, image_column, label_column, dataset)
         rows = rows.select_columns([columns.image, columns.label]).cast_column(
             columns.image, datasets.Image(decode=False)
@@ -302,18 +313,18 @@ def open_splits(
 
 
 def open_dataset(dataset: str, *, split: str | None = None, **options: Any) -> LabeledImages:
-    """One split of a dataset, to evaluate on.
+    """Open the split of a dataset for evaluation.
 
     Args:
-        dataset: see `open_splits`, which takes the other options too.
-        split: may be left out where there is only one, or one that is called validation or test.
+        dataset: The source of the dataset. `open_splits` describes it, and the other options.
+        split: The name of the split. The default is validation, val, test, or the only split.
 
     Raises:
-        UserError: where there is no such dataset, split or column.
+        UserError: If there is no such dataset, split or column.
     """
     splits = open_splits(dataset, **options)
     if None not in splits:
         split = choose_split([name for name in splits if name is not None], split, dataset)
     elif split is not None:
-        raise UserError(f"{dataset} has no splits, leave --split out")
+        raise UserError(f"{dataset} has no splits: leave --split out")
     return splits[split]()

@@ -1,8 +1,7 @@
-"""`evmamba evaluate`: how often a classifier is right, over a whole dataset, on as many processes as there are.
+"""`evmamba evaluate`: measure the accuracy of a classifier on a dataset, in one process or several.
 
-Every process evaluates its own share of the images, each image once, and the processes add their counts up: nothing is
-padded, so nothing has to be dropped. A process keeps its counts in a file while it works, from which an interrupted
-evaluation goes on.
+Every process evaluates a share of the images, each image once. The processes add up their counts, so no batch is
+padded. A process saves its counts to a file while it works, and an interrupted evaluation resumes from this file.
 """
 
 import json
@@ -23,40 +22,44 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import AutoModelForImageClassification, BitImageProcessorPil
 
-# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+# the name in `transformers` itself is a placeholder that raises if torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-import modeling_evmamba  # noqa: F401, tells the Auto classes of the model
+import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
 from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images import imagenet
 from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages, Share
 
 
-SAVE_INTERVAL = 10  # seconds between savings of the counts
+SAVE_INTERVAL = 10  # seconds between two saves of the counts
 NUM_SHOWN = 10  # confusions and classes in the summary
 MAX_NAMES_IN_MESSAGE = 5
 
 
 def match_labels(names: list[str], id2label: dict[int, str], label_map: dict[str, str]) -> list[int]:
-    """The model's index of every label of a dataset, by name.
+    """Match the labels of a dataset with those of the model by name.
 
-    A label of the model may be several synonyms with commas between them, one of which is enough where no other label
-    has it. Where the model knows ImageNet's classes, their WordNet ids are names too.
+    A label of the model may be a list of synonyms, separated by commas. Each synonym matches if no other label has it.
+    If the model has ImageNet's labels, WordNet ids match too.
 
     Args:
-        names: of the dataset's labels.
-        id2label: of the model.
-        label_map: the model's label for names that are spelled otherwise.
+        names: The names of the dataset's labels.
+        id2label: The labels of the model.
+        label_map: The model's label by the dataset's name, for different spellings.
+
+    Returns:
+        The model's index of each name.
 
     Raises:
-        UserError: for names that the model does not know.
+        UserError: If the model does not know a name.
     """
     labels = [id2label[idx] for idx in sorted(id2label)]
-    if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):  # the model has no names
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):  # the labels of the model have no names
         if len(names) != len(labels):
             raise UserError(
-                f"the model has {len(labels)} classes without names, which cannot be matched with {len(names)} labels"
+                f"the model has {len(labels)} classes without names, which cannot be matched with {len(names)} "
+                "labels: add id2label to its configuration"
             )
         return list(range(len(names)))
 
@@ -74,38 +77,42 @@ def match_labels(names: list[str], id2label: dict[int, str], label_map: dict[str
         raise UserError(
             f"{len(unknown)} of the {len(names)} labels of the dataset are none of the model's: {shown}"
             f"{', ...' if len(unknown) > MAX_NAMES_IN_MESSAGE else ''}. The model knows {len(labels)} labels, "
-            f"among them {labels[0]!r} and {labels[-1]!r}. A --label-map can tell which ones only differ in spelling"
+            f"such as {labels[0]!r} and {labels[-1]!r}. Map different spellings with --label-map"
         )
     return [indices[label_map.get(name, name)] for name in names]
 
 
 def read_label_map(path: Path) -> dict[str, str]:
-    """A JSON file with the model's label by the dataset's name.
+    """Read a JSON file with the model's label by the dataset's name.
 
     Raises:
-        UserError: for a file that holds anything else.
+        UserError: If the file holds anything else.
     """
     try:
         label_map = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(label_map, dict) or not all(isinstance(label, str) for label in label_map.values()):
-        raise UserError(f'{path} must hold an object of strings, like {{"name in the dataset": "label of the model"}}')
+        raise UserError(
+            f'{path} must hold an object of strings, such as {{"name in the dataset": "label of the model"}}'
+        )
     return label_map
 
 
 def save_results(path: Path, results: dict) -> None:
-    """Writes the results of an evaluation as JSON.
+    """Write the results of an evaluation as JSON.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: If the file cannot be written.
     """
     write_atomic(path, (json.dumps(results, indent=2) + "\n").encode())
 
 
 class Preprocessor:
-    """The model's own image processor, but for the centre crop: where the margin is odd, torchvision, with which the
-    networks were trained and evaluated, may crop one pixel beside transformers.
+    """The model's image processor with the center crop of torchvision.
+
+    The networks were trained and evaluated with torchvision. If a margin is odd, its crop may differ from that of
+    transformers by one pixel.
     """
 
     def __init__(self, image_processor: BitImageProcessorPil):
@@ -125,9 +132,9 @@ class Preprocessor:
 
 @dataclass
 class Counts:
-    """What is known of the images so far.
+    """The counts over the evaluated images.
 
-    All of it is one tensor, to which one call adds a batch: whenever Ctrl-C comes, the batch is in it or is not.
+    One tensor holds all counts, and one call adds a batch to it. So Ctrl-C never leaves a batch counted in part.
     """
 
     table: torch.Tensor  # (classes * classes + 2,) float64: the confusion matrix row by row, then the two sums
@@ -142,12 +149,12 @@ class Counts:
 
     @property
     def confusion(self) -> torch.Tensor:
-        """(classes, classes) int64: rows are the dataset's labels, columns the predictions."""
+        """The confusion matrix, (classes, classes) int64. Rows are labels, columns are predictions."""
         return self.table[:-2].view(self.num_classes, self.num_classes).long()
 
     @property
     def sums(self) -> torch.Tensor:
-        """(2,) float64: the losses, and how many images have the label among the first five predictions."""
+        """The sum of the losses, and the number of images with the label in the top 5, (2,) float64."""
         return self.table[-2:]
 
     @property
@@ -155,7 +162,7 @@ class Counts:
         return int(self.confusion.sum())
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Counts a batch: logits (B, classes), labels (B,)."""
+        """Count a batch: logits (B, classes), labels (B,)."""
         logits, labels = logits.cpu().double(), labels.cpu()
         top5 = logits.topk(min(5, self.num_classes), dim=-1).indices
         sums = torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (top5 == labels[:, None]).sum()])
@@ -163,13 +170,13 @@ class Counts:
         self.table.index_put_((places,), torch.cat([torch.ones(len(labels)), sums]), accumulate=True)
 
     def add_up(self, device: torch.device) -> "Counts":
-        """The counts of all processes together. To be called by each, with its device."""
+        """Returns the sum of the counts of all processes. Call it on all processes, each with its own device."""
         from accelerate.utils import reduce
 
         return Counts(reduce(self.table.to(device), "sum").cpu())
 
     def summarize(self) -> dict[str, int | float]:
-        """The number of images, which must not be 0, shares of right ones, and the mean loss."""
+        """Returns the number of images, top-1 and top-5 accuracy, and the mean loss. There must be an image."""
         confusion, (loss, num_right_in_five) = self.confusion, self.sums.tolist()
         num_images = int(confusion.sum())
         return {
@@ -181,17 +188,17 @@ class Counts:
 
 
 def computes_on_cpu() -> bool:
-    """Whether accelerate has to be told to compute on CPUs: otherwise, processes there would not find each other."""
+    """Returns whether accelerate must use CPUs. Without this setting, CPU processes would not find each other."""
     from accelerate.utils import parse_flag_from_env
 
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def join_processes():
-    """This process among those that accelerate started, or as the only one: accelerate's `PartialState`.
+    """Returns accelerate's `PartialState` of this process, which may be the only one.
 
     Raises:
-        UserError: where accelerate is not installed.
+        UserError: If accelerate is not installed.
     """
     require("accelerate", extra="evaluate")
     from accelerate import PartialState
@@ -200,7 +207,7 @@ def join_processes():
 
 
 class Evaluation:
-    """The evaluation of a model on a dataset, in one process or its share of it in one of several."""
+    """The evaluation of a model on the share of a dataset that belongs to this process."""
 
     def __init__(
         self,
@@ -215,28 +222,28 @@ class Evaluation:
         label_map: dict[str, str],
         progress_file: Path | None,
     ):
-        """Loads the model and what an interrupted evaluation left.
+        """Load the model, and the counts of an interrupted evaluation.
 
         Args:
-            processes: from `join_processes`.
-            model: folder or Hub id, for the results.
-            folder: where the model and its image processor lie.
-            dataset: to evaluate on.
-            batch_size: images that are computed together in a process.
+            processes: The result of `join_processes`.
+            model: Directory or Hub id, for the results.
+            folder: The directory of the model and its image processor.
+            dataset: The dataset to evaluate on.
+            batch_size: The number of images in a batch of one process.
             dtype: "float32", "bfloat16" or "float16".
-            workers: threads that read and scale images, in each process.
-            label_map: see `match_labels`.
-            progress_file: where to keep the counts while at work; the number of the process is appended.
+            workers: The number of threads in each process that read and resize images.
+            label_map: The model's label by the dataset's name, as for `match_labels`.
+            progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
-            UserError: for a model that is no classifier, and where the labels do not fit it.
+            UserError: If the model is no classifier, or the labels do not match.
         """
         self.processes, self.name = processes, model
-        # downloads lie in folders that are named after their commit
+        # the directory of a download has the name of its commit
         self.commit = None if Path(model).is_dir() else folder.name
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
-            # the same on every machine, whether it has torchvision or not
+            # the same pixels with and without torchvision
             self.preprocess = Preprocessor(AutoImageProcessor.from_pretrained(folder, backend="pil"))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
@@ -255,14 +262,14 @@ class Evaluation:
         files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
         weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         parts = [dataset.name, dataset.num_images, dataset.revision, dataset.config, dataset.split]
-        # an evaluation only goes on where these are the same
+        # an evaluation resumes only if these are the same
         self.settings = json.dumps([str(folder.resolve()), weights, *parts, dtype, label_map])
         self.counts = self.load_progress() or Counts.start(self.model.config.num_labels)
         self.num_resumed, self.seconds = self.counts.num_images, 0.0
 
     @property
     def num_images(self) -> int | None:
-        """Images of this process, None where the dataset does not tell."""
+        """The number of images of this process, or None if it is unknown."""
         return None if self.dataset.num_images is None else len(self.share.indices(self.dataset.num_images))
 
     def load_progress(self) -> Counts | None:
@@ -273,7 +280,7 @@ class Evaluation:
                 if file.metadata()["settings"] != self.settings:
                     return None
                 return Counts(file.get_tensor("table"))
-        except (OSError, SafetensorError):  # there is none, or it is damaged
+        except (OSError, SafetensorError):  # the file is missing or damaged
             return None
 
     def save_progress(self) -> None:
@@ -281,7 +288,7 @@ class Evaluation:
             write_atomic(self.progress_file, save(vars(self.counts), metadata={"settings": self.settings}))
 
     def find_index(self, image: LabeledImage) -> int:
-        """The model's index of an image's label."""
+        """Returns the model's index of an image's label."""
         if isinstance(image.label, str):
             if image.label not in self.indices_of_names:
                 (index,) = match_labels([image.label], self.id2label, self.label_map)
@@ -289,11 +296,11 @@ class Evaluation:
             return self.indices_of_names[image.label]
         num_known = len(self.class_indices or self.id2label)
         if image.label is None or not 0 <= image.label < num_known:
-            raise UserError(f"{image.name} has the label {image.label}: there are the labels 0 to {num_known - 1}")
+            raise UserError(f"{image.name} has the label {image.label}, which must be from 0 to {num_known - 1}")
         return image.label if self.class_indices is None else self.class_indices[image.label]
 
     def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pixel values (B, C, H, W) and labels (B,) of what is left to do; threads prepare the batch that is next."""
+        """Yield pixel values (B, C, H, W) and labels (B,) of the remaining images. Threads prepare the next batch."""
         images = islice(self.dataset.read(self.share), self.num_resumed, None)
         with ThreadPoolExecutor(self.workers) as pool:
 
@@ -312,18 +319,18 @@ class Evaluation:
 
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
-        """Evaluates, yielding the number of images of each batch. What was counted is kept when it breaks off.
+        """Evaluate, and yield the number of images of each batch. An interruption saves the counts.
 
         Raises:
-            UserError: for images and labels that cannot be used, and where the progress cannot be saved.
+            UserError: If an image or a label is invalid, or the counts cannot be saved.
         """
-        self.save_progress()  # a disk that cannot be written shows before the work
+        self.save_progress()  # find an unwritable disk before the work
         begin, saved = None, time.monotonic()
         try:
             for pixel_values, labels in self.load_batches():
                 pixel_values = pixel_values.to(self.processes.device, self.model.dtype)
                 if begin is None:
-                    self.model(pixel_values)  # kernels are compiled at the first call, which is not to be measured
+                    self.model(pixel_values)  # warm-up: the first call compiles kernels
                     begin = time.monotonic()
                 self.counts.add(self.model(pixel_values).logits, labels)
                 if time.monotonic() - saved > SAVE_INTERVAL:
@@ -332,14 +339,14 @@ class Evaluation:
                 yield len(labels)
         finally:
             self.seconds = 0.0 if begin is None else time.monotonic() - begin
-            with suppress(UserError):  # neither the results nor what broke it off are to be lost for a full disk
+            with suppress(UserError):  # a full disk must hide neither the results nor another error
                 self.save_progress()
 
     def finish(self) -> dict:
-        """Adds up the counts of all processes; each gets the results.
+        """Returns the results of all processes. Call it on all processes.
 
         Raises:
-            UserError: for a dataset without images.
+            UserError: If the dataset holds no images.
         """
         from accelerate.utils import gather
 
@@ -350,7 +357,7 @@ class Evaluation:
             self.counts = self.counts.add_up(device)
             work = gather(work.to(device)).cpu()
         if self.counts.num_images == 0:
-            raise UserError(f"the dataset {self.dataset.name} holds no images")
+            raise UserError(f"the dataset {self.dataset.name} holds no images: choose another --dataset or --split")
         seconds = work[:, 1].max().item()
         return {
             "model": self.name,
@@ -371,13 +378,13 @@ class Evaluation:
         }
 
     def discard_progress(self) -> None:
-        """To be called when the results are safe, by all processes."""
+        """Delete the saved counts. Call it on all processes when the results are safe."""
         self.processes.wait_for_everyone()
         if self.progress_file is not None:
             self.progress_file.unlink(missing_ok=True)
 
     def summarize_confusion(self) -> dict:
-        """The most frequent confusions and the classes that are recognized worst."""
+        """Returns the most frequent confusions, and the classes with the lowest accuracy."""
         confusion = self.counts.confusion
         wrong = confusion - confusion.diag().diag()
         counts, cells = wrong.flatten().topk(min(NUM_SHOWN, wrong.numel()))

@@ -99,7 +99,7 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
 
 
 def is_stale(name: str) -> bool:
-    """Whether a file may hold weights of an earlier upload, which `from_pretrained` might prefer."""
+    """Returns whether a file may hold weights of an earlier upload, which `from_pretrained` might prefer."""
     return any(fnmatchcase(name, pattern) for pattern in WEIGHTS_PATTERNS)
 
 

@@ -63,7 +63,7 @@ def test_a_process_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_p
     target = tmp_path / "model"
     write_model(target, "old")
     write_model(tmp_path / ".model.partial" / "model", "new")
-    target.rename(tmp_path / ".model.partial" / "replaced")  # as where a run is killed between the two renames
+    target.rename(tmp_path / ".model.partial" / "replaced")  # the state after a kill between the two renames
     if fails:
         with pytest.raises(UserError, match="disk"), staged(target):
             raise OSError("disk")
@@ -123,7 +123,7 @@ def test_a_file_does_not_replace_a_folder_nor_a_folder_a_file(tmp_path):
 
 
 def test_ctrl_c_while_a_folder_is_replaced(tmp_path):
-    """Before each line of the function, one after the other: what is left is the old folder or the new one."""
+    """Press Ctrl-C before each line of the function. The old or the new directory remains."""
 
     def interrupt(frame, event, _):
         nonlocal num_lines

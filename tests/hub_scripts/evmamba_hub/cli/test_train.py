@@ -19,15 +19,15 @@ from training_evmamba.trainer import TrainingRun
 
 @pytest.fixture
 def run(make_recipe, tmp_path):
-    """Runs `evmamba train` on a small recipe with options; gives the folder of the run."""
+    """Run `evmamba train` with a small recipe and options. Return the output directory."""
     (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe(epochs=1)))
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this process
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in this process
 
     def run(*options: str):
         base = ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "run")]
         ended = CliRunner().invoke(app, [*base, *options], env={"COLUMNS": "200"})
         if isinstance(ended.exception, SystemExit):
-            raise UserError(ended.output)  # what typer says, in a frame
+            raise UserError(ended.output)  # the message of typer, in a frame
         if ended.exception is not None:
             raise ended.exception
         return tmp_path / "run"

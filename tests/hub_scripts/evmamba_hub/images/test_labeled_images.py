@@ -1,4 +1,4 @@
-"""Datasets of every kind, and their shares for several processes."""
+"""Datasets from every source, and their shares for several processes."""
 
 import random
 import shutil
@@ -24,7 +24,7 @@ NAMES = [str(digit) for digit in range(10)]
 
 @pytest.fixture(scope="module")
 def digits(digit_images) -> datasets.Dataset:
-    """61 digits in a dataset, shuffled."""
+    """A dataset of 61 shuffled digits."""
     paths = sorted(digit_images.glob("*/*.png"))
     random.Random(0).shuffle(paths)
     paths = paths[:61]
@@ -142,7 +142,7 @@ def test_a_stream_that_breaks_off(hub, digits, tmp_path):
     [
         ({"split": "train"}, "choose a split of .* with --split: it has a, b"),
         ({}, "choose a split of .* with --split: it has a, b"),
-        ({"split": "a", "image_column": "photo"}, "has no column photo, it has image, label"),
+        ({"split": "a", "image_column": "photo"}, "has no column photo: choose one of image, label"),
         ({"split": "a", "image_column": "label"}, "the column label of .* holds no images"),
     ],
 )
@@ -163,7 +163,7 @@ def test_columns_without_the_usual_types(digits, tmp_path):
 
 
 def test_options_that_a_folder_of_images_has_not(digit_images):
-    with pytest.raises(UserError, match="has no splits, leave --split out"):
+    with pytest.raises(UserError, match="has no splits: leave --split out"):
         open_dataset(str(digit_images), split="test")
     with pytest.raises(UserError, match="neither configurations, revisions nor columns"):
         open_dataset(str(digit_images), revision="main")
@@ -178,7 +178,7 @@ def test_a_folder_of_splits(digit_images, tmp_path):
     }
     opened = open_dataset(str(tmp_path))
     assert (opened.split, opened.class_names) == ("val", ["3"])
-    shutil.copytree(digit_images / "7", tmp_path / "car")  # now `train` is a class, too
+    shutil.copytree(digit_images / "7", tmp_path / "car")  # now `train` is a class too
     assert open_dataset(str(tmp_path)).class_names == ["car", "train", "val"]
 
 

@@ -1,4 +1,4 @@
-"""The network's code in a repository, used with `trust_remote_code=True` where this package is not installed."""
+"""The network's code in a repository, loaded with `trust_remote_code=True` without this package installed."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[4]
 DIGITS = ROOT / "demo" / "digits"
 EXAMPLE = ROOT / "demo" / "examples" / "digit_3.png"
 
-# Everything that a stranger does with the repository. Prints what it found as JSON.
+# Use the repository in every way without this package. Print the results as JSON.
 SCRIPT = """
 import json, sys
 from importlib.util import find_spec
@@ -73,14 +73,14 @@ print(json.dumps({
 
 @pytest.mark.parametrize("name, path", find_remote_code().items())
 def test_files_of_a_bundle_demand_no_package(name, path):
-    """What a file imports outside of `try` is demanded of every user, whether it is used or not."""
+    """transformers requires every package that a file imports outside of `try`, whether the file needs it or not."""
     known = {*sys.stdlib_module_names, "huggingface_hub", "numpy", "torch", "transformers"}
     assert set(get_imports(path)) <= known
     assert {f"{module}.py" for module in get_relative_imports(path)} <= find_remote_code().keys()
 
 
 def create_environment(folder: Path, kind: str) -> Path:
-    """A virtual environment with torch, transformers and Pillow (without which transformers reads no image)."""
+    """Create a virtual environment with torch, transformers and Pillow, which transformers needs to read images."""
     venv.create(folder, with_pip=kind == "installed")
     if kind == "installed":
         packages = ["-c", ROOT / "constraints.txt", "torch", "transformers", "pillow"]
@@ -91,7 +91,7 @@ def create_environment(folder: Path, kind: str) -> Path:
 
 
 def use(environment: Path, hub, *arguments: object) -> dict:
-    """Runs the script far from the repository, with an empty cache."""
+    """Run the script outside of the repository, with an empty cache."""
     variables = {name: os.environ[name] for name in ("PATH", "HF_ENDPOINT", "HF_HUB_DISABLE_XET")}
     home = environment / "home"
     completed = subprocess.run(
@@ -108,7 +108,7 @@ def use(environment: Path, hub, *arguments: object) -> dict:
 
 @pytest.fixture
 def repositories(hub) -> list[str]:
-    """Two repositories that carry the same code."""
+    """Two repositories with the same code."""
     repo_ids = ["someone/digits", "someone/other-digits"]
     for repo_id in repo_ids:
         files = collect_model_files(DIGITS, repo_id)
@@ -131,11 +131,11 @@ def test_a_clean_environment(hub, repositories, tmp_path, kind):
     accelerated = kind == "with_numba"
     assert found["installed"] == (["numba"] if accelerated else [])
     assert all(module.startswith("transformers_modules.someone.digits.") for module in found["modules"])
-    # transformers fetches what the classes can load: a file beyond that would travel for nothing
+    # transformers fetches only the files that the classes can load, so the bundle holds no others
     assert found["files"] == sorted({"__init__.py", *find_remote_code()})
     assert found["backend"] == ("numba" if accelerated else "torch")
-    # operators of our own are what the accelerated backends are called by; without them, nothing but PyTorch's run.
-    # The code of the other repository is loaded by then, and must not have taken their names.
+    # Our own operators call the accelerated backends. Without these, only PyTorch's operators run.
+    # The code of the other repository is loaded by then, and must not take their names.
     names = {operator.partition("::")[2] for operator in found["operators"]}
     assert names == ({"atrous_selective_scan", "layer_norm_gated", "layer_norm_mean"} if accelerated else set())
     assert all(operator.startswith("transformers_modules_someone_digits_") for operator in found["operators"])
@@ -153,7 +153,7 @@ def test_a_clean_environment(hub, repositories, tmp_path, kind):
 
 
 def test_a_bundle_beside_the_installed_package(hub, repositories, tmp_path):
-    """A class that is registered is preferred to the repository's, and nobody is asked to trust anything."""
+    """A registered class takes precedence over that of the repository, without `trust_remote_code`."""
     for options in ({}, {"trust_remote_code": True}):
         model = AutoModelForImageClassification.from_pretrained(repositories[0], **options)
         assert type(model) is EfficientVMambaForImageClassification
