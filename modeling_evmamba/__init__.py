@@ -1,8 +1,8 @@
-"""EfficientVMamba for transformers. Importing this package makes the Auto classes and pipelines know the model."""
+"""EfficientVMamba for transformers. Importing this package registers the model with the Auto classes."""
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil
 
-# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+# in transformers 5.17, `transformers.AutoImageProcessor` is a placeholder that raises if torchvision is missing
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 

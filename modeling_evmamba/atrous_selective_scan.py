@@ -1,4 +1,4 @@
-"""Where the model gets its scan from. A repository with remote code has the operator's own file in this place."""
+"""Import the scan for the model. A repository with remote code replaces this file with the operator itself."""
 
 from evmamba_kernels.atrous_selective_scan import atrous_selective_scan
 

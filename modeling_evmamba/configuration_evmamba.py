@@ -23,7 +23,7 @@ from transformers.utils import auto_docstring
 
 BLOCK_TYPES = ("evss", "inverted_residual")
 
-# The published networks: paper, table 1. Everything that is not in this table they share as the defaults below.
+# The published networks (paper, table 1). They share the defaults below for all other fields.
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 4, 2]},
     "small": {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 4, 2]},
@@ -36,30 +36,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     block_types (`list[str]`, *optional*, defaults to `["evss", "evss", "inverted_residual", "inverted_residual"]`):
-        The block that each stage is made of: `"evss"` (atrous selective scan beside a local convolution) or
-        `"inverted_residual"`.
+        Block type of each stage: `"evss"` (atrous selective scan and a local convolution in parallel) or
+        `"inverted_residual"` (MobileNetV2 block with squeeze-and-excitation).
     state_size (`int`, *optional*, defaults to 16):
-        States per channel of the selective scan, `N` in the Mamba paper.
+        State size per channel of the selective scan, `N` in the Mamba paper.
     expand (`int`, *optional*, defaults to 2):
-        The scan runs on `expand` times as many channels as its stage has.
+        Expansion factor of the channels that the scan runs on, relative to the stage's channels.
     time_step_rank (`int` or `str`, *optional*, defaults to `"auto"`):
-        Rank of the projection to the time steps. `"auto"` is a sixteenth of the stage's channels, rounded up.
+        Rank of the projection to the time steps. `"auto"` sets it to `ceil(hidden_size / 16)` in each stage.
     time_step_min (`float`, *optional*, defaults to 0.001):
         Smallest time step at initialization.
     time_step_max (`float`, *optional*, defaults to 0.1):
         Largest time step at initialization.
     time_step_floor (`float`, *optional*, defaults to 0.0001):
-        Lower bound of the time steps drawn at initialization.
+        Lower bound that clamps the time steps at initialization.
     conv_kernel (`int`, *optional*, defaults to 3):
-        Side of the depthwise convolution before the scan. Odd.
+        Kernel size of the depthwise convolution before the scan. Must be odd.
     use_conv_bias (`bool`, *optional*, defaults to `True`):
-        Whether that convolution has a bias.
+        Whether the depthwise convolution before the scan has a bias.
     use_bias (`bool`, *optional*, defaults to `False`):
-        Whether the projections into and out of the scan's channels have biases.
+        Whether the input and output projections of the scan have biases.
     expand_ratio (`int`, *optional*, defaults to 4):
-        An inverted-residual block widens its channels by this factor.
+        Expansion factor of the channels in inverted-residual blocks.
     squeeze_expansion_ratio (`float`, *optional*, defaults to 0.125):
-        Width of the bottleneck in the channel gates of both kinds of block, relative to the gated channels.
+        Ratio of the bottleneck channels to the gated channels, in the channel gates of both block types.
     batch_norm_eps (`float`, *optional*, defaults to 1e-05):
         The epsilon of the batch normalization layers.
 
@@ -67,7 +67,7 @@ class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     ```python
     >>> from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaModel
 
-    >>> # Initializing an EfficientVMamba-T style configuration; the larger networks are VARIANTS["small"] and ["base"]
+    >>> # Initializing an EfficientVMamba-T style configuration (VARIANTS also holds "small" and "base")
     >>> configuration = EfficientVMambaConfig(**VARIANTS["tiny"])
 
     >>> # Initializing a model (with random weights) from the configuration
@@ -105,7 +105,7 @@ class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        # lists, so that a configuration equals the one read back from its JSON file
+        # a configuration must equal the one that its JSON file loads, which holds lists
         self.hidden_sizes = list(self.hidden_sizes)
         self.depths = list(self.depths)
         self.block_types = list(self.block_types)
@@ -120,7 +120,11 @@ class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         return len(self.depths)
 
     def validate_architecture(self):
-        """Part of `@strict`: refuses values from which no network can be built. Messages name the field."""
+        """Validate the architecture. `@strict` calls it.
+
+        Raises:
+            ValueError: If no network can be built from a field. The message names the field.
+        """
         for field in ("num_channels", "patch_size", "state_size", "expand", "conv_kernel", "expand_ratio"):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be a positive integer, got {getattr(self, field)}")
@@ -128,7 +132,7 @@ class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         if any(side < 1 for side in image_sides):
             raise ValueError(f"`image_size` must be one positive integer or two, got {self.image_size}")
         if self.conv_kernel % 2 == 0:
-            raise ValueError(f"`conv_kernel` must be odd to keep the size of the map, got {self.conv_kernel}")
+            raise ValueError(f"`conv_kernel` must be odd to keep the size of the feature map, got {self.conv_kernel}")
 
         if not len(self.hidden_sizes) == len(self.depths) == len(self.block_types) > 0:
             raise ValueError(

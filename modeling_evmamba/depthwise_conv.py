@@ -1,5 +1,7 @@
-"""Where blocks for inference get their depthwise convolutions from. A repository with remote code has the operators'
-own file here."""
+"""Import the depthwise convolutions for inference.
+
+A repository with remote code replaces this file with the operators themselves.
+"""
 
 from evmamba_kernels.depthwise_conv import depthwise_conv, depthwise_conv_and_mean
 

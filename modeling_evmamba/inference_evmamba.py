@@ -1,8 +1,12 @@
-"""A model made ready to classify and nothing else: fewer passes over its maps, weights as the processor wants them.
+"""Optimized copies of models for inference.
 
-Batch norms that follow a convolution are folded into it. On CPUs, linear layers and pointwise convolutions then take
-the layout of oneDNN's kernels, and blocks are put together anew, channels last throughout: activations and means are
-computed in passing, as a compiler would do it. What each step gains: benchmarks/NOTES.md.
+The copy folds batch norms into the convolutions before them. On CPUs in float32, it also:
+
+- packs the weights of linear layers and pointwise convolutions into oneDNN's layout;
+- fuses activations, means and residuals into the layers of each block, channels-last throughout;
+- splits large batches into micro-batches whose feature maps stay in the cache.
+
+benchmarks/NOTES.md lists the gain of each step.
 """
 
 import copy
@@ -26,11 +30,10 @@ from .modeling_evmamba import (
 
 Model = TypeVar("Model", bound=EfficientVMambaPreTrainedModel)
 
-# Bytes of the widest map of a micro-batch: with some of its neighbours, it fits into the cache of a processor
-# (benchmarks/NOTES.md)
+# Bytes of the widest feature map of a micro-batch: it and its neighbors fit into the cache (benchmarks/NOTES.md).
 WIDEST_MAP_BYTES = 10 * 2**20
 
-# of the blocks: a convolution and the batch norm behind it
+# for each block: a convolution and the batch norm that follows it
 BATCH_NORMS = {
     EfficientVMambaLocalBranch: [("depthwise_conv", "batch_norm")],
     EfficientVMambaInvertedResidualLayer: [
@@ -42,17 +45,21 @@ BATCH_NORMS = {
 
 
 def optimize_for_inference(model: Model) -> Model:
-    """A copy of a model for inference alone: the same outputs to rounding, sooner.
+    """Returns an optimized copy of a model for inference. Its outputs are the same up to rounding.
 
-    The copy is in evaluation mode, computes no gradients, and cannot be saved; packed weights stay on their device in
-    their dtype. `model` stays as it is.
+    The copy is in evaluation mode, computes no gradients, and cannot be saved. Packed weights cannot change their
+    device or dtype. `model` is unchanged.
 
     Args:
-        model: any of the models of this package, on any device. Weights are packed for CPUs, in float32.
+        model: A model of this package, on any device. Weights are packed on CPUs in float32 only.
+
+    Returns:
+        The optimized copy, of the class of `model`.
 
     Raises:
-        TypeError: for other models, and where layers in its blocks are not of this package or PyTorch, as LoRA's.
-        ValueError: where layers in its blocks have hooks, which the copy would not call.
+        TypeError: If `model` is another model, or a layer of a block comes from elsewhere than PyTorch or this
+            package, such as LoRA's.
+        ValueError: If a layer of a block has hooks, which the copy would not call.
     """
     if not isinstance(model, EfficientVMambaPreTrainedModel):
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
@@ -67,7 +74,7 @@ def optimize_for_inference(model: Model) -> Model:
         pack_linear_layers(model)
         micro_batch_blocks(model)
         keep_freed_memory()
-    for module in model.modules():  # also its parts: their names and weights are others
+    for module in model.modules():  # submodules too: their names and weights also differ from the model's
         module.register_state_dict_pre_hook(refuse_to_save)
     model.register_forward_pre_hook(refuse_gradients, with_kwargs=True)
     return model
@@ -83,8 +90,8 @@ def fold_batch_norms(model: nn.Module) -> None:
 
 def refuse_to_save(*_) -> NoReturn:
     raise RuntimeError(
-        "this model was optimized for inference and can neither be saved nor copied: take the one that it was made "
-        "from, and call optimize_for_inference afterwards"
+        "this model was optimized for inference and can neither be saved nor copied: use the original, and call "
+        "optimize_for_inference afterwards"
     )
 
 
@@ -94,28 +101,28 @@ def refuse_gradients(module: nn.Module, arguments: tuple, named_arguments: dict)
     ):
         raise RuntimeError(
             "this model was optimized for inference and computes no gradients, but its input requires them: use the "
-            "model that it was made from, or torch.no_grad()"
+            "original, or torch.no_grad()"
         )
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep up to 60 MB between calls.
+    """Make glibc keep up to 60 MB of freed memory between calls.
 
-    It gives freed memory back to the system once that is more than twice the largest block that was ever freed. A
-    network whose maps have a few MB would get its memory anew, page by page, in every call. So a large one is freed.
+    glibc returns freed memory to the system above twice the size of the largest block ever freed. A network with
+    feature maps of a few MB would then fault in fresh pages in every call. Freeing one large block raises that limit.
     """
     torch.empty(30 * 2**20, dtype=torch.uint8)
 
 
 def write_channels_last(model: nn.Module) -> None:
-    """Lets the convolution that cuts the image into patches write its map as the LayerNorm behind it reads it."""
+    """Make the patch embeddings write channels-last, which is the order that the next LayerNorm reads."""
     for module in model.modules():
         if isinstance(module, EfficientVMambaEmbeddings):
             module.patch_embeddings.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
 
 
 class PackedLayer(nn.Module):
-    """A layer whose weights lie as oneDNN wants them: nothing else can read them."""
+    """A layer whose weights are in oneDNN's layout, which no other operator can read."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # for pickle and copy
         refuse_to_save()
@@ -123,13 +130,13 @@ class PackedLayer(nn.Module):
     def check_dtype(self, hidden_states: torch.Tensor) -> None:
         if hidden_states.dtype != torch.float32:
             raise TypeError(
-                f"this model was optimized for inference in float32, got {hidden_states.dtype}: convert the model "
-                "that it was made from, or leave autocast"
+                f"this model was optimized for inference in float32, got {hidden_states.dtype}: convert the original "
+                "and optimize it again, or leave autocast"
             )
 
 
 class PackedLinear(PackedLayer):
-    """A linear layer with the activation behind it, in oneDNN."""
+    """A linear layer followed by an activation, in oneDNN."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"):
         super().__init__()
@@ -144,7 +151,7 @@ class PackedLinear(PackedLayer):
         )
 
     def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`residual` plus the layer's output, without the activation."""
+        """Returns `residual` plus the layer's output, without the activation."""
         if torch.compiler.is_compiling():  # the operator below has no form for fake tensors
             return residual + self(hidden_states)
         self.check_dtype(hidden_states)
@@ -152,7 +159,7 @@ class PackedLinear(PackedLayer):
 
 
 class DepthwiseConv(nn.Module):
-    """A depthwise convolution with the activation behind it, its weight in the order of the kernel."""
+    """A depthwise convolution followed by an activation. Its weight is in the order that the kernel reads."""
 
     def __init__(self, convolution: nn.Conv2d, activation: str):
         super().__init__()
@@ -169,7 +176,7 @@ class DepthwiseConv(nn.Module):
 
 
 class FusedEVSSLayer(nn.Module):
-    """An EVSS block. The gate of the scan is computed when it is needed, and then still lies in the cache."""
+    """An EVSS block. It computes the gate of the scan right before its use, so the gate is still in the cache."""
 
     def __init__(self, layer: EfficientVMambaEVSSLayer):
         super().__init__()
@@ -206,7 +213,7 @@ class FusedEVSSLayer(nn.Module):
 
 
 class FusedInvertedResidualLayer(nn.Module):
-    """An inverted-residual block. The mean for squeeze-and-excitation comes with the convolution."""
+    """An inverted-residual block. The convolution also returns the mean for squeeze-and-excitation."""
 
     def __init__(self, layer: EfficientVMambaInvertedResidualLayer):
         super().__init__()
@@ -238,18 +245,23 @@ def fuse_layers(model: nn.Module) -> None:
 
 
 def refuse_changed_blocks(model: nn.Module) -> None:
-    """Fused layers compute with the weights of the parts alone."""
+    """Reject blocks with foreign layers or hooks, since fused layers use nothing but the weights of the parts.
+
+    Raises:
+        TypeError: If a part of a block is neither of PyTorch nor of this package.
+        ValueError: If a part of a block has hooks.
+    """
     blocks = [module for module in model.modules() if type(module) in FUSED_LAYERS]
     for name, part in (named_part for block in blocks for named_part in block.named_modules()):
         if not type(part).__module__.startswith(("torch.nn.", EfficientVMambaPreTrainedModel.__module__)):
             raise TypeError(
                 f"{name} of a block is a {type(part).__module__}.{type(part).__name__}, which optimize_for_inference "
-                "does not know: merge adapters first, or take the model as it is"
+                "does not know: merge adapters first, or use the model as it is"
             )
         if part._forward_hooks or part._forward_pre_hooks:
             raise ValueError(
                 f"{name or 'a block'} has hooks, which a model optimized for inference would not call: remove them "
-                "first, or take the model as it is"
+                "first, or use the model as it is"
             )
 
 
@@ -261,13 +273,13 @@ def pack_linear_layers(model: nn.Module) -> None:
 
 
 class MicroBatchedBlocks(nn.Module):
-    """Blocks that take a large batch in micro-batches.
+    """Blocks that process a large batch in micro-batches.
 
-    One passes all blocks before the next, and its maps stay in the cache.
+    Each micro-batch passes through all blocks before the next one, so its feature maps stay in the cache.
 
     Args:
-        layers: the blocks.
-        widest: most channels of a map in a block, map and gate of a scan together.
+        layers: The blocks.
+        widest: The most channels of a feature map in a block. The input and the gate of a scan count together.
     """
 
     def __init__(self, layers: nn.ModuleList, widest: int):

@@ -1,4 +1,4 @@
-"""Where the model gets its LayerNorms from. A repository with remote code has the operators' own file here."""
+"""Import LayerNorms for the model. A repository with remote code replaces this file with the operators themselves."""
 
 from evmamba_kernels.layer_norm import layer_norm_gated, layer_norm_mean
 

@@ -14,11 +14,11 @@
 """PyTorch EfficientVMamba model.
 
 Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", Pei, Huang and Xu, arXiv 2403.09977.
-The authors' code is https://github.com/TerryPei/EfficientVMamba; nothing of it is copied here. Where the paper and the
-released weights differ, the network follows the weights.
+The authors' code is at https://github.com/TerryPei/EfficientVMamba. This implementation copies none of it. Where the
+paper and the released weights differ, the network follows the weights.
 
-Maps are (batch_size, channels, height, width) between modules, as in transformers' other vision models, and lie
-channels-last in memory, so that the permutations to (batch_size, height, width, channels) inside cost nothing.
+Feature maps between modules have the shape (B, C, H, W), as in other vision models of transformers. In memory they are
+channels-last, so the permutations to (B, H, W, C) inside the modules copy nothing.
 """
 
 import math
@@ -50,14 +50,14 @@ NUM_SCAN_GROUPS = 4  # skip sampling with step 2: one group per parity of row an
 
 
 class EfficientVMambaLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a (batch_size, channels, height, width) map."""
+    """LayerNorm over the channels of a feature map (B, C, H, W)."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class EfficientVMambaGatedLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map, times SiLU of a gate."""
+    """LayerNorm over the channels of a feature map, multiplied by the SiLU of a gate."""
 
     # (B, H, W, D) each; the base class takes no gate
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -65,16 +65,16 @@ class EfficientVMambaGatedLayerNorm(nn.LayerNorm):
 
 
 class EfficientVMambaMeanLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map, and its mean over the pixels."""
+    """LayerNorm over the channels of a feature map, averaged over the pixels."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, C)
         return layer_norm_mean(hidden_states, self.weight, self.bias, self.eps)
 
 
 class EfficientVMambaPointwiseConv(nn.Conv2d):
-    """A 1 x 1 convolution as the matrix product that it is on a map that lies channels-last.
+    """1 x 1 convolution, computed as a matrix product over the channels of a channels-last feature map.
 
-    On CPUs, PyTorch's own convolution takes a slow path for small maps (benchmarks/NOTES.md).
+    On CPUs, PyTorch's convolution takes a slow path for small feature maps (benchmarks/NOTES.md).
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
@@ -86,7 +86,7 @@ class EfficientVMambaPointwiseConv(nn.Conv2d):
 
 
 class EfficientVMambaDropPath(nn.Module):
-    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382): identity outside of training."""
+    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382). It is the identity outside of training."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -104,7 +104,7 @@ class EfficientVMambaDropPath(nn.Module):
 
 
 class EfficientVMambaEmbeddings(nn.Module):
-    """Cuts the image into patches. Pixels at the bottom and right that fill no patch are dropped."""
+    """Patch embeddings. Drops the pixels at the bottom and right that fill no patch."""
 
     def __init__(self, config: EfficientVMambaConfig):
         super().__init__()
@@ -124,7 +124,7 @@ class EfficientVMambaEmbeddings(nn.Module):
         _, num_channels, height, width = pixel_values.shape
         if num_channels != self.num_channels:
             raise ValueError(
-                f"pixel_values must have {self.num_channels} channels, as the configuration says, got {num_channels}"
+                f"pixel_values must have {self.num_channels} channels, as in the configuration, got {num_channels}"
             )
         if height < self.patch_size or width < self.patch_size:
             raise ValueError(
@@ -135,7 +135,7 @@ class EfficientVMambaEmbeddings(nn.Module):
 
 
 class EfficientVMambaES2D(nn.Module):
-    """ES2D: Mamba's mixer with the atrous selective scan in place of the sequence (paper, section 3.2)."""
+    """ES2D: Mamba's mixer with the atrous selective scan in place of the 1D scan (paper, section 3.2)."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
@@ -167,9 +167,9 @@ class EfficientVMambaES2D(nn.Module):
     def init_scan_weights(self):
         _, channels, rank = self.dt_proj_weight.shape
         state_size = self.A_log.shape[-1]
-        init.uniform_(self.x_proj_weight, -(channels**-0.5), channels**-0.5)  # as nn.Linear does by itself
+        init.uniform_(self.x_proj_weight, -(channels**-0.5), channels**-0.5)  # the default of nn.Linear
         init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
-        # time steps spread evenly over the orders of magnitude, through the inverse of softplus
+        # Mamba's initialization: time steps are log-uniform, and the bias is their inverse softplus
         log_range = math.log(self.time_step_max) - math.log(self.time_step_min)
         dt = torch.exp(torch.rand_like(self.dt_proj_bias) * log_range + math.log(self.time_step_min))
         dt = dt.clamp(min=self.time_step_floor)
@@ -193,7 +193,7 @@ class EfficientVMambaES2D(nn.Module):
 
 
 class EfficientVMambaLocalBranch(nn.Module):
-    """The convolutional companion of the scan, with as many channels as the block."""
+    """Convolutional branch in parallel to the scan, with the channels of the block."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
@@ -208,7 +208,7 @@ class EfficientVMambaLocalBranch(nn.Module):
 
 
 class EfficientVMambaChannelGate(nn.Module):
-    """Factors in (0, 1) for the channels of each of several maps, which depend on the mean of the normalized map."""
+    """Returns factors in (0, 1) for the channels of each feature map, from the mean of the normalized feature map."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
@@ -224,14 +224,14 @@ class EfficientVMambaChannelGate(nn.Module):
 
 
 class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
-    """EVSS block (paper, section 3.3): the scan sees the whole map, the local branch the neighbourhood of a pixel."""
+    """EVSS block (paper, section 3.3): a scan over the whole feature map, and a local branch around each pixel."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int, drop_path_rate: float):
         super().__init__()
         self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.mixer = EfficientVMambaES2D(config, hidden_size)
         self.local_branch = EfficientVMambaLocalBranch(config, hidden_size)
-        self.gate = EfficientVMambaChannelGate(config, hidden_size)  # one gate, the same weights for both branches
+        self.gate = EfficientVMambaChannelGate(config, hidden_size)  # both branches share its weights
         self.drop_path = EfficientVMambaDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
@@ -243,7 +243,7 @@ class EfficientVMambaEVSSLayer(GradientCheckpointingLayer):
 
 
 class EfficientVMambaSqueezeExcitation(nn.Module):
-    """Scales each channel by a number in (0, 1) that depends on the mean of the map."""
+    """Squeeze-and-excitation: scales each channel by a factor in (0, 1) from the mean of the feature map."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
@@ -283,7 +283,7 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
 
 
 class EfficientVMambaPatchMerging(nn.Module):
-    """Halves the sides of a map: each cell of 2 x 2 pixels becomes one. An odd side is continued by zeros."""
+    """Patch merging: turns each cell of 2 x 2 pixels into one. Pads an odd side with zeros."""
 
     def __init__(self, config: EfficientVMambaConfig, in_channels: int, out_channels: int):
         super().__init__()
@@ -293,13 +293,13 @@ class EfficientVMambaPatchMerging(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))
         height, width = hidden_states.shape[2:]
         rows, columns = (height + 1) // 2, (width + 1) // 2
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # into a graph for sides of either kind
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # one graph for odd and even sides
         if is_traced or height % 2 or width % 2:
             hidden_states = F.pad(hidden_states, (0, 2 * columns - width, 0, 2 * rows - height))
         cells = (
             hidden_states.permute(0, 2, 3, 1).unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
         )  # (B, H/2, 2, W/2, 2, C)
-        cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C): column by column inside a cell
+        cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), column-major inside a cell
         return self.reduction(self.layernorm(cells)).permute(0, 3, 1, 2)
 
 
@@ -307,7 +307,7 @@ LAYER_CLASSES = {"evss": EfficientVMambaEVSSLayer, "inverted_residual": Efficien
 
 
 class EfficientVMambaStage(nn.Module):
-    """Patch merging, but for the first stage, and blocks of one kind."""
+    """Stage of the network: patch merging (except in the first stage) and blocks of one type."""
 
     def __init__(self, config: EfficientVMambaConfig, stage_idx: int):
         super().__init__()
@@ -319,7 +319,7 @@ class EfficientVMambaStage(nn.Module):
                 config, config.hidden_sizes[stage_idx - 1], hidden_size
             )
 
-        # stochastic depth grows linearly from 0 at the first block of the network to its full rate at the last
+        # the rate of stochastic depth grows linearly from 0 at the first block of the network to the last
         first_block, num_blocks = sum(config.depths[:stage_idx]), sum(config.depths)
         layer_class = LAYER_CLASSES[config.block_types[stage_idx]]
         self.layers = nn.ModuleList(
@@ -352,7 +352,7 @@ class EfficientVMambaPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):  # as PyTorch does by itself
+        elif isinstance(module, nn.Conv2d):  # PyTorch's default
             fan_in = module.weight[0].numel()
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -363,7 +363,7 @@ class EfficientVMambaPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay besides biases and norms: `A_log` and `D`, as in Mamba."""
+        """Returns the names of parameters without weight decay, besides biases and norms: `A_log` and `D` of Mamba."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D")}
 
 

@@ -129,7 +129,7 @@ def save(model: nn.Module, folder: Path) -> None:
 )
 def test_optimized_models_refuse_to_be_saved_or_copied(use, tmp_path):
     optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()))
-    with pytest.raises(RuntimeError, match="neither be saved nor copied: take the one that it was made from"):
+    with pytest.raises(RuntimeError, match="neither be saved nor copied: use the original, and call"):
         use(optimized, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 

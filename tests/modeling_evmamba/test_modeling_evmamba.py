@@ -161,7 +161,7 @@ def test_pixels_that_fill_no_patch_are_dropped():
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((1, 1, 32, 32), "must have 3 channels, as the configuration says, got 1"),
+        ((1, 1, 32, 32), "must have 3 channels, as in the configuration, got 1"),
         ((3, 32, 32), r"must have the shape \(batch_size, num_channels, height, width\), got \(3, 32, 32\)"),
         ((1, 3, 32, 3), "at least one patch of 4 x 4 pixels, got 32 x 3"),
     ],
