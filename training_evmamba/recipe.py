@@ -154,7 +154,7 @@ class Recipe:
         None,
         resumable=True,
     )
-    license: str | None = option("Card", "Licence of the weights, as the Hub calls it.", None, resumable=True)
+    license: str | None = option("Card", "License of the weights, as the Hub calls it.", None, resumable=True)
     about_data: str | None = option("Card", "A text on the training images.", None, resumable=True)
     about_limits: str | None = option("Card", "A text on what the model is not good for.", None, resumable=True)
 

@@ -1,4 +1,4 @@
-"""The atrous selective scan of EfficientVMamba, and what lies around it in the blocks. See `kernels/README.md`."""
+"""The atrous selective scan of EfficientVMamba, and the operators around it in a block. See `kernels/README.md`."""
 
 from .atrous_selective_scan import atrous_selective_scan
 from .backends import Choice, choose_backend, use_backend

@@ -1,10 +1,10 @@
-"""The contract of the atrous selective scan: what goes in, what comes out, and which backend computes it.
+"""The contract of the atrous selective scan: arguments, checks, and the call of the backend.
 
-The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977,
-projections included. Its definition, symbols and derivation stand in `kernels/README.md`.
+The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977, with
+its projections. `kernels/README.md` has the definition, symbols and derivations.
 
-PyTorch sees all backends as one operator, `torch.ops.evmamba_kernels.atrous_selective_scan`, except for "torch": made
-of PyTorch operators, it needs none, and compilers look inside.
+PyTorch sees every backend as the operator `torch.ops.evmamba_kernels.atrous_selective_scan`. The exception is "torch",
+which consists of PyTorch operators: compilers trace through it.
 """
 
 import torch
@@ -23,36 +23,37 @@ def atrous_selective_scan(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Scans a map in four skip-sampled sequences, each with its own parameters (K = 4 groups).
+    """Scan a feature map along four skip-sampled sequences, each with its own parameters (K = 4 groups).
 
-    Group k holds the pixels whose row has parity k % 2 and whose column has parity k // 2; even groups are visited row
-    by row, odd ones column by column. Along each sequence runs the selective scan of Mamba (arXiv 2312.00752):
+    Group k holds the pixels whose row has parity k % 2 and whose column has parity k // 2. Even groups visit their
+    pixels row by row, odd groups column by column. Each sequence runs the selective scan of Mamba (arXiv 2312.00752):
 
         dt, B, C = split(x_proj_weight[k] u)                            (R), (N), (N)
         delta    = softplus(dt_proj_weight[k] dt + dt_proj_bias[k])     (D)
         h        = exp(delta A) h + delta u B,  A = -exp(A_log[k])      (D, N)
         y        = h C + D[k] u                                         (D)
 
-    An odd side is continued by one row or column of zeros, whose steps decay the state and whose outputs are dropped.
+    A row or column of zeros pads an odd side. Its steps decay the state, and its outputs are dropped.
 
     Args:
-        hidden_states: the map u, (B, H, W, D), any floating dtype; channels last in memory is fastest.
-        x_proj_weight: (K, R + 2N, D).
-        dt_proj_weight: (K, D, R).
-        dt_proj_bias: (K, D).
-        A_log: (K, D, N).
-        D: the skip weight, (K, D).
-        backend: "numba" (CPU), "triton" (GPU), "torch" (any device), or None to choose; see `choose_backend`.
+        hidden_states: The feature map u, `(B, H, W, D)`, in any floating-point dtype. Channels-last memory is fastest.
+        x_proj_weight: Projection from u to dt, B and C, `(K, R + 2N, D)`.
+        dt_proj_weight: Projection from dt to delta, `(K, D, R)`.
+        dt_proj_bias: Bias of the projection to delta, `(K, D)`.
+        A_log: Logarithm of -A, `(K, D, N)`.
+        D: Skip weight, `(K, D)`.
+        backend: `"numba"` (CPU), `"triton"` (GPU), `"torch"` (any device), or `None` to choose automatically, see
+            `choose_backend`.
 
     Returns:
-        The map y, (B, H, W, D), in the dtype of `hidden_states`. The recurrence runs in float32, in float64 for
-        float64 maps. In forward-mode differentiation it is PyTorch's, whichever the backend.
+        The feature map y, `(B, H, W, D)`, in the dtype of `hidden_states`. The recurrence runs in float32, or in
+        float64 if `hidden_states` is float64. Forward-mode differentiation always uses the backend "torch".
 
     Raises:
-        ValueError: for shapes that do not fit together, an empty map, tensors on several devices, an unknown backend
-            or one that does not compute on such maps.
-        TypeError: for tensors that are not floating point.
-        ImportError: where the backend asked for needs a package that is missing.
+        ValueError: If shapes do not match, the feature map is empty, the tensors are on several devices, or the
+            backend is unknown or does not support the device and dtype.
+        TypeError: If a tensor is not floating-point.
+        ImportError: If the requested backend needs a missing package.
     """
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     check_arguments(*arguments)
@@ -70,7 +71,12 @@ def check_arguments(
     A_log: torch.Tensor,
     D: torch.Tensor,
 ) -> None:
-    """Raises a `ValueError` or `TypeError` that names the first argument breaking the contract."""
+    """Check the arguments of `atrous_selective_scan`.
+
+    Raises:
+        ValueError: If a shape or device breaks the contract. The message names the first such argument.
+        TypeError: If a tensor is not floating-point.
+    """
     arguments = {
         "hidden_states": hidden_states,
         "x_proj_weight": x_proj_weight,

@@ -1,8 +1,8 @@
-"""The atrous selective scan as a plain loop over the sequence: slow, short, and meant to be checked against the paper.
+"""The atrous selective scan as a plain loop over the sequence. It is slow, short, and close to the paper.
 
 Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977, section 3.2 (skip
-sampling), on top of "Mamba", arXiv 2312.00752, equations 2 to 4 (discretization, recurrence). For the
-symbols see kernels/README.md.
+sampling). It builds on "Mamba", arXiv 2312.00752, equations 2 to 4 (discretization, recurrence). `kernels/README.md`
+explains the symbols.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def group_pixels(height: int, width: int, group: int) -> list[tuple[int, int]]:
-    """Pixels (row, column) of one scan group in the order in which the sequence visits them."""
+    """Returns the pixels (row, column) of one scan group, in the order of its sequence."""
     rows = range(group % 2, height, 2)
     columns = range(group // 2, width, 2)
     if group % 2 == 0:
@@ -26,12 +26,12 @@ def atrous_selective_scan_reference(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
-    """One step of the recurrence at a time, for every group in turn, in the dtype of the inputs."""
+    """Run the recurrence step by step, group by group, in the dtype of the inputs."""
     batch_size, height, width, channels = hidden_states.shape
     num_groups, _, rank = dt_proj_weight.shape
     state_size = A_log.shape[-1]
 
-    padded = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))  # zeros at the bottom and right: even sides
+    padded = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))  # even sides: zeros at the bottom and right
     output = torch.empty_like(padded)
     for k in range(num_groups):
         A = -torch.exp(A_log[k])  # (D, N)
@@ -57,10 +57,10 @@ def random_arguments(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """Returns arguments of the operator for tests and benchmarks, of the sizes that they have in a network.
+    """Returns random arguments of the operator for tests and benchmarks, with magnitudes as in a network.
 
     Args:
-        dtype: of the map. The parameters are float64 beside a float64 map, else float32.
+        dtype: Dtype of the feature map. The parameters are float64 if it is float64, else float32.
     """
     generator = torch.Generator(device).manual_seed(seed)
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32

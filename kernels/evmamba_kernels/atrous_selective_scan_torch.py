@@ -1,15 +1,14 @@
 """The atrous selective scan in PyTorch operators: any device, differentiable, exportable with dynamic sizes.
 
-A Python loop over all pixels would be slow and would fix the graph to one image size. Here each sequence is cut into
-chunks of `CHUNK_LENGTH` steps. The recurrence runs inside all chunks at once, a logarithmic scan carries the state
-from chunk to chunk, and a second run inside the chunks starts from the carried states:
+A Python loop over all pixels would be slow, and would fix the graph to one image size. Instead, this module cuts each
+sequence into chunks of `CHUNK_LENGTH` steps, and runs all chunks in parallel:
 
-    1. run every chunk from zero     -> what each chunk adds to the state
-    2. `carry_between_chunks`        -> the state at the start of each chunk
-    3. run every chunk from there    -> the outputs
+    1. Run every chunk from zero, which gives what it adds to the state.
+    2. Carry the state from chunk to chunk with a logarithmic scan, `carry_between_chunks`.
+    3. Run every chunk again from its carried state, which gives the outputs.
 
-Decays are always exp(A * sum of delta), never a quotient, so nothing overflows and nothing loses precision where a
-state has decayed to zero. Symbols and shapes: `kernels/README.md`.
+Decays are always exp(A * sum of delta), never a quotient. So nothing overflows, and a state that has decayed to zero
+loses no precision. Symbols and shapes: `kernels/README.md`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,16 +19,16 @@ import torch.nn.functional as F
 
 NUM_GROUPS = 4  # skip sampling with step 2 in both directions
 
-# Steps inside a chunk. The loops below are CHUNK_LENGTH operators long whatever the image; states are kept for one
-# step of every chunk at a time, so memory falls with the length and the overhead of small maps grows with it.
+# Steps of a chunk. The loops below have CHUNK_LENGTH iterations for any image, and hold the states of one step of
+# every chunk. Longer chunks take less memory, but more overhead for small feature maps.
 CHUNK_LENGTH = 16
 
-# Rounds of the scan over chunks when the number of chunks is symbolic: enough for 2**20 chunks, maps of 8192 x 8192.
+# Rounds of the scan over chunks if their number is symbolic. Enough for 2**20 chunks, or feature maps of 8192 x 8192.
 MAX_CARRY_ROUNDS = 20
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Keeps autocast, where the device has it, from taking matrix products to half precision."""
+    """Disable autocast if the device supports it, so that matrix products keep their precision."""
     is_available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 
@@ -37,9 +36,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def pixels_of_steps(
     height: int, width: int, num_steps: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pixel of the flattened map each step of the four sequences visits, and whether it lies on the map: (4, L).
+    """Returns the pixel of the flattened feature map that each step visits, and whether the step is inside: `(4, L)`.
 
-    Steps beyond an odd side, and steps after the end of the sequence, lie outside. Their pixel is 0.
+    Steps of the padding, and steps after the end of the sequence, are outside. Their pixel is 0.
     """
     rows, columns = (height + 1) // 2, (width + 1) // 2
     step = torch.arange(num_steps, device=device)
@@ -53,7 +52,7 @@ def pixels_of_steps(
 
 
 def steps_of_pixels(height: int, width: int, num_steps: int, device: torch.device) -> torch.Tensor:
-    """The inverse: where in four sequences of `num_steps`, one after the other, each pixel of the map is, (H, W)."""
+    """Returns the step of each pixel in the four concatenated sequences of `num_steps` steps, `(H, W)`."""
     rows, columns = (height + 1) // 2, (width + 1) // 2
     row = torch.arange(height, device=device)[:, None]
     column = torch.arange(width, device=device)
@@ -69,18 +68,21 @@ def advance(
     A: torch.Tensor,  # (K, 1, D, N)
     B: torch.Tensor,  # (B, K, G, N)
 ) -> torch.Tensor:  # (B, K, G, D, N)
-    """One step of the recurrence in every chunk."""
+    """Advance every chunk by one step of the recurrence."""
     return torch.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[..., None, :]
 
 
 def carry_between_chunks(added: torch.Tensor, time: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """The state at the start of each chunk, (B, K, G, D, N), by a Hillis-Steele scan over the chunks.
+    """Returns the state at the start of each chunk, `(B, K, G, D, N)`, with a Hillis-Steele scan over the chunks.
 
-    `added` (B, K, G, D, N) is the state that a chunk leaves behind when it starts from zero, `time` (B, K, G, D) the
-    sum of its deltas. After the round with shift s, each place accounts for the 2s chunks before it.
+    After the round with shift s, each place accounts for the 2s chunks before it.
+
+    Args:
+        added: State after each chunk that starts from zero, `(B, K, G, D, N)`.
+        time: Sum of the deltas of each chunk, `(B, K, G, D)`.
+        A: `(K, 1, D, N)`.
     """
-    # Place g holds the chunk before chunk g. Place 0 holds nothing, no state and no time: what looks further back than
-    # the beginning looks there.
+    # Place g holds the chunk before chunk g. Place 0 holds no state and no time: lookups before the start clamp to it.
     added = torch.cat([torch.zeros_like(added[:, :, :1]), added], dim=2)  # (B, K, G + 1, D, N)
     time = torch.cat([torch.zeros_like(time[:, :, :1]), time], dim=2)  # (B, K, G + 1, D)
     num_places = added.shape[2]
@@ -101,14 +103,14 @@ def atrous_selective_scan_torch(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
-    """The operator in float32 (float64 stays float64), returned in the dtype of `hidden_states`."""
+    """Compute the operator in float32 (float64 stays float64). Returns the dtype of `hidden_states`."""
     batch_size, height, width, channels = hidden_states.shape
     rank, state_size = dt_proj_weight.shape[-1], A_log.shape[-1]
     device = hidden_states.device
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     length = ((height + 1) // 2) * ((width + 1) // 2)
-    # Steps after the end of a sequence change nothing before it. Two chunks at least: PyTorch treats sizes of 1 as
-    # constants, so that no exported graph would cover both one chunk and many.
+    # Steps after the end of a sequence change nothing before it. At least two chunks are needed: PyTorch treats a size
+    # of 1 as a constant, so an exported graph could not cover both one chunk and many.
     num_chunks = length // CHUNK_LENGTH + 2
     num_steps = num_chunks * CHUNK_LENGTH
 

@@ -1,8 +1,8 @@
-"""Which code computes: the backends of the scan, the choice among them with its reason, and when kernels run at all.
+"""Backends of the scan, the choice of one, and when kernels run instead of PyTorch operators.
 
-A backend is a file of the scan with a function `forward` and, for the gradients, `backward`, and an entry in
-`BACKENDS`. The kernels of LayerNorm and of the depthwise convolution run where the scan's of the same backend do.
-PyTorch sees every kernel as an operator of the namespace `NAMESPACE`.
+A backend is a module with the functions `forward` and `backward` of the scan, and an entry in `BACKENDS`. The kernels
+of LayerNorm and of the depthwise convolution follow the choice for the scan. PyTorch sees every kernel as an operator
+in the namespace `NAMESPACE`.
 """
 
 import os
@@ -20,13 +20,13 @@ LOWER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
-    """Where an implementation computes, and how to import its functions."""
+    """What a backend supports, and how to import its functions."""
 
     device_types: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]  # of the map
+    dtypes: tuple[torch.dtype, ...]  # of the feature map
     load: Callable[
         [], tuple[Callable, Callable]
-    ]  # forward and backward; raises ImportError where something is missing
+    ]  # returns forward and backward; raises ImportError if a package is missing
 
 
 def load_numba() -> tuple[Callable, Callable]:
@@ -41,10 +41,10 @@ def load_triton() -> tuple[Callable, Callable]:
     return forward, backward
 
 
-# Triton's own switch to its interpreter, in which kernels run on tensors of the CPU, slowly: for tests
+# Triton's variable for its interpreter, which runs kernels on CPU tensors. It is slow, and meant for tests.
 TRITON_DEVICE_TYPES = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
 
-# In the order of preference. What none of them computes, "torch" does.
+# In order of preference. "torch" is the fallback.
 BACKENDS = {
     "numba": Backend(("cpu",), LOWER_DTYPES, load_numba),
     "triton": Backend(TRITON_DEVICE_TYPES, LOWER_DTYPES, load_triton),
@@ -52,15 +52,15 @@ BACKENDS = {
 
 ENVIRONMENT_VARIABLE = "EVMAMBA_SCAN_BACKEND"
 
-# Names of operators are global, and whoever defines one again frees the one that others still call. Repositories on
-# the Hub carry copies of this file, each imported in a package of its own: the operators of a copy are named after it.
+# Operator names are global: a second definition frees the first one while others still call it. Repositories on the
+# Hub carry copies of this file, so each copy names its operators after its own package.
 NAMESPACE = re.sub(r"\W", "_", __package__, flags=re.ASCII)
 
-# what the environment or `use_backend` asks for; None leaves the choice to the device
+# the backend that the environment or `use_backend` asks for; None chooses automatically
 preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
-# Bytes of a map from which on the four passes over it that a kernel of our own saves are worth what it takes the host
-# more than PyTorch's three operators: 64 MiB, 20 us of an H100. An estimate, see benchmarks/NOTES.md.
+# Smallest feature map in bytes for which a GPU kernel pays. It saves four passes over the feature map (64 MiB, 20 us
+# of an H100), but costs the host more time than PyTorch's three operators. An estimate, see benchmarks/NOTES.md.
 SMALLEST_MAP_ON_GPU = 2**24
 
 
@@ -71,7 +71,7 @@ class Choice(NamedTuple):
 
 @cache
 def missing_requirement(backend: str) -> str | None:
-    """Why a backend cannot be imported, None if it can."""
+    """Returns the reason why a backend cannot be imported, or None if it can."""
     try:
         BACKENDS[backend].load()
     except ImportError as error:
@@ -80,22 +80,26 @@ def missing_requirement(backend: str) -> str | None:
 
 
 def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = None) -> Choice:
-    """The backend for maps on such a device and of such a dtype, and why it is the one.
+    """Choose the backend for feature maps of a device and dtype.
 
     Args:
-        device_type: "cpu", "cuda", ...
-        dtype: of the map.
-        backend: a name asks for that one; None for the preferred one, or the first that fits.
+        device_type: Device type of the feature map, such as `"cpu"` or `"cuda"`.
+        dtype: Dtype of the feature map.
+        backend: Name of the requested backend. `None` uses the one that `use_backend` or the environment requests, or
+            else the first one that supports the device and dtype.
+
+    Returns:
+        The name of the backend, and the reason for the choice.
 
     Raises:
-        ValueError: for an unknown name, and where the backend asked for does not compute on such maps.
-        ImportError: where the backend asked for needs a package that is missing.
+        ValueError: If the name is unknown, or the requested backend does not support the device and dtype.
+        ImportError: If the requested backend needs a missing package.
     """
     wanted = backend or preferred_backend
     if wanted is not None:
         if wanted != "torch":
             refuse_unfit(wanted, device_type, dtype)
-        return Choice(wanted, "it was asked for")
+        return Choice(wanted, "it was requested")
     reasons = []
     for name, candidate in BACKENDS.items():
         if device_type not in candidate.device_types:
@@ -123,19 +127,22 @@ def refuse_unfit(backend: str, device_type: str, dtype: torch.dtype) -> None:
         raise ImportError(missing)
 
 
-# Compilers take the answer as it is when they trace: the graph keeps its backend.
+# Compilers evaluate the choice once, while tracing. The graph keeps its backend.
 choose_backend_once = torch.compiler.assume_constant_result(choose_backend)
 
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Asks for a backend in all of the process while the context lasts; None leaves the choice to the device.
+    """Request a backend in the whole process while the context lasts.
 
-    The environment variable `EVMAMBA_SCAN_BACKEND` does the same from the start. An argument `backend` of the operator
-    has precedence. Graphs that were compiled before keep the backend that they were traced with.
+    The context overrides the environment variable `EVMAMBA_SCAN_BACKEND`. The operator's argument `backend` overrides
+    the context. Compiled graphs keep the backend that they were traced with.
+
+    Args:
+        backend: Name of the backend, or `None` to choose automatically.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: If the name is unknown.
     """
     global preferred_backend
     if backend is not None and backend not in ("torch", *BACKENDS):
@@ -148,17 +155,21 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def in_forward_mode() -> bool:
-    """Whether PyTorch differentiates in forward mode (`torch.func.jvp`): it would take our operators for constants."""
+    """Returns whether forward-mode differentiation is active, which would treat custom operators as constants."""
     return forward_ad._current_level >= 0
 
 
 def is_plain_call() -> bool:
-    """Whether PyTorch neither traces nor transforms what is called: else it should see operators of its own."""
+    """Returns whether PyTorch neither traces nor transforms the call. Otherwise it must see PyTorch operators."""
     return not (torch.compiler.is_compiling() or in_forward_mode() or in_function_transform())
 
 
 def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether no derivative is asked for, and the scan of such maps runs in CPU kernels too. The map comes first."""
+    """Returns whether CPU kernels can replace PyTorch operators: no gradients, and the scan runs on "numba" too.
+
+    Args:
+        tensors: The feature map, followed by the other tensors.
+    """
     if not is_plain_call():
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -170,8 +181,12 @@ def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the scan of such maps runs in GPU kernels, and the map, which comes first, is large enough."""
-    if not is_plain_call():  # first: a graph must not depend on the size of the map
+    """Returns whether GPU kernels should replace PyTorch operators: a large feature map, and a scan on "triton".
+
+    Args:
+        tensors: The feature map, followed by the other tensors.
+    """
+    if not is_plain_call():  # before the size: a graph must not depend on it
         return False
     hidden_states = tensors[0]
     num_bytes = hidden_states.numel() * hidden_states.element_size()
@@ -181,18 +196,25 @@ def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def in_function_transform() -> bool:
-    """Whether `torch.func` transforms a function: under `vmap`, tensors do not say whether they require gradients."""
+    """Returns whether a `torch.func` transform is active. Under `vmap`, `requires_grad` is unreliable."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """As (rows, D), channels dense: a view where rows are evenly spaced, as in half of the channels of another map."""
+    """Returns the tensor as `(rows, D)` with dense channels.
+
+    It is a view if the rows are evenly spaced, as in half of the channels of another feature map.
+    """
     rows = tensor.flatten(0, -2)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where a tensor that belongs to a map has not that shape, or lies on another device."""
+    """Check the shape and the device of a tensor that belongs to a feature map.
+
+    Raises:
+        ValueError: If the tensor has another shape, or is on another device than `hidden_states`.
+    """
     if tensor.shape != shape:
         raise ValueError(
             f"{name} must have the shape {tuple(shape)} for hidden_states {tuple(hidden_states.shape)}, "
@@ -203,10 +225,14 @@ def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor,
 
 
 def register_gradient(operator: torch.library.CustomOpDef, bwd_operator: torch.library.CustomOpDef) -> None:
-    """Makes `bwd_operator` the derivative of `operator`, and tells what it does to fake tensors.
+    """Register `bwd_operator` as the backward pass of `operator`, and its fake implementation.
 
-    The last argument of `operator` is no tensor. `bwd_operator` takes the gradient of its result and all of its
-    arguments, which are all that is kept for it, and returns the gradients of the tensors.
+    Autograd saves nothing but the arguments of `operator`.
+
+    Args:
+        operator: Its arguments are tensors, except for the last one.
+        bwd_operator: Takes the gradient of the output and all arguments of `operator`. Returns the gradients of the
+            tensors.
     """
 
     def keep_arguments(ctx, inputs, output) -> None:

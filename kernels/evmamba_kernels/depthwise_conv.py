@@ -1,8 +1,8 @@
-"""The depthwise convolutions of the blocks, with the activation behind them and the mean over the map.
+"""The depthwise convolutions of the blocks, fused with the activation and the mean over the feature map.
 
-As PyTorch operators these are up to four passes over the map: a copy where it is half of another map, the convolution,
-the activation, the mean. For inference on CPUs there is a kernel that reads the map once, for windows of 3 x 3. With
-gradients, on other devices and in compiled graphs PyTorch computes them.
+As PyTorch operators, these take up to four passes over the feature map: a copy if it is half of another one, the
+convolution, the activation, and the mean. The kernel for inference on CPUs takes one pass. It supports 3 x 3 windows.
+With gradients, on other devices and in compiled graphs, PyTorch operators run instead.
 """
 
 import torch
@@ -17,22 +17,22 @@ ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.ge
 def depthwise_conv(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
 ) -> torch.Tensor:
-    """A convolution of each channel by itself that keeps the size of the map, and the activation behind it.
+    """Compute a depthwise convolution with zero padding that keeps the size of the feature map, and an activation.
 
     Args:
-        hidden_states: the map, (B, H, W, D), any floating dtype, that of the weights. Beside it are zeros.
-        weight: (D, 1, kernel_size, kernel_size), an odd size, as in `torch.nn.Conv2d` with D groups. The kernel reads
-            it in the order (3, 3, D): where it lies so in memory, as by
-            `weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)`, no copy is made.
-        bias: (D), or None.
-        activation: "none", "relu", "silu" or "gelu".
+        hidden_states: The feature map, `(B, H, W, D)`, in the floating-point dtype of the weights.
+        weight: `(D, 1, kernel_size, kernel_size)` with an odd size, as in `torch.nn.Conv2d` with D groups. The CPU
+            kernel reads it in the order `(3, 3, D)`. It copies the weight unless memory has that order, as after
+            `weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)`.
+        bias: `(D)`, or `None`.
+        activation: `"none"`, `"relu"`, `"silu"` or `"gelu"`.
 
     Returns:
-        (B, H, W, D), in the dtype of `hidden_states`.
+        `(B, H, W, D)`, in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: where `hidden_states` is no map, shapes do not fit together, tensors lie on several devices, or
-            there is no such activation.
+        ValueError: If `hidden_states` does not have four dimensions, shapes do not match, the tensors are on several
+            devices, or the activation is unknown.
     """
     if use_kernel(hidden_states, weight, bias, activation):
         return convolution_operator(hidden_states, weight, bias, activation)
@@ -42,7 +42,10 @@ def depthwise_conv(
 def depthwise_conv_and_mean(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `depthwise_conv` returns, (B, H, W, D), and its mean over the map, (B, D). The rest is as there."""
+    """Returns the output of `depthwise_conv`, `(B, H, W, D)`, and its mean over the feature map, `(B, D)`.
+
+    Arguments and errors are those of `depthwise_conv`.
+    """
     if use_kernel(hidden_states, weight, bias, activation):
         return convolution_and_mean_operator(hidden_states, weight, bias, activation)
     y = convolve_in_pytorch(hidden_states, weight, bias, activation)
@@ -50,13 +53,13 @@ def depthwise_conv_and_mean(
 
 
 def use_kernel(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> bool:
-    """Checks the arguments, and says whether they are for the CPU kernel."""
+    """Check the arguments. Returns whether the CPU kernel supports them."""
     if hidden_states.ndim != 4:
         raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
     channels, kernel_size = hidden_states.shape[-1], weight.shape[-1] if weight.ndim else 0
     if kernel_size % 2 == 0:
         raise ValueError(
-            f"weight must have the shape (D, 1, kernel_size, kernel_size), an odd size, got {tuple(weight.shape)}"
+            f"weight must have the shape (D, 1, kernel_size, kernel_size) with an odd size, got {tuple(weight.shape)}"
         )
     check_argument("weight", weight, hidden_states, (channels, 1, kernel_size, kernel_size))
     if bias is not None:

@@ -1,8 +1,12 @@
-"""Two uses of LayerNorm in an EVSS block: times the SiLU of a gate, and as the mean over a map.
+"""Two fused uses of LayerNorm in an EVSS block: times the SiLU of a gate, and averaged over the feature map.
 
-As PyTorch operators these are two or three passes over the map, with maps in between. For inference on CPUs there are
-kernels that read the maps once. With gradients, on other devices and in compiled graphs PyTorch computes them; but for
-large maps on GPUs there is a kernel for the gate, with gradients, for which nothing but the two maps is kept.
+As PyTorch operators, these take two or three passes over the feature map, and store intermediates. The kernels read it
+once:
+
+- for inference on CPUs, both operators have a kernel;
+- for large feature maps on GPUs, the gated LayerNorm has a kernel with gradients that saves nothing but its inputs.
+
+All other cases, and compiled graphs, use PyTorch operators.
 """
 
 import torch
@@ -11,26 +15,26 @@ import torch.nn.functional as F
 from .backends import NAMESPACE, check_argument, is_for_cpu_kernel, is_for_gpu_kernel, register_gradient
 
 
-LARGEST_CHANNELS_ON_GPU = 1024  # more would not stay in the registers of four warps
+LARGEST_CHANNELS_ON_GPU = 1024  # more do not fit into the registers of four warps
 
 
 def layer_norm_gated(
     hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """LayerNorm over the last dimension, times SiLU of the gate.
+    """Compute LayerNorm over the last dimension, times SiLU of the gate.
 
     Args:
-        hidden_states: (..., D), any floating dtype.
-        gate: (..., D), of the same shape and dtype.
-        weight: (D), of the same dtype; under autocast, float32 too.
-        bias: (D), as `weight`.
-        eps: is added to the variance.
+        hidden_states: `(..., D)`, any floating-point dtype.
+        gate: `(..., D)`, in the dtype of `hidden_states`.
+        weight: `(D)`, in the dtype of `hidden_states`. May be float32 under autocast.
+        bias: `(D)`, in the dtype of `weight`.
+        eps: Epsilon that is added to the variance.
 
     Returns:
-        (..., D), in the dtype of `hidden_states`. Large maps on GPUs can be differentiated once, not twice.
+        `(..., D)`, in the dtype of `hidden_states`. On GPUs, large feature maps have no second derivative.
 
     Raises:
-        ValueError: where shapes do not fit together, or tensors lie on several devices.
+        ValueError: If shapes do not match, or the tensors are on several devices.
     """
     if hidden_states.ndim < 2:
         raise ValueError(f"hidden_states must have the shape (..., D), got {tuple(hidden_states.shape)}")
@@ -46,19 +50,20 @@ def layer_norm_gated(
 
 
 def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm over the last dimension, and its mean over the map.
+    """Compute LayerNorm over the last dimension, averaged over the feature map.
 
     Args:
-        hidden_states: the map, (B, H, W, D), any floating dtype.
-        weight: (D).
-        bias: (D).
-        eps: is added to the variance.
+        hidden_states: The feature map, `(B, H, W, D)`, any floating-point dtype.
+        weight: `(D)`.
+        bias: `(D)`.
+        eps: Epsilon that is added to the variance.
 
     Returns:
-        (B, D), in the dtype of `hidden_states`.
+        `(B, D)`, in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: where `hidden_states` is no map, shapes do not fit together, or tensors lie on several devices.
+        ValueError: If `hidden_states` does not have four dimensions, shapes do not match, or the tensors are on
+            several devices.
     """
     if hidden_states.ndim != 4:
         raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")

@@ -1,7 +1,7 @@
 """Vectors of 16 float32 numbers for Numba, and the functions on them that the kernels need.
 
-Numba's loops vectorise well only where LLVM can prove that arrays do not overlap and trip counts are long; the scan
-has neither. So the kernels say what they mean: a value of the type `Vector` holds 16 neighbouring channels, and LLVM
+Numba's loops vectorize well only where LLVM can prove that arrays do not overlap and trip counts are long; the scan
+has neither. So the kernels say what they mean: a value of the type `Vector` holds 16 neighboring channels, and LLVM
 maps it to what the processor has (one register with AVX-512, two with AVX2, four with NEON or SSE).
 """
 

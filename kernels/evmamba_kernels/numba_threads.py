@@ -1,12 +1,12 @@
 """Threads for compiled kernels.
 
-Numba's own `parallel=True` aborts the process when two Python threads enter it at once (layer "workqueue") or after a
-fork (layer "omp"). Here a kernel is a C function that takes a pointer to its work and claims one job after the other
-from it, called by each of a few threads:
+Numba's `parallel=True` aborts the process if two Python threads enter it at once (layer "workqueue") or after a fork
+(layer "omp"). Here, a kernel is a C function that takes a pointer to its work. Each of a few threads calls it, and it
+claims jobs until none is left. The threads are:
 
-- those of the OpenMP runtime that PyTorch computes with, where it is GNU's or one with its interface (Linux). Between
-  two operators they wait for work by spinning, and threads of our own would have to share the cores with them;
-- threads of our own elsewhere, and after a fork, which OpenMP's threads do not survive.
+- those of PyTorch's OpenMP runtime, if it has the interface of GNU's (Linux). They spin between operators, so other
+  threads would compete with them for the cores;
+- threads of this package elsewhere, and after a fork, which OpenMP threads do not survive.
 """
 
 import ctypes
@@ -33,19 +33,19 @@ except ImportError as error:
     raise ImportError("the CPU kernels need numba: pip install numba") from error
 
 
-# The first fields of a work record, each an int64. The first two begin at 0 and are counted up by the threads.
+# The first fields of a work record, each an int64. The first two start at 0, and the threads increment them.
 COUNTERS = ("next_job", "jobs_done", "num_jobs")
 
 Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def find_openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime in this process, None where it has not the interface of GNU's."""
+    """Returns the OpenMP runtime of this process, or None if it lacks the interface of GNU's."""
     try:
         library = ctypes.CDLL(None)  # importing torch made its symbols global
         library.GOMP_parallel.argtypes = [Kernel, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
-        library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018, raises where one is missing
+        library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018, raises if one is missing
     except (AttributeError, OSError, TypeError):
         return None
     return library
@@ -57,7 +57,7 @@ workers: list[Thread] = []
 
 
 def forget_threads() -> None:
-    """No thread survives a fork: the child starts without any, and without what they had to do still."""
+    """Reset threads and pending work in a forked child, since no thread survives a fork."""
     global openmp, calls
     openmp, calls = None, SimpleQueue()
     workers.clear()
@@ -69,7 +69,7 @@ if hasattr(os, "register_at_fork"):
 
 @intrinsic
 def claim_job(typing_context, work):
-    """The number of the next job, taken from the record that `work` points to. No two threads get the same."""
+    """Returns the number of the next job from the record that `work` points to. No two threads get the same one."""
 
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], COUNTERS.index("next_job"))
@@ -79,7 +79,7 @@ def claim_job(typing_context, work):
 
 @intrinsic
 def finish_job(typing_context, work):
-    """Counts a job that is done, and returns how many were before."""
+    """Count a finished job. Returns the number of jobs finished before it."""
 
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], COUNTERS.index("jobs_done"))
@@ -95,7 +95,7 @@ def add_atomically(builder, pointer, field):
 
 @cache
 def digest_of_sources() -> str:
-    """Of the files that kernels are compiled from. Numba's cache knows of a kernel's own file only."""
+    """Returns a digest of all sources of the kernels. Numba's cache only checks the file of a kernel itself."""
     digest = blake2b(digest_size=8)
     for path in sorted(Path(__file__).parent.glob("*numba*.py")):
         digest.update(path.read_bytes())
@@ -104,15 +104,15 @@ def digest_of_sources() -> str:
 
 @cache
 def compiled_kernel(do_jobs: Callable) -> CFunc:
-    """A function that claims jobs until none is left, for C callers: no Python between threads and jobs."""
+    """Returns a C function that claims jobs until none is left, so no Python runs between threads and jobs."""
     do_jobs.__qualname__ = f"{do_jobs.__name__}_{digest_of_sources()}"  # part of its name in the cache
     compile_with = partial(cfunc, types.void(types.voidptr), boundscheck=False, error_model="numpy")
     try:
         return compile_with(cache=True)(do_jobs)
-    except Exception as error:  # Numba raises what it meets: a read-only or full disk, a file that is cut short
+    except Exception as error:  # Numba raises any error of the cache: a read-only or full disk, a truncated file
         warnings.warn(
-            f"the compiled CPU kernel {do_jobs.__name__} cannot be kept for the next process, which will compile it "
-            f"again for some seconds ({error}). The environment variable NUMBA_CACHE_DIR names a folder to keep it in",
+            f"the compiled CPU kernel {do_jobs.__name__} cannot be cached, so every process compiles it again for "
+            f"some seconds ({error}): set NUMBA_CACHE_DIR to a writable directory",
             stacklevel=2,
         )
         return compile_with()(do_jobs)
@@ -120,19 +120,23 @@ def compiled_kernel(do_jobs: Callable) -> CFunc:
 
 @cache
 def structure_of(record_type: np.dtype) -> type[ctypes.Structure]:
-    """The same record in C, which is made in half the time."""
+    """Returns the record type as a C structure, which takes half the time to create."""
     fields = [(name, np.ctypeslib.as_ctypes_type(record_type[name])) for name in record_type.names]
     return type("Work", (ctypes.Structure,), {"_fields_": fields})
 
 
 def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float | torch.Tensor]) -> None:
-    """Calls `kernel` with a pointer to its work in `torch.get_num_threads()` threads, which share the jobs.
+    """Call `kernel` on `torch.get_num_threads()` threads, which share the jobs.
 
-    The work is a record of `fields`, the addresses of tensors among them, that begins with `COUNTERS`. Any number of
-    Python threads may call at once.
+    Any number of Python threads may call this function at once.
+
+    Args:
+        kernel: Takes a pointer to a record.
+        record_type: Type of the record, which starts with `COUNTERS`.
+        fields: Values of the record. A tensor stands for its address.
 
     Raises:
-        MemoryError: where jobs were left undone, as a thread got no memory.
+        MemoryError: If jobs are unfinished because a thread got no memory.
     """
     values = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
     work = structure_of(record_type)(**values)
@@ -148,10 +152,10 @@ def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float
 
 
 def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_threads: int) -> None:
-    """Calls `kernel` with a pointer to `work` in this thread and in threads of our own.
+    """Call `kernel` with a pointer to `work` on this thread and on threads of this package.
 
-    Each thread holds on to the work and its tensors: an exception, such as an interrupt from the keyboard, takes this
-    one out of its wait while others still compute.
+    Every thread keeps a reference to the work and its tensors, because an exception such as `KeyboardInterrupt` can
+    end the wait of this thread while others still compute.
     """
     while len(workers) < num_threads - 1:
         worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-kernels-{len(workers)}", daemon=True)
@@ -166,7 +170,7 @@ def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_thre
         for _ in range(num_threads - 1):
             done.get()
     except BaseException:
-        work.next_job = work.num_jobs  # nobody begins another job
+        work.next_job = work.num_jobs  # no thread starts another job
         raise
 
 
@@ -175,4 +179,4 @@ def wait_for_work(queue: SimpleQueue) -> None:
         kernel, work, fields, done = queue.get()
         kernel.ctypes(ctypes.addressof(work))
         done.put(None)
-        del kernel, work, fields, done  # not kept until the next call
+        del kernel, work, fields, done  # release them before the next call

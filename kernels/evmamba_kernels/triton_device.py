@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the import of Triton, the device that they compile for, and small host functions."""
+"""Shared code of the Triton kernels: the import of Triton, the description of the device, and host functions."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("the GPU kernels need triton: pip install triton") from error
 
 
-OLDEST_TRITON = (3, 4)  # with tuples that loops carry
+OLDEST_TRITON = (3, 4)  # the first with tuples as loop-carried values
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
     raise ImportError(
@@ -34,21 +34,21 @@ __all__ = [
     "triton",
 ]
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run as NumPy, on CPU tensors
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in NumPy, on CPU tensors
 
 
 class Device(NamedTuple):
-    """What a configuration depends on."""
+    """Properties of a device that the configuration depends on."""
 
     backend: str  # of Triton
     warp_size: int
-    capability: int  # 90 for 9.0, 0 but for CUDA
+    capability: int  # compute capability of CUDA, 90 for 9.0; 0 on other backends
     multiprocessors: int
 
 
 @cache
 def describe_device(device: torch.device) -> Device:
-    """The device, which has to be the current one."""
+    """Returns the description of a device, which must be the current one."""
     if INTERPRETED:
         return Device("interpreter", 1, 0, 1)
     driver = triton.runtime.driver.active
@@ -59,12 +59,12 @@ def describe_device(device: torch.device) -> Device:
 
 
 def cdiv(dividend: int, divisor: int) -> int:
-    """Rounded up. As `triton.cdiv`, which takes 2 us to find out that its arguments are numbers."""
+    """Returns the quotient, rounded up. `triton.cdiv` does the same, but takes 2 us to check its arguments."""
     return -(-dividend // divisor)
 
 
 def current_device(tensor: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current stream of the current device."""
+    """Make the tensor's device the current one, since Triton launches on the current stream of the current device."""
     if tensor.device.type == "cpu":  # interpreted
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)

@@ -58,7 +58,7 @@ class ExportTesterMixin:
 
 
 def images() -> list[Image.Image]:
-    """One image of each kind that users load: colour, colour with transparency, grey with transparency, grey."""
+    """One image of each kind that users load: color, color with transparency, gray with transparency, gray."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     return [Image.fromarray(pixels).convert(mode) for mode in ("RGB", "RGBA", "LA", "L")]
 

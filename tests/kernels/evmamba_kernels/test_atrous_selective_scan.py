@@ -258,7 +258,7 @@ def test_choice_by_device_and_its_reasons():
     )
     assert choose_backend("cuda", torch.bfloat16) == ("triton", "it is the first choice on cuda")
     with use_backend("torch"):
-        assert choose_backend("cpu", torch.float32) == ("torch", "it was asked for")
+        assert choose_backend("cpu", torch.float32) == ("torch", "it was requested")
         assert choose_backend("cpu", torch.float32, "numba").backend == "numba"
     assert choose_backend("cpu", torch.float32).backend == "numba"
 

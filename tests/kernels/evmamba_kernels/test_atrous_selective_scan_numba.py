@@ -325,4 +325,4 @@ def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path):
         file.write_bytes(b"")  # as after a loss of power
     run = use_cache(tmp_path)
     assert run.stdout == "0\n"
-    assert "the compiled CPU kernel mean_jobs cannot be kept for the next process" in run.stderr
+    assert "the compiled CPU kernel mean_jobs cannot be cached, so every process compiles it again" in run.stderr
