@@ -28,8 +28,8 @@ SCAN_MACS_PER_STATE = 9  # the authors' convention
 
 MACS_CONVENTION = (
     "GMACs count the multiply-accumulates of convolutions and linear layers, including the projections to delta, B "
-    f"and C. The selective scan counts {SCAN_MACS_PER_STATE} per state (pixels x channels x states), as the authors "
-    "count it. Norms, activations and gates are left out."
+    f"and C. The scan adds {SCAN_MACS_PER_STATE} per state (pixels x channels x states), as the authors count it. "
+    "Norms, activations and gates are left out."
 )
 
 
