@@ -39,7 +39,7 @@ def demo(
         evmamba demo --model efficientvmamba-tiny --model someone/efficientvmamba-small --port 8000
     """
     require("gradio", extra="demo")
-    from evmamba_demo.bundled import find_bundled_model, find_examples
+    from evmamba_demo.bundled import find_bundled_model
     from evmamba_demo.interface import launch
 
-    launch([*(model or []), str(find_bundled_model())], find_examples(), allow_any_model, host, port)
+    launch([*(model or []), str(find_bundled_model())], allow_any_model, host, port)
