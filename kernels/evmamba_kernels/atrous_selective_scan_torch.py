@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 NUM_GROUPS = 4  # skip sampling with step 2 in both directions
 
-# Steps of a chunk. The loops below have CHUNK_LENGTH iterations for any image, and hold the states of one step of every
+# Steps of a chunk. The loops below have CHUNK_LENGTH iterations for any image, and hold the states of one step of each
 # chunk. Longer chunks take less memory, but more overhead for small feature maps.
 CHUNK_LENGTH = 16
 

@@ -59,8 +59,8 @@ NAMESPACE = re.sub(r"\W", "_", __package__, flags=re.ASCII)
 # the backend that the environment or `use_backend` asks for; None chooses automatically
 preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
-# Smallest feature map in bytes for which a GPU kernel pays. It saves four passes over the feature map (64 MiB, 20 us of
-# an H100), but costs the host more time than PyTorch's three operators. An estimate, see benchmarks/NOTES.md.
+# Smallest feature map in bytes for which a GPU kernel pays. It saves four passes over the feature map (64 MiB, 20 us
+# of an H100), but costs the host more time than PyTorch's three operators. An estimate, see benchmarks/NOTES.md.
 SMALLEST_MAP_ON_GPU = 2**24
 
 
