@@ -427,7 +427,7 @@ def exp2_by_table(x):
     """Returns 2^x for finite x, within 2 ulp.
 
     Adding 1.5 * 2^19 leaves the nearest multiple of 1/16 in the low bits of the sum. The remainder f is at most 1/32,
-    where the Taylor polynomial of degree 3 is exact to rounding. So is 1 - 2^x for small x, the decay of a slow state.
+    where the Taylor polynomial of degree 3 is exact to rounding. So is 1 - 2^x for small x, the loss of a slow state.
     """
     n = add(x, splat(float32(786432.0)))
     nearest = subtract(n, splat(float32(786432.0)))
