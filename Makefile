@@ -21,29 +21,29 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 classify: $(INSTALLED)  ## Classify the example images with the bundled model.
 	$(BIN)/evmamba classify demo/examples --top-k 3
 
-demo: $(INSTALLED)  ## Show the bundled model in the browser, on http://127.0.0.1:7860.
+demo: $(INSTALLED)  ## Serve the demo of the bundled model on http://127.0.0.1:7860.
 	$(BIN)/evmamba demo
 
-test: $(INSTALLED)  ## Run all tests but the slow ones and that of the wheel.
+test: $(INSTALLED)  ## Run all tests except the slow ones and the test of the wheel.
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(INSTALLED)  ## Run the tests that compile, train on several processes, and kill runs.
+test-slow: $(INSTALLED)  ## Run the slow tests, which compile, train on several processes, or kill runs.
 	$(BIN)/python -m pytest -n 2 -m slow
 
 test-triton: $(INSTALLED)  ## Run the tests of the GPU kernels in Triton's interpreter, without a GPU.
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/kernels
 
-test-gpu: $(INSTALLED)  ## Run the tests of kernels and networks that concern GPUs on one.
+test-gpu: $(INSTALLED)  ## Run the GPU tests of kernels, networks and training on a CUDA GPU.
 	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest -k "triton or gpu" tests/kernels
 	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/modeling_evmamba/test_modeling_evmamba_gpu.py
 	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest -k golden tests/modeling_evmamba
 	$(BIN)/python -m pytest tests/transformers_suites
 	$(BIN)/python -m pytest -k learns_and_leaves tests/training_evmamba
 
-test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and use it there.
+test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and test it there.
 	$(BIN)/python -m pytest -m wheel
 
-# stages 1 and 2 of T, S and B for images of 224 x 224
+# feature maps of stages 1 and 2 of T, S and B, for images of 224 x 224
 MAPS := 56,56,96 28,28,192 56,56,128 28,28,256 56,56,192 28,28,384
 
 bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU.
@@ -60,7 +60,7 @@ docs: $(INSTALLED)  ## Build the documentation into build/site, with all links c
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-digits: $(INSTALLED)  ## Train the bundled model of handwritten digits again.
+digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	rm -rf build/digits build/digits-run
 	$(BIN)/python -m training_evmamba.digits build/digits --examples demo/examples
 	$(BIN)/evmamba train --recipe digits --dataset build/digits --output-dir build/digits-run
@@ -74,9 +74,9 @@ quality: $(INSTALLED)  ## Check style, formatting, the layers of the packages, a
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
-style: $(INSTALLED)  ## Mend style and formatting.
+style: $(INSTALLED)  ## Fix style and formatting.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove what the other targets made.
+clean:  ## Remove the files of the other targets.
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,12 +1,11 @@
 """Ablations of the paper on a task that needs global context: is the marked wire connected to the bar?
 
-Wires run across an image to a bar at its right, half of them are cut somewhere, and the left end of one is marked: of
-a whole one if a coin falls on heads, of a cut one if it falls on tails. The coin decides about the mark alone, so
-neither ink nor the number of cuts nor the place of the mark says how it fell. Classifiers of these numbers and of the
-pixels are fitted beside the networks, as a check.
+Wires run across an image to a bar at its right. Half of them are cut somewhere. A coin decides whether the left end of
+a whole wire or of a cut wire is marked. It decides nothing else, so the amount of ink, the number of cuts and the
+place of the mark do not reveal the label. As a check, classifiers of these numbers and of the pixels are fitted too.
 
-The networks are two stages of one block, in which convolutions look no further than half the width of the image. All
-are trained alike, on the same images, with several seeds, on which weights and the order of the images depend.
+The networks have two stages of one block, so their convolutions see at most half the width of the image. All train on
+the same images with the same settings and several seeds. A seed sets the weights and the order of the images.
 """
 
 import time
@@ -60,7 +59,7 @@ class Drawing(NamedTuple):
 
 
 def draw_wires(generator: np.random.Generator) -> Drawing:
-    """A random image of the task. All but the mark is drawn before the coin is thrown."""
+    """Draw a random image of the task. The label is drawn after everything except the mark."""
     spare = IMAGE_SIZE - 2 * MARGIN - SPACING * (NUM_WIRES - 1)
     shares = generator.dirichlet(np.full(NUM_WIRES + 1, EVENNESS), size=NUM_KNOTS)
     ys = MARGIN + spare * shares.cumsum(axis=1)[:, :-1] + SPACING * np.arange(NUM_WIRES)  # (knots, wires)
@@ -85,7 +84,7 @@ def draw_wires(generator: np.random.Generator) -> Drawing:
 
 
 class Wires(Dataset):
-    """The images of a seed, each a dictionary of `pixel_values` (3, H, W), 0 for paper, and `labels`."""
+    """The images of a seed, as dictionaries of `pixel_values` `(3, H, W)`, where white is 0, and `labels`."""
 
     def __init__(self, num_images: int, seed: int, description: str):
         generator = np.random.default_rng(seed)
@@ -103,18 +102,18 @@ class Wires(Dataset):
         return {"pixel_values": 1 - pixels / 255, "labels": torch.tensor(int(self.labels[index]))}
 
     def describe(self) -> np.ndarray:
-        """What shall not help: white, black and red pixels in every image, and the place of the mark. (N, 4)"""
+        """Returns features that must not help, `(N, 4)`: counts of white, black and red pixels, place of the mark."""
         colors = [(255, 255, 255), (0, 0, 0), (255, 0, 0)]
         counts = [(self.images == color).all(axis=3).sum(axis=(1, 2)) for color in colors]
         return np.stack([*counts, self.marks], axis=1)
 
     def grey_pixels(self) -> np.ndarray:
-        """Mark, bar and wires are 0 in the green channel. (N, H * W), float32"""
+        """Returns the green channel, `(N, H * W)` in float32. Mark, bar and wires are 0 in it."""
         return self.images[..., 1].reshape(len(self), -1) / np.float32(255)
 
 
 class NoScanES2D(EfficientVMambaES2D):
-    """The mixer with its scan replaced by nothing: projections, depthwise convolution and gate remain."""
+    """The mixer without its scan. Projections, depthwise convolution and gate remain."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__(config, hidden_size)
@@ -122,7 +121,7 @@ class NoScanES2D(EfficientVMambaES2D):
             delattr(self, name)
 
     def init_scan_weights(self) -> None:
-        """There are none."""
+        """Do nothing, since there are no such weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
@@ -131,7 +130,7 @@ class NoScanES2D(EfficientVMambaES2D):
 
 
 class NoLocalBranch(nn.Module):
-    """Adds nothing to what the scan finds."""
+    """A local branch that returns zeros."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         return torch.zeros_like(hidden_states)
@@ -160,7 +159,7 @@ def create_model(network: Network) -> EfficientVMambaForImageClassification:
         block_types=network.block_types,
         state_size=8,
         drop_path_rate=0.0,
-        initializer_range=0.1,  # with the usual 0.02, so narrow a network takes long to begin to learn
+        initializer_range=0.1,  # with the default of 0.02, so narrow a network takes long to start learning
         num_labels=2,
     )
     model = EfficientVMambaForImageClassification(config)
@@ -176,7 +175,7 @@ def create_model(network: Network) -> EfficientVMambaForImageClassification:
 
 
 class ShowProgress(TrainerCallback):
-    """Advances rich's bars, for Trainer draws those of tqdm."""
+    """Advance rich's progress bars, since Trainer has those of tqdm."""
 
     def __init__(self, progress: Progress, tasks: list[TaskID]):
         self.progress, self.tasks = progress, tasks
@@ -193,7 +192,7 @@ def measure_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def train(
     network: Network, seed: int, steps: int, training: Wires, held_out: Wires, callback: TrainerCallback
 ) -> dict:
-    """Trains a network of random weights. Returns its parameters, its accuracy and the seconds it took."""
+    """Train a network from random weights. Returns its number of parameters, accuracy and time in seconds."""
     set_seed(seed)
     model = create_model(network)
     start = time.perf_counter()
@@ -227,7 +226,7 @@ def train(
 
 
 def measure_shortcuts(training: Wires, held_out: Wires) -> dict[str, float]:
-    """Held-out accuracy in percent of classifiers that follow no wire."""
+    """Returns the held-out accuracy, in percent, of classifiers that follow no wire."""
     of_numbers = HistGradientBoostingClassifier(random_state=0).fit(training.describe(), training.labels)
     of_pixels = RidgeClassifier().fit(training.grey_pixels(), training.labels)
     return {
@@ -237,7 +236,7 @@ def measure_shortcuts(training: Wires, held_out: Wires) -> dict[str, float]:
 
 
 def summarize(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """One row per network: mean over the seeds, lowest and highest."""
+    """Returns one row per network: mean over the seeds, lowest and highest."""
     summary = []
     for name in dict.fromkeys(row["network"] for row in rows):
         runs = [row for row in rows if row["network"] == name]
@@ -260,21 +259,22 @@ def main(
     networks: Annotated[
         list[str] | None,
         typer.Option(
-            "--network", help=f"One of {', '.join(NETWORKS)}; several times for several.", show_default="all"
+            "--network", help=f"Network to train, repeatable. One of {', '.join(NETWORKS)}.", show_default="all"
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every network.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help=f"Training steps, of {BATCH_SIZE} images each.")] = 3000,
-    images: Annotated[int, typer.Option(min=100, help="Training images.")] = 16000,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each network.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help=f"Training steps of {BATCH_SIZE} images.")] = 3000,
+    images: Annotated[int, typer.Option(min=100, help="Number of training images.")] = 16000,
     output_dir: Annotated[
-        Path, typer.Option(help="Folder of the CSV file.", show_default="benchmarks/results")
+        Path, typer.Option(help="Directory of the CSV file.", show_default="benchmarks/results")
     ] = RESULTS_DIR,
 ) -> None:
-    """Trains networks with and without parts of EfficientVMamba on a task that needs global context.
+    """Train networks with and without parts of EfficientVMamba on a task that needs global context.
 
-    The task: wires run across an image of 64 x 64 pixels to a bar; is the one that is marked cut? The networks: the
-    paper's order of blocks (EVSS early), EVSS late, without the local branch, with the scan replaced by nothing, and
-    convolutions alone.
+    In the task, wires run across an image of 64 x 64 pixels to a bar. Is the marked wire cut?
+
+    The networks have the paper's order of blocks (EVSS early), EVSS late, no local branch, no scan, or convolutions
+    alone.
 
     Examples:
 
@@ -307,7 +307,7 @@ def main(
                 callback = ShowProgress(progress, [total, task])
                 result = train(NETWORKS[name], seed, steps, training, held_out, callback)
                 rows.append({"network": name, "seed": seed, **result})
-                write_csv(output_dir / "ablations.csv", rows, environment)  # what there is, should it be interrupted
+                write_csv(output_dir / "ablations.csv", rows, environment)  # keeps finished runs if interrupted
                 progress.remove_task(task)
                 progress.console.print(f"{name}, seed {seed}: {result['held-out accuracy %']:.1f} %")
     print_table("Held-out accuracy", summarize(rows))

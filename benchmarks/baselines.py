@@ -1,8 +1,7 @@
-"""Other ways to compute the atrous selective scan, for comparison: the plain recurrence, mambapy's parallel scan, and
-the CUDA kernel of mamba_ssm.
+"""Baselines of the atrous selective scan: the plain recurrence, mambapy's parallel scan, and mamba_ssm's CUDA kernel.
 
-All take the arguments of `evmamba_kernels.atrous_selective_scan` and compute in float32, as that does. They differ in
-the recurrence, and in how maps become sequences. Symbols and shapes: `kernels/README.md`.
+All take the arguments of `evmamba_kernels.atrous_selective_scan`, and compute in float32 like it. They differ in the
+recurrence, and in how they turn feature maps into sequences. Symbols and shapes: `kernels/README.md`.
 """
 
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from evmamba_kernels.atrous_selective_scan_torch import pixels_of_steps, steps_o
 
 
 class Sequences(NamedTuple):
-    """What the recurrence runs on."""
+    """Inputs of the recurrence."""
 
     u: torch.Tensor  # (B, K, L, D)
     delta: torch.Tensor  # (B, K, L, D)
@@ -41,7 +40,7 @@ def gather_sequences(
 
 
 def scatter_sequences(y: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """From (B, K, L, D) back to the map, (B, H, W, D)."""
+    """Returns the feature map `(B, H, W, D)` of the sequences `(B, K, L, D)`."""
     batch_size, height, width, channels = hidden_states.shape
     places = steps_of_pixels(height, width, y.shape[2], y.device)
     return y.reshape(batch_size, -1, channels)[:, places].to(hidden_states.dtype)
@@ -55,11 +54,11 @@ def plain_recurrence(
     A_log: torch.Tensor,
     D: torch.Tensor,
 ) -> torch.Tensor:
-    """Step by step, all images and groups at once."""
+    """Run the recurrence step by step, for all images and groups at once."""
     u, delta, A, B, C = gather_sequences(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log)
     h = u.new_zeros(*u[:, :, 0].shape, A.shape[-1])  # (B, K, D, N)
     outputs = []
-    # unbind: its gradient is one stack, that of an index per step would be one whole sequence per step
+    # unbind, because its gradient is one stack; the gradient of an index would be a whole sequence per step
     for delta_t, input_t, B_t, C_t in zip(
         delta.unbind(2), (delta * u).unbind(2), B.unbind(2), C.unbind(2), strict=True
     ):
@@ -77,7 +76,7 @@ def mambapy_pscan(
     A_log: torch.Tensor,
     D: torch.Tensor,
 ) -> torch.Tensor:
-    """The parallel scan of https://github.com/alxndrTL/mamba.py, which keeps the states of all steps in memory."""
+    """Run the parallel scan of https://github.com/alxndrTL/mamba.py, which keeps the states of all steps in memory."""
     from mambapy.pscan import pscan
 
     u, delta, A, B, C = gather_sequences(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log)
@@ -96,8 +95,10 @@ def mamba_ssm_scan(
     A_log: torch.Tensor,
     D: torch.Tensor,
 ) -> torch.Tensor:
-    """The CUDA kernel of https://github.com/state-spaces/mamba, with the copies around it that the authors of
-    EfficientVMamba make: the four groups of pixels into one tensor of sequences, channels first, and back."""
+    """Run the CUDA kernel of https://github.com/state-spaces/mamba with the copies of EfficientVMamba's authors.
+
+    The copies gather the four groups of pixels into one tensor of sequences, channels first, and scatter them back.
+    """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     _, height, width, channels = hidden_states.shape

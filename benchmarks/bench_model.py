@@ -1,7 +1,7 @@
-"""Latency of EfficientVMamba (random weights) against networks of its size, and its time and memory as images grow.
+"""Measure the latency of EfficientVMamba (random weights) against networks of its size, and growing images.
 
-All networks take turns in every round. The peers come from timm where it can be imported, from transformers otherwise,
-and must have the parameter counts that their papers give.
+All networks take turns in every round. The other networks come from timm if it is installed, else from transformers.
+Their parameter counts must match their papers.
 
 Example:
     python benchmarks/bench_model.py --repeats 5 --batch-sizes 1 --image-sizes 224 512
@@ -45,14 +45,14 @@ from modeling_evmamba import VARIANTS, EfficientVMambaConfig, optimize_for_infer
 CPU = torch.device("cpu")
 OURS = {"EfficientVMamba-T": "tiny", "EfficientVMamba-S": "small", "EfficientVMamba-B": "base"}
 OPTIMIZED = {name: f"{name}, optimized" for name in OURS}  # by `optimize_for_inference`
-# what is measured with growing images: a network, the backend of its scan
+# (network, backend of its scan) for growing images
 GROWING = [("EfficientVMamba-T", "numba"), ("EfficientVMamba-T, optimized", "numba"), ("EfficientVMamba-T", "torch")]
 
 
 class Peer(NamedTuple):
     timm_name: str
     config: Callable[[], PreTrainedConfig]  # the same architecture in transformers
-    millions: float  # parameters as its paper has them
+    millions: float  # parameters according to its paper
     image_size: int = 224
 
 
@@ -79,7 +79,7 @@ PEERS = {
     "Swin-T": Peer("swin_tiny_patch4_window7_224", partial(SwinConfig, embed_dim=96, depths=[2, 2, 6, 2]), 28.3),
 }
 
-# ImageNet-1k top-1 in percent, of one crop of the network's own image size
+# ImageNet-1k top-1 accuracy in percent, for one crop at the network's own image size
 PUBLISHED_ACCURACY = {
     "EfficientVMamba-T": (76.5, "the authors' training log"),
     "EfficientVMamba-S": (78.7, "the authors' training log"),
@@ -90,7 +90,7 @@ PUBLISHED_ACCURACY = {
     "Swin-T": (81.3, "arXiv 2103.14030"),
 }
 
-# where names stand beside points, where there is something else below on the right
+# offsets of names, for points with something else at the lower right
 LABELS = {
     "EfficientVMamba-S": (9, -2, "left"),
     "EfficientVMamba-B": (8, 5, "left"),
@@ -113,15 +113,15 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=[224, 384, 512, 768, 1024],
         metavar="SIZE",
-        help="measure EfficientVMamba-T on these too, with each backend, or without sizes on none; "
+        help="also measure EfficientVMamba-T at these image sizes, with each backend; pass no size to skip this; "
         "default: 224 384 512 768 1024",
     )
-    parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds to take the median of; default: 30")
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=RESULTS_DIR,
-        help="folder of the CSV files and the plot; default: benchmarks/results",
+        help="directory of the CSV files and the plot; default: benchmarks/results",
     )
     return parser.parse_args()
 
@@ -138,7 +138,7 @@ def make_networks() -> dict[str, Network]:
     try:
         import timm
     except ImportError as error:
-        console.print(f"peers from transformers, timm cannot be imported: {error}", soft_wrap=True)
+        console.print(f"timm cannot be imported, using transformers instead: {error}", soft_wrap=True)
         timm = None
     for name, peer in PEERS.items():
         if timm:
@@ -191,7 +191,7 @@ def compare_latencies(networks: dict[str, Network], arguments: argparse.Namespac
 
 
 def measure_memory(image_size: int, backend: str) -> float:
-    """Peak memory of one forward pass; to be called in a fresh process."""
+    """Returns the peak memory of one forward pass. Call it in a fresh process."""
     model = make_ours("tiny")
     run_network(model, torch.randn(1, 3, 32, 32), backend)  # compiles, and starts the threads
     return peak_memory(partial(run_network, model, torch.randn(1, 3, image_size, image_size), backend), CPU)
@@ -209,7 +209,7 @@ def measure_image_sizes(networks: dict[str, Network], arguments: argparse.Namesp
         first = seconds[name, backend, arguments.image_sizes[0]] / arguments.image_sizes[0] ** 2
         for size in arguments.image_sizes:
             per_pixel = seconds[name, backend, size] / size**2
-            # an optimized network keeps memory from its making and computes in that: there is no peak to be seen
+            # an optimized network reuses memory from its creation, so it has no visible peak
             has_peak = name in OURS
             rows.append(
                 {

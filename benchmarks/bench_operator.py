@@ -1,8 +1,7 @@
-"""Times the atrous selective scan, each backend against the plain recurrence in PyTorch, mambapy's parallel scan and,
-on GPUs, the kernel of mamba_ssm.
+"""Time the backends of the atrous selective scan against the plain recurrence, mambapy, and mamba_ssm on CUDA.
 
-All methods take turns in every round. Before that, their outputs and gradients are compared. On GPUs, times are also
-set against the least that the bytes and exponentials of a scan take at the device's measured rates.
+All methods take turns in every round, after a comparison of their outputs and gradients. On GPUs, the table also has
+the lower bound by bytes and exponentials, at the device's measured rates.
 
 Example:
     python benchmarks/bench_operator.py --repeats 5 --shapes 1,28,28,192
@@ -43,7 +42,8 @@ MAMBAPY = "mambapy pscan"
 MAMBA_SSM = "mamba_ssm"
 BASELINES = {PLAIN: plain_recurrence, MAMBAPY: mambapy_pscan, MAMBA_SSM: mamba_ssm_scan}
 MODES = ("forward", "forward + backward")
-# Of the largest value. Float32 sums over all pixels in different orders, seen: below 1e-5. The others round the map.
+# Relative to the largest value. Float32 sums over pixels in different orders (measured: below 1e-5). The other dtypes
+# round the feature map.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 Shape = tuple[int, int, int, int]
@@ -57,23 +57,27 @@ def parse_arguments() -> argparse.Namespace:
         type=parse_shape,
         default=[(1, 56, 56, 96), (8, 56, 56, 96), (1, 28, 28, 192)],
         metavar="B,H,W,D",
-        help="maps to scan; default: 1,56,56,96 8,56,56,96 1,28,28,192, the stages 1 and 2 of EfficientVMamba-T",
+        help="shapes of the feature maps; default: 1,56,56,96 8,56,56,96 1,28,28,192, stages 1 and 2 of "
+        "EfficientVMamba-T",
     )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="states per channel; default: 16")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds to take the median of; default: 30")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the map; default: float32"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="dtype of the feature map; default: float32",
     )
     parser.add_argument(
         "--baselines",
         nargs="+",
         choices=BASELINES,
         default=list(BASELINES),
-        help="what else to time where it is installed, the first being what results and times are compared with",
+        help="baselines to time if they are installed; the first one is the reference for results and times",
     )
     parser.add_argument("--device", type=parse_device, default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument(
-        "--scaling", action="store_true", help="also measure time per pixel and peak memory of growing maps, D = 96"
+        "--scaling", action="store_true", help="also measure time per pixel and peak memory of growing feature maps"
     )
     parser.add_argument(
         "--sides",
@@ -81,13 +85,13 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=[56, 112, 224, 256],
         metavar="SIDE",
-        help="heights and widths for --scaling; default: 56 112 224 256, that is images of 224 to 1024 pixels",
+        help="heights and widths for --scaling; default: 56 112 224 256, for images of 224 to 1024 pixels",
     )
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=RESULTS_DIR,
-        help="folder of CSV files and plot; default: benchmarks/results",
+        help="directory of the CSV files and the plot; default: benchmarks/results",
     )
     return parser.parse_args()
 
@@ -95,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
 def parse_shape(text: str) -> Shape:
     shape = tuple(map(int, text.split(",")))
     if len(shape) != 4:
-        raise argparse.ArgumentTypeError(f"a shape is four numbers B,H,W,D, got {text}")
+        raise argparse.ArgumentTypeError(f"a shape must be four integers B,H,W,D, got {text}")
     return shape
 
 
@@ -118,7 +122,7 @@ def find_baselines(names: list[str], device: torch.device) -> list[str]:
         if package and not find_spec(package):
             console.print(f"without {name}: {package} is not installed")
         elif name == MAMBA_SSM and device.type != "cuda":
-            console.print(f"without {name}: it computes on cuda alone")
+            console.print(f"without {name}: it supports CUDA only")
         else:
             baselines.append(name)
     return baselines
@@ -131,8 +135,8 @@ def get_method(name: str) -> Callable:
 def make_inputs(
     shape: Shape, state_size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    """Arguments of the sizes that they have in a network, the map in the `dtype`."""
-    rank = math.ceil(shape[-1] / 32)  # a sixteenth of the stage's channels, of which D is twice as many
+    """Returns random arguments with the sizes of a network. The feature map has the `dtype`."""
+    rank = math.ceil(shape[-1] / 32)  # a sixteenth of the stage's channels, and D is twice the channels
     inputs = random_arguments(*shape, state_size, rank, dtype=dtype, device=device)
     return [tensor.requires_grad_() for tensor in inputs]
 
@@ -148,7 +152,11 @@ def run_forward_backward(method: Callable, inputs: list[torch.Tensor], grad: tor
 
 
 def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Raises an `AssertionError` unless the outputs and all gradients agree."""
+    """Check that the outputs and all gradients agree.
+
+    Raises:
+        AssertionError: If they differ.
+    """
     bound = LARGEST_DIFFERENCE[expected[0].dtype]
     for result, reference in zip(results, expected, strict=True):
         difference = ((result - reference).abs().max() / reference.abs().max()).item()
@@ -158,7 +166,7 @@ def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.
 def measure_shape(
     shape: Shape, names: list[str], arguments: argparse.Namespace, limits=None
 ) -> list[dict[str, object]]:
-    """Rows of the table; `limits` are the `gpu_limits.Limits` of a GPU, None on a CPU."""
+    """Returns the rows of a shape. `limits` are the `gpu_limits.Limits` of a GPU, or None on a CPU."""
     inputs = make_inputs(shape, arguments.state_size, arguments.device, getattr(torch, arguments.dtype))
     grad = torch.randn_like(inputs[0])
     reference = next((name for name in names if name in BASELINES), "torch")
@@ -195,13 +203,13 @@ def measure_shape(
             row["floor ms"] = 1e3 * floor.seconds
             row["binds"] = floor.binding
             row["floor / this"] = floor.seconds / seconds[row["method"], row["pass"]]
-            # on CPUs only a fresh process could tell
+            # on CPUs, this needs a fresh process
             row["peak MiB"] = peak_memory(methods[row["method"], row["pass"]], arguments.device) / 2**20
     return rows
 
 
 def measure_memory(name: str, side: int, state_size: int, device: torch.device) -> float:
-    """Peak memory of one forward pass; to be called in a fresh process."""
+    """Returns the peak memory of one forward pass. Call it in a fresh process."""
     method = get_method(name)
     run_forward(method, make_inputs((1, 4, 4, 96), state_size, device))  # compiles, and starts the threads
     return peak_memory(partial(run_forward, method, make_inputs((1, side, side, 96), state_size, device)), device)

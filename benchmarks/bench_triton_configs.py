@@ -1,8 +1,9 @@
-"""Times the Triton kernels with other configurations than the committed one, which is marked. What is the fastest on a
-device belongs into `CONFIGS` of `atrous_selective_scan_triton.py`, with a line in NOTES.md.
+"""Time the Triton kernels with configurations other than the committed one, which is marked.
 
-Tile and channels of a pass are varied together, as both take registers; the programs that chunks are cut for, and the
-precision of products in float32, one at a time.
+Put the fastest one of a device into `CONFIGS` of `atrous_selective_scan_triton.py`, and add a line to NOTES.md.
+
+Tile and channels of a pass vary together, since both take registers. The number of programs that chunks are cut for,
+and the precision of products in float32, vary alone.
 
 Example:
     python benchmarks/bench_triton_configs.py --shapes 1,56,56,96 128,28,28,192
@@ -37,19 +38,19 @@ def parse_arguments() -> argparse.Namespace:
         type=parse_shape,
         default=[(batch, *size) for batch in (1, 128) for size in ((56, 56, 96), (28, 28, 192), (28, 28, 384))],
         metavar="B,H,W,D",
-        help="maps to scan; default: batches of 1 and 128 of the smallest and largest of T and B",
+        help="shapes of the feature maps; default: the smallest and largest of T and B in batches of 1 and 128",
     )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="states per channel; default: 16")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds to take the median of; default: 30")
     parser.add_argument("--device", type=parse_device, default="cuda", help="default: cuda")
     parser.add_argument(
-        "--output-dir", type=Path, default=RESULTS_DIR, help="folder of the CSV file; default: benchmarks/results"
+        "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV file; default: benchmarks/results"
     )
     return parser.parse_args()
 
 
 def find_candidates(key: tuple) -> dict[str, kernels.Config]:
-    """The committed configuration, and its variations in whole warps."""
+    """Returns the committed configuration, and its variations in whole warps."""
     committed, (backend, warp_size, _) = kernels.CONFIGS[key], key
     candidates = {"committed": committed}
     for variation in VARIATIONS:

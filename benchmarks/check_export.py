@@ -1,7 +1,7 @@
-"""ONNX files of T, S and B in onnxruntime: how far their logits are from PyTorch's, and how long an image takes.
+"""Compare ONNX files of T, S and B in onnxruntime with PyTorch: differences of logits, and latency.
 
-Weights are random, batch norms and linear layers such that images differ in their logits. What the number formats cost
-in accuracy is counted with the bundled model, on the digits that were held out.
+Weights are random. Batch norms and linear layers are initialized so that images differ in their logits. The bundled
+model measures the accuracy of each dtype on the held-out digits.
 
 Example:
     python benchmarks/check_export.py --variants tiny --repeats 5
@@ -39,9 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="B", help="default: 1 8")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds of which the median is taken; default: 30")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds to take the median of; default: 30")
     parser.add_argument(
-        "--output-dir", type=Path, default=RESULTS_DIR, help="folder of the CSV files; default: benchmarks/results"
+        "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV files; default: benchmarks/results"
     )
     return parser.parse_args()
 
@@ -60,9 +60,9 @@ def save_checkpoint(variant: str, folder: Path) -> None:
 
 
 def make_runtimes(checkpoint: Path, folder: Path) -> dict[str, Runtime]:
-    """PyTorch with the kernels of this package, as loaded, optimized for inference and in bfloat16; onnxruntime.
+    """Returns PyTorch with the kernels of this package (as loaded, optimized, and in bfloat16), and onnxruntime.
 
-    The files of the latter go to `folder`.
+    The ONNX files go to `folder`.
     """
     model = load_exportable(str(checkpoint), "float32").model
     half = load_exportable(str(checkpoint), "bfloat16").model
@@ -118,7 +118,7 @@ def compare_latencies(
 
 @torch.inference_mode()
 def measure_digits() -> list[dict[str, object]]:
-    """The bundled model in each runtime, on the digits that were held out from its training."""
+    """Measure the bundled model in each runtime on the held-out digits."""
     checkpoint = find_bundled_model()
     image_processor = BitImageProcessorPil.from_pretrained(checkpoint)
     _, held_out = load_splits()

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, measured, and what of it the atrous selective scan needs at least."""
+"""Measured limits of a GPU, and the lower bound that they set for the atrous selective scan."""
 
 import math
 from collections.abc import Sequence
@@ -27,16 +27,17 @@ class Limits(NamedTuple):
     exponentials_per_second: float
 
     def find_floor(self, shape: Sequence[int], state_size: int, element_size: int, is_training: bool) -> Floor:
-        """The least time of a scan: whichever takes longer of its bytes and its exponentials.
+        """Returns the lower bound of a scan's time: the maximum of its time for bytes and for exponentials.
 
-        A forward pass reads u and writes y, and takes one exponential for each state. A backward pass takes as many,
-        as decays are not kept, reads u and the gradient of y and writes that of u. What lies between kernels, the
-        parameters and the time steps' softplus are not counted.
+        A forward pass reads u and writes y, and takes one exponential per state. A backward pass takes as many, since
+        decays are not kept. It reads u and the gradient of y, and writes that of u. Intermediates, parameters and the
+        softplus of the time steps do not count.
 
         Args:
-            shape: of the map, (B, H, W, D).
-            element_size: of the map, in bytes.
-            is_training: whether there is a backward pass after the forward pass.
+            shape: Shape of the feature map, `(B, H, W, D)`.
+            state_size: States per channel.
+            element_size: Bytes of an element of the feature map.
+            is_training: Whether a backward pass follows the forward pass.
         """
         elements = math.prod(shape)
         passes, maps = (2, 5) if is_training else (1, 2)
@@ -50,7 +51,7 @@ class Limits(NamedTuple):
 
 @triton.jit
 def exponentials_kernel(values, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """`COUNT` exponentials of every value, one after another; values side by side keep the unit busy."""
+    """Compute `COUNT` consecutive exponentials of every value. Independent values keep the unit busy."""
     p_values = values + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_value = tl.load(p_values)
     for _ in range(COUNT):
@@ -59,7 +60,7 @@ def exponentials_kernel(values, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def measure_limits(device: torch.device) -> Limits:
-    """By the copy of a large tensor, and by a kernel that does nothing but exponentials."""
+    """Measure the limits with a copy of a large tensor, and with a kernel of exponentials alone."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     num_blocks = BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

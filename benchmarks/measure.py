@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in rounds, peak memory, the description of the machine, tables and CSV files."""
+"""Shared code of the benchmarks: timing in rounds, peak memory, description of the machine, tables and CSV files."""
 
 import argparse
 import csv
@@ -32,24 +32,24 @@ CALLS_PER_ROUND = 3  # after one that is not timed: it finds caches and allocato
 
 
 def parse_device(text: str) -> torch.device:
-    """A device of the command line.
+    """Parse a device of the command line.
 
     Raises:
-        argparse.ArgumentTypeError: where PyTorch finds none of that name.
+        argparse.ArgumentTypeError: If PyTorch does not find the device.
     """
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"PyTorch finds no device {text!r} here: {reason}") from error
+        raise argparse.ArgumentTypeError(f"PyTorch does not find the device {text!r}: {reason}") from error
 
 
 def median_times(
     methods: dict[Hashable, Callable[[], object]], repeats: int, description: str
 ) -> dict[Hashable, float]:
-    """Median seconds of a call of each method in steady state.
+    """Returns the median time of a call of each method in steady state, in seconds.
 
-    Every round calls all methods, each a few times in a row, so that a slow moment of the machine hits all.
+    Every round calls each method a few times in a row, so that a slow moment of the machine affects all methods.
     """
     times = {name: [] for name in methods}
     rounds = range(WARM_UP_ROUNDS + repeats)
@@ -67,11 +67,11 @@ def in_fresh_process(function: Callable, *arguments):
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
-    """Bytes that one call needs at most beyond what is there before it, NaN where the system does not tell.
+    """Returns the peak memory of one call in bytes, beyond the memory before it. NaN if the system does not report it.
 
-    Meant for a fresh process: memory that earlier work has left behind would be used again, and not be counted. On a
-    CPU this is Linux' high-water mark of the resident memory, set back before the call. `ru_maxrss` cannot be set back
-    and a child inherits it from its parent.
+    Call it in a fresh process: a call reuses memory that earlier work has freed, which does not count. On a CPU, this
+    is Linux's high-water mark of the resident memory, reset before the call. `ru_maxrss` cannot be reset, and a child
+    inherits it from its parent.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -115,7 +115,7 @@ def format_value(value: object) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, object]], environment: dict[str, str]) -> None:
-    """A CSV file whose first lines, each after a `#`, say where it was measured."""
+    """Write a CSV file. Its first lines start with `#` and describe the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in environment.items())

@@ -1,9 +1,10 @@
-"""Where time and memory of EfficientVMamba (random weights) go on a device, of the networks and of an EVSS block of
-their first stage: images per second, peak memory and the costliest operators, with and without torch.compile, and on
-GPUs with PyTorch's LayerNorm, and with the scan of mamba_ssm, in the place of ours.
+"""Profile EfficientVMamba (random weights) and an EVSS block of its first stage on a device.
 
-The list of operators of the compiled network names what the compiler has fused, and so shows whether that is LayerNorm
-times gate, and depthwise convolution and SiLU.
+The tables have images per second, peak memory and the most expensive operators, with and without torch.compile. On
+GPUs, they also have variants with PyTorch's LayerNorm and with mamba_ssm's scan instead of this package's kernels.
+
+The operators of the compiled network show what the compiler fuses, such as LayerNorm times gate, or depthwise
+convolution and SiLU.
 
 Example:
     python benchmarks/profile_model.py --device cuda --variants tiny --batch-sizes 1 128 --dtype bfloat16
@@ -51,17 +52,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, metavar="SIZE", help="default: 224")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds of which the median is taken; default: 20")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds to take the median of; default: 20")
     parser.add_argument("--device", type=parse_device, default="cuda", help="default: cuda")
     parser.add_argument(
-        "--output-dir", type=Path, default=RESULTS_DIR, help="folder of CSV files; default: benchmarks/results"
+        "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV files; default: benchmarks/results"
     )
     return parser.parse_args()
 
 
 @contextmanager
 def norms_of_pytorch() -> Iterator[None]:
-    """Networks compute LayerNorm times gate in PyTorch's operators, however large the map."""
+    """Make networks use PyTorch operators for LayerNorm times gate, whatever the size of the feature map."""
     smallest, backends.SMALLEST_MAP_ON_GPU = backends.SMALLEST_MAP_ON_GPU, math.inf
     try:
         yield
@@ -71,7 +72,7 @@ def norms_of_pytorch() -> Iterator[None]:
 
 @contextmanager
 def scan_of_mamba_ssm() -> Iterator[None]:
-    """Networks compute with mamba_ssm's kernel, and without any of ours."""
+    """Make networks use mamba_ssm's kernel, and none of this package's kernels."""
     ours, network.atrous_selective_scan = network.atrous_selective_scan, mamba_ssm_scan
     try:
         with norms_of_pytorch():
@@ -87,7 +88,7 @@ class Part(NamedTuple):
 
 
 def make_parts(variant: str, image_size: int, device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """The network, and the first EVSS block of its first stage."""
+    """Returns the network, and the first EVSS block of its first stage."""
     config = EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000)
     model = EfficientVMambaForImageClassification(config).to(device, dtype)
     model.to(memory_format=torch.channels_last)
@@ -105,7 +106,7 @@ def infer(module: Callable, inputs: torch.Tensor) -> None:
 
 
 def train(module: Callable, inputs: torch.Tensor) -> None:
-    """Forward and backward pass; what the optimizer does is not the network's. Gradients are not kept."""
+    """Run the forward and backward pass, without an optimizer step. Gradients are not kept."""
     outputs = module(inputs)
     outputs = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
     torch.autograd.grad(outputs.sum(), [inputs, *module.parameters()])
@@ -117,7 +118,7 @@ def run_within(context: Callable[[], AbstractContextManager], run: Callable[[], 
 
 
 def list_operators(run: Callable[[], None], device: torch.device) -> list[dict[str, object]]:
-    """The costliest operators or kernels of one call, by their own time."""
+    """Returns the most expensive operators or kernels of one call, by their own time."""
     activities = [ProfilerActivity.CPU]
     if device.type != "cpu":
         activities.append(getattr(ProfilerActivity, device.type.upper()))
@@ -125,7 +126,7 @@ def list_operators(run: Callable[[], None], device: torch.device) -> list[dict[s
         run()
     if device.type == "cpu":
         events = {event.key: (event.self_cpu_time_total, event.count) for event in profiler.key_averages()}
-    else:  # kernels alone: an operator's time on the device is that of its kernels, once more
+    else:  # kernels alone, since the device time of an operator counts its kernels again
         events = {
             event.key: (event.self_device_time_total, event.count)
             for event in profiler.key_averages()
@@ -146,13 +147,13 @@ def main() -> None:
     environment |= {"repeats": str(arguments.repeats), "dtype": arguments.dtype, "image": str(arguments.image_size)}
     has_mamba_ssm = device.type == "cuda" and find_spec("mamba_ssm") is not None
     if not has_mamba_ssm:
-        console.print("without mamba_ssm: it is not installed, or this is no CUDA device")
+        console.print("without mamba_ssm: it is not installed, or this is not a CUDA device")
 
     speeds, operators = [], []
     for part in chain.from_iterable(
         make_parts(variant, arguments.image_size, device, dtype) for variant in arguments.variants
     ):
-        torch.compiler.reset()  # all parts share their code, of which PyTorch compiles a few versions only
+        torch.compiler.reset()  # all parts share their code, and PyTorch limits the number of compiled versions
         compiled = torch.compile(part.module, dynamic=False)
         for pass_name, batch_size in product(arguments.passes, arguments.batch_sizes):
             run = train if pass_name == "training step" else infer

@@ -1,5 +1,6 @@
-"""What the Triton kernels compile to for GPUs that are not here: registers, shared memory, spills, and the
-instructions of the loops over tiles per state. Needs no GPU: Triton brings the assemblers.
+"""Report the compiled Triton kernels of several GPUs: registers, shared memory, spills, and instructions per state.
+
+The instructions are those of the loops over tiles. This needs no GPU, since Triton includes the assemblers.
 
 Example:
     python benchmarks/triton_report.py --targets sm_90 gfx942 --kernels scan_fwd scan_bwd
@@ -67,7 +68,7 @@ INTEGERS = {
     *("ends_per_chunk", "times_per_chunk", "first", "direction"),
 }
 
-# what counts as which in the table; the first that matches
+# classes of instructions in the table; the first match applies
 CLASSES = {
     "exp": r"MUFU\.EX2|v_exp_f32",
     "shuffle": r"SHFL|ds_bpermute|ds_swizzle|v_permlane|.*_dpp",
@@ -82,8 +83,8 @@ class Report(NamedTuple):
     registers: int
     shared_bytes: int
     spilled_bytes: int
-    loop: Counter  # instructions that a lane executes for a tile, by class
-    states: int  # that it computes for them, 0 where the kernel computes none or the code is not understood
+    loop: Counter  # instructions of a lane for a tile, by class
+    states: int  # that a lane computes for a tile; 0 if the kernel computes none, or the code has an unknown form
 
     def per_state(self, name: str) -> float:
         count = sum(self.loop.values()) if name == "all" else self.loop[name]
@@ -91,12 +92,14 @@ class Report(NamedTuple):
 
 
 def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int = 16, rank: int = 3) -> Report:
-    """Compiles a kernel as the host code would launch it.
+    """Compile a kernel with the options of the host code.
 
     Args:
-        name: of `KERNELS`.
-        target: of `TARGETS`.
-        dtype: of the map, as Triton spells it: "fp32", "bf16" or "fp16".
+        name: A key of `KERNELS`.
+        target: A key of `TARGETS`.
+        dtype: Triton's name of the feature map's dtype: `"fp32"`, `"bf16"` or `"fp16"`.
+        state_size: States per channel.
+        rank: Rank of the projection to the time steps.
     """
     kernel, gpu = KERNELS[name], TARGETS[target]
     capability = gpu.arch if gpu.backend == "cuda" else 0
@@ -135,7 +138,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = f"*{dtype}" if parameter.name in maps else "*fp32"
-            attributes[i,] = [["tt.divisibility", 16]]  # as memory of PyTorch is
+            attributes[i,] = [["tt.divisibility", 16]]  # like PyTorch's memory
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=gpu, options=OPTIONS.get(name, host.ONE_WARP))
 
@@ -146,7 +149,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
     if name not in KERNELS_OF_STATES:
         return Report(registers, compiled.metadata.shared, spilled, Counter(), states=0)
     steps = tile * channels // gpu.warp_size  # of a lane, in a tile
-    # scan_bwd_kernel goes through the states twice, in loops of their own
+    # scan_bwd_kernel has two separate loops over states
     num_loops, unrolled, repeated = (2, 1, state_size) if is_scan_bwd else (1, values["STATES"], 1)
     loop = count_tile(code, num_loops, steps * unrolled, repeated)
     states = steps * unrolled * repeated if loop else 0
@@ -154,7 +157,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
-    """Registers, bytes of stack (spills), and code as (address, instruction, address it goes to)."""
+    """Returns registers, bytes of stack (spills), and code as (address, instruction, branch target)."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -171,7 +174,10 @@ def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
 
 
 def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]:
-    """As `read_cubin`; addresses are numbers of lines. Scalar registers spill into vector registers, which count."""
+    """Returns the same as `read_cubin`, with line numbers as addresses.
+
+    Scalar registers spill into vector registers, which count.
+    """
     registers = int(re.search(r"\.vgpr_count: +(\d+)", text)[1])
     spilled = 4 * int(re.search(r"\.vgpr_spill_count: +(\d+)", text)[1])
     lines = text.splitlines()
@@ -186,10 +192,10 @@ def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]
 
 
 def count_tile(code: list[tuple[int, str, int | None]], num_loops: int, states: int, repeats: int) -> Counter:
-    """Instructions by class that a tile takes: those of the innermost loops with an exponential for each of `states`.
+    """Returns the instructions of a tile by class, from the innermost loops with an exponential per state.
 
-    Loops that are repeated for a tile count so many times, and with what surrounds them in the loop over tiles; there,
-    loops over the rank count once. Nothing is counted where there are not `num_loops` such loops.
+    A loop that repeats for a tile counts `repeats` times, plus the code around it in the loop over tiles. In that
+    code, loops over the rank count once. The result is empty if there are not `num_loops` such loops.
     """
 
     def count(first: int, last: int) -> Counter:
@@ -205,7 +211,7 @@ def count_tile(code: list[tuple[int, str, int | None]], num_loops: int, states: 
     def is_inside(loop: tuple[int, int], other: tuple[int, int]) -> bool:
         return loop != other and other[0] <= loop[0] and loop[1] <= other[1]
 
-    # loops that prepare store all that they compute
+    # preparing loops store everything that they compute
     with_states = [loop for loop in counts if counts[loop]["exp"] >= max(states, 2 * counts[loop]["store"])]
     innermost = [loop for loop in with_states if not any(is_inside(other, loop) for other in with_states)]
     total = Counter()
@@ -224,12 +230,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the map; default: fp32")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="dtype of the feature map; default: fp32"
+    )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="default: 16")
     parser.add_argument("--rank", type=int, default=3, metavar="R", help="default: 3")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("nothing is compiled in Triton's interpreter: unset TRITON_INTERPRET")
+        parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
 
     columns = [*CLASSES, "other", "all"]
     table = Table("kernel", "target", "registers", "shared", "spilled", *(f"{name} / state" for name in columns))

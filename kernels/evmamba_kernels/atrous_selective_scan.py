@@ -50,8 +50,8 @@ def atrous_selective_scan(
         float64 if `hidden_states` is float64. Forward-mode differentiation always uses the backend "torch".
 
     Raises:
-        ValueError: If shapes do not match, the feature map is empty, the tensors are on several devices, or the
-            backend is unknown or does not support the device and dtype.
+        ValueError: If shapes do not match, the feature map is empty, or the tensors are on several devices. Also if
+            the backend is unknown, or does not support the device and dtype.
         TypeError: If a tensor is not floating-point.
         ImportError: If the requested backend needs a missing package.
     """

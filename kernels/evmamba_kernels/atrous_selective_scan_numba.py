@@ -1,13 +1,13 @@
 """The atrous selective scan on CPUs: Numba kernels on vectors of 16 channels.
 
-A job is one group of one image, or a part of its channels. It walks along the sequence in chunks of `CHUNK_LENGTH`
-steps: finds their pixels, projects u to dt, B and C, then runs the recurrence, 16 channels at a time. Pixels are found
-by index arithmetic: neither u nor y is gathered or scattered, and of the projections, of delta and of the states
-there is never more than one chunk, in the caches.
+A job is one group of one image, or a part of its channels. It processes the sequence in chunks of `CHUNK_LENGTH`
+steps. For each chunk, it finds the pixels, projects u to dt, B and C, and runs the recurrence on 16 channels at a
+time. Index arithmetic finds the pixels, so u and y are neither gathered nor scattered. Only the projections, delta and
+states of one chunk exist at a time, and stay in the caches.
 
-`scan_fwd_job` is a job of the forward pass. `scan_bwd_job` is one of the backward pass: it stores the states between
-chunks first, then goes through the chunks from the last, once more forward for the states of all steps and then
-backward for the adjoints. Gradients through the projection are two matrix products per group, in PyTorch.
+`scan_fwd_job` is a job of the forward pass. `scan_bwd_job`, a job of the backward pass, first stores the states
+between chunks. It then processes the chunks from the last to the first: forward for the states of all steps, and
+backward for the adjoints. PyTorch computes the gradients through the projection as two matrix products per group.
 
 Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
@@ -55,11 +55,11 @@ from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run
 LOG2_E = float32(1.4426950408889634)
 LOG_2 = float32(0.6931471805599453)
 
-# Steps of a chunk: what is kept for each of them has to stay in the caches.
+# Steps of a chunk. Their intermediates must fit into the caches.
 CHUNK_LENGTH = 32
 
-# Pixels whose projections are made together, so that a vector of weights is loaded once for all of them. With 3
-# vectors of sums for each, the 32 registers are full. Divides the chunk.
+# Pixels that are projected together, with one load of a vector of weights for all of them. With 3 vectors of sums per
+# pixel, they fill the 32 registers. Must divide the chunk.
 TILE = 8
 
 
@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Of a map whose channels lie next to each other."""
+    """Strides of a feature map with dense channels, in elements."""
 
     image: int
     row: int
@@ -81,7 +81,7 @@ class Strides(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Pointers to float32 numbers in the shapes that the operator has them in."""
+    """Pointers to the float32 parameters, in the shapes of the operator."""
 
     x_proj_weight: int  # (K, R + 2N, D)
     dt_proj_weight: int  # (K, D, R)
@@ -91,26 +91,26 @@ class Parameters(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the jobs of a call read."""
+    """Inputs of the jobs of a call."""
 
     u: int  # pointer to (B, H, W, D)
     strides: Strides  # of u
     parameters: Parameters
     sizes: Sizes
-    num_splits: int  # parts into which the blocks of channels are cut
+    num_splits: int  # parts of the blocks of channels
 
 
 class Gradients(NamedTuple):
-    """Pointers to float32 numbers of the backward pass."""
+    """Pointers to the float32 gradients of the backward pass."""
 
     y: int  # (B, H, W, D), read
-    u: int  # (B, H, W, D), written: what reaches u through the recurrence, not through the projection
-    projected: int  # (B, K, splits, rows, columns, sizes.projected), written: to be summed over the splits
-    parameters: Parameters  # (B, K, ...) each, written; that of `x_proj_weight` is left alone
+    u: int  # (B, H, W, D), written: the gradient of u without the projection
+    projected: int  # (B, K, splits, rows, columns, sizes.projected), written: parts, summed over the splits later
+    parameters: Parameters  # (B, K, ...) each, written, except for `x_proj_weight`
 
 
 def work_dtype(*fields: str) -> np.dtype:
-    """What a kernel is called with: a record of integers, addresses among them."""
+    """Returns the record type that a kernel takes. Its fields are integers, some of them addresses."""
     sizes = (*Strides._fields, *Sizes._fields, "num_splits")
     return np.dtype([(field, np.int64) for field in (*COUNTERS, "u", *sizes, *Parameters._fields, *fields)])
 
@@ -120,7 +120,7 @@ SCAN_BWD_WORK = work_dtype("grad_y", "grad_u", "grad_projected", *(f"grad_{name}
 
 
 class PackedParameters(NamedTuple):
-    """The parameters of one group as the vectors that the loops read; `block` counts 16 channels."""
+    """The parameters of one group, as the vectors that the loops read. A block holds 16 channels."""
 
     x_proj_weight: np.ndarray  # (D, sizes.projected)
     dt_proj_weight: np.ndarray  # (blocks, R, 16)
@@ -132,9 +132,9 @@ class PackedParameters(NamedTuple):
 class Chunk(NamedTuple):
     """The steps of a chunk."""
 
-    source: np.ndarray  # (T), where u of the step begins, -1 beside the map
-    pixel: np.ndarray  # (T), number of its pixel in the image, -1 beside the map
-    cell: np.ndarray  # (T), number of its cell of 2 x 2 pixels in the image
+    source: np.ndarray  # (T), index of the step's first element in u, -1 in the padding
+    pixel: np.ndarray  # (T), index of its pixel in the image, -1 in the padding
+    cell: np.ndarray  # (T), index of its cell of 2 x 2 pixels in the image
     projected: np.ndarray  # (T, sizes.projected): dt, B, C
     raw: np.ndarray  # (T, 16), softplus^-1(delta) of one block
     delta: np.ndarray  # (T, 16)
@@ -143,7 +143,7 @@ class Chunk(NamedTuple):
 
 @compiled
 def new_floats(count):
-    """Zeros, aligned to 64 bytes: no vector lies in two cache lines."""
+    """Returns zeros, aligned to 64 bytes so that no vector spans two cache lines."""
     memory = np.zeros(count + LANES, np.float32)
     skipped = -(memory.ctypes.data // 4) % LANES
     return memory[skipped : skipped + count]
@@ -195,9 +195,9 @@ def new_packed_parameters(sizes):
 
 @compiled
 def pack_parameters(packed, parameters, k, sizes):
-    """Fills `packed` with the parameters of group k. Channels that fill up the last block are zero.
+    """Fill `packed` with the parameters of group k. Zeros fill up the last block of channels.
 
-    |A| is at most 2^100, so that delta A stays finite: such a state is gone within a step all the same.
+    |A| is limited to 2^100, so that delta A stays finite. Such a state decays to zero within a step anyway.
     """
     channels, rank, state_size = sizes.channels, sizes.rank, sizes.state_size
     num_projected = rank + 2 * state_size
@@ -235,9 +235,9 @@ def new_chunk(sizes):
 
 @compiled
 def project_chunk(chunk, first, count, b, k, inputs, packed):
-    """Finds the pixels of `count` steps of group k of image b from number `first`, and projects them.
+    """Find the pixels of `count` steps from step `first`, in group k of image b, and project them.
 
-    Beside the map, where u is zero, the projections are, and delta, its bias being left, is not.
+    In the padding, u and the projections are zero. delta is not, because of its bias.
     """
     u, strides, parameters, sizes, _ = inputs
     u_start = b * strides.image
@@ -252,15 +252,15 @@ def project_chunk(chunk, first, count, b, k, inputs, packed):
         chunk.source[i] = u_start + row * strides.row + column * strides.column if is_inside else -1
 
     size, projected, source = sizes.projected, chunk.projected, chunk.source
-    # columns that do not fill half a vector are cheaper one by one
+    # fewer columns than half a vector are faster one by one
     num_projected = sizes.rank + 2 * sizes.state_size
     in_vectors = (num_projected + LANES // 2 - 1) // LANES * LANES
     weight_start = k * num_projected * sizes.channels
     for i in range(0, count, TILE):
-        # the last tile may count its last step several times
+        # the last tile may repeat its last step
         i1, i2, i3 = min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
         i4, i5, i6, i7 = min(i + 4, count - 1), min(i + 5, count - 1), min(i + 6, count - 1), min(i + 7, count - 1)
-        # steps beside the map take any pixel, and are cleared below
+        # steps in the padding read any pixel, and are cleared below
         p0, p1 = max(source[i], u_start), max(source[i1], u_start)
         p2, p3 = max(source[i2], u_start), max(source[i3], u_start)
         p4, p5 = max(source[i4], u_start), max(source[i5], u_start)
@@ -291,7 +291,7 @@ def project_chunk(chunk, first, count, b, k, inputs, packed):
 
 @compiled
 def load_u_and_delta(chunk, count, block, u, packed, sizes):
-    """u and delta of 16 channels. All steps at once, so that the latencies of the softplus overlap."""
+    """Load u and compute delta for 16 channels and all steps, so that the latencies of the softplus overlap."""
     channel, rank = block * LANES, sizes.rank
     existing = min(LANES, sizes.channels - channel)
     bias = load(packed.dt_proj_bias, channel)
@@ -307,7 +307,7 @@ def load_u_and_delta(chunk, count, block, u, packed, sizes):
 
 @compiled
 def scan_fwd_job(job, inputs, y, packed, chunk, h):
-    """A job of (B, K, splits of the blocks of channels): y (B, H, W, D) from u."""
+    """Compute y `(B, H, W, D)` for one job of (B, K, splits of the blocks of channels)."""
     u, _, parameters, sizes, num_splits = inputs
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     state_size = sizes.state_size
@@ -341,7 +341,7 @@ def scan_fwd_job(job, inputs, y, packed, chunk, h):
 
 
 def scan_fwd_jobs(pointer):
-    """Does jobs until none is left. `pointer` leads to a record `SCAN_FWD_WORK`."""
+    """Process jobs until none is left. `pointer` points to a record `SCAN_FWD_WORK`."""
     work = carray(pointer, 1, SCAN_FWD_WORK)[0]
     inputs, y = inputs_in(work), float_pointer(work.y)
     sizes = inputs.sizes
@@ -357,7 +357,10 @@ def scan_fwd_jobs(pointer):
 
 @compiled
 def keep_states(chunk, count, block, packed, h, decays, sizes):
-    """Keeps the states and decays of `count` steps: h[i] (N, 16) before step i, h[0] given, `decays[i]` at step i."""
+    """Keep the states and decays of `count` steps from the state h[0].
+
+    h[i] `(N, 16)` is the state before step i, and `decays[i]` its decay.
+    """
     state = sizes.state_size * LANES
     for i in range(count):
         delta = load(chunk.delta, i * LANES)
@@ -378,7 +381,7 @@ def copy_state(source, source_start, target, target_start, state_size):
 
 
 class BwdWorkspace(NamedTuple):
-    """Memory of a thread for the backward pass."""
+    """Workspace of a thread for the backward pass."""
 
     starts: np.ndarray  # (chunks, blocks, N, 16), states before each chunk
     h: np.ndarray  # (T + 1, N, 16), states before each step of a chunk, and after the last
@@ -388,7 +391,7 @@ class BwdWorkspace(NamedTuple):
     sum_weight: np.ndarray  # (blocks, R, 16)
     sum_bias: np.ndarray  # (blocks, 16)
     sum_skip: np.ndarray  # (blocks, 16)
-    by_lane: np.ndarray  # (T, sizes.projected, 16): gradients of dt, B and C, channels 16 apart added up
+    by_lane: np.ndarray  # (T, sizes.projected, 16): gradients of dt, B and C, summed over channels 16 apart
 
 
 @compiled
@@ -412,7 +415,7 @@ def new_bwd_workspace(sizes):
 
 @compiled
 def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
-    """A job of (B, K, splits of the blocks of channels): the gradients of the recurrence."""
+    """Compute the gradients of the recurrence for one job of (B, K, splits of the blocks of channels)."""
     u, _, parameters, sizes, num_splits = inputs
     grad_y, grad_u, grad_projected, grad_parameters = gradients
     state_size, rank, size = sizes.state_size, sizes.rank, sizes.projected
@@ -502,13 +505,13 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
             weight = sum_weight[(block * rank + r) * LANES + lane]
             grad_parameters.dt_proj_weight[out * rank + r] = weight
         for n in range(state_size):
-            # A_log reaches the decays through A, whose derivative is A itself
+            # the derivative of A by A_log is A itself
             at = (block * state_size + n) * LANES + lane
             grad_parameters.A_log[out * state_size + n] = sum_A[at] * packed.A[at] * LOG_2
 
 
 def scan_bwd_jobs(pointer):
-    """Does jobs until none is left. `pointer` leads to a record `SCAN_BWD_WORK`."""
+    """Process jobs until none is left. `pointer` points to a record `SCAN_BWD_WORK`."""
     work = carray(pointer, 1, SCAN_BWD_WORK)[0]
     inputs, gradients = inputs_in(work), gradients_in(work)
     packed, chunk = new_packed_parameters(inputs.sizes), new_chunk(inputs.sizes)
@@ -521,13 +524,13 @@ def scan_bwd_jobs(pointer):
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
-    """In float32, channels next to each other; any other strides are kept."""
+    """Returns the feature map in float32 with dense channels. All other strides are kept."""
     u = hidden_states.detach().float()
     return u if u.stride(-1) == 1 else u.contiguous()
 
 
 class PreparedCall(NamedTuple):
-    """The arguments as the kernels want them, in float32, and what their work records have in common."""
+    """The arguments in float32 and in the layout of the kernels, and the common fields of the work records."""
 
     u: torch.Tensor  # (B, H, W, D), channels dense
     parameters: list[torch.Tensor]  # dense
@@ -541,7 +544,7 @@ def prepare_call(arguments: tuple[torch.Tensor, ...]) -> PreparedCall:
     batch_size, height, width, channels = u.shape
     rank, state_size = parameters[1].shape[-1], parameters[3].shape[-1]
     projected = math.ceil((rank + 2 * state_size) / LANES) * LANES
-    # only where images and groups are too few for the threads: each part projects all channels for itself
+    # split only if there are fewer images and groups than threads, since each part projects all channels again
     num_splits = math.ceil(torch.get_num_threads() / (batch_size * NUM_GROUPS))
     num_splits = min(num_splits, math.ceil(channels / LANES))
     work = {
@@ -563,7 +566,7 @@ def forward(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
-    """The operator in float32, returned in the dtype of `hidden_states`."""
+    """Compute the operator in float32. Returns the dtype of `hidden_states`."""
     call = prepare_call((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
     run_jobs(compiled_kernel(scan_fwd_jobs), SCAN_FWD_WORK, call.work | {"y": y})
@@ -579,7 +582,7 @@ def backward(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of the six arguments of `forward`, each in the dtype of its argument."""
+    """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     u, parameters, work = prepare_call(arguments)
     batch_size, height, width, _ = u.shape

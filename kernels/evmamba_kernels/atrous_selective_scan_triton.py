@@ -1,24 +1,24 @@
-"""The atrous selective scan on GPUs: Triton kernels, which run wherever PyTorch brings Triton (CUDA, ROCm, XPU).
+"""The atrous selective scan on GPUs: host code of the Triton kernels, for CUDA, ROCm and XPU.
 
-The sequence of a group is cut into tiles of a few steps. A program computes one block of channels of one sequence,
-tile by tile: a thread holds its channels' steps of the tile and its states in registers, lanes hold neighboring
-channels. Pixels are found by index arithmetic, u and y are neither gathered nor scattered.
+The kernels cut the sequence of a group into tiles of a few steps. A program computes one block of channels of one
+sequence, tile by tile. A thread holds the steps of the tile and the states of its channels in registers. Lanes hold
+neighboring channels. Index arithmetic finds the pixels, so u and y are neither gathered nor scattered.
 
-    forward    project_fwd_kernel         u to dt, B and C, the only pass that sees all channels at once
-               scan_fwd_kernel            the recurrence
-    backward   project_fwd_kernel         again
-               chunk_state_fwd_kernel     the recurrence once more, which leaves a state between segments
-               scan_bwd_kernel            segments from the last to the first: the states between its tiles, then from
-                                          its last tile to its first the states inside the tile, adjoints, gradients
+    forward    project_fwd_kernel         projects u to dt, B and C; the only pass over all channels at once
+               scan_fwd_kernel            runs the recurrence
+    backward   project_fwd_kernel         projects again
+               chunk_state_fwd_kernel     runs the recurrence again, and keeps the states between segments
+               scan_bwd_kernel            takes segments from the last to the first, and their tiles likewise; it
+                                          recomputes the states between and inside the tiles, then adjoints, gradients
                project_bwd_input_kernel, project_bwd_weight_kernel     gradients through the projection
 
-Where images, groups and channels are too few for the device, sequences are cut into chunks of several tiles that run
-side by side. `chunk_state_fwd_kernel` (backward also `chunk_state_bwd_kernel`) finds what every chunk adds to its end
-when it starts from zero. `state_passing_kernel` makes of that what every chunk starts from. Decays are
-exp2(A * sum of delta), never a quotient, so the carry is as exact as the recurrence.
+If images, groups and channels do not fill the device, sequences are cut into chunks of several tiles that run in
+parallel. `chunk_state_fwd_kernel` finds the end state of every chunk that starts from zero. In the backward pass,
+`chunk_state_bwd_kernel` does so for adjoints. From these, `state_passing_kernel` computes the state before each chunk.
+Decays are exp2(A * sum of delta), never a quotient, so the carry is as accurate as the recurrence.
 
-No atomics: two runs give the same bits. Symbols, shapes and derivations: `kernels/README.md`. Floors, instruction
-counts and the reasons for the layout: `benchmarks/NOTES.md`.
+There are no atomics, so two runs give the same bits. `kernels/README.md` has symbols, shapes and derivations.
+`benchmarks/NOTES.md` has lower bounds, instruction counts and the reasons for the layout.
 """
 
 import math
@@ -43,29 +43,29 @@ from .atrous_selective_scan_triton_fwd import (
 from .triton_device import Device, cdiv, current_device, describe_device, new_buffer
 
 
-LARGEST_BATCH = 65535 // NUM_GROUPS  # by the size of a grid in CUDA
+LARGEST_BATCH = 65535 // NUM_GROUPS  # CUDA limits the size of a grid
 
 
 class Config(NamedTuple):
     """Sizes that the kernels are compiled for. A program is one warp, so no step waits for another warp."""
 
-    states: int  # carried in registers; more states take several launches
+    states: int  # in registers; more states take several launches
     forward_tile: int  # steps of a tile
-    forward_channels: int  # channels of a program, whole warps of them
+    forward_channels: int  # channels of a program, a multiple of the warp size
     backward_tile: int
     backward_channels: int  # in scan_bwd_kernel, which sums over channels: the more a thread has, the fewer shuffles
     projected_steps: int  # of a block of project_fwd_kernel
     precision: str  # of tl.dot in float32: "tf32x3" on the tensor cores of CUDA, else "ieee"
-    forward_programs: int  # that find room on a multiprocessor, by the registers of scan_fwd_kernel
-    backward_programs: int  # by those of scan_bwd_kernel
+    forward_programs: int  # per multiprocessor, limited by the registers of scan_fwd_kernel
+    backward_programs: int  # likewise, of scan_bwd_kernel
 
 
-# By backend of Triton, lanes of a warp and oldest compute capability (0 but for CUDA): the first that fits.
+# Keys: backend of Triton, warp size, and oldest compute capability (0 except on CUDA). The first match applies.
 #
-# What put the rows there is the compiler's report, not a clock: the longest tiles and most channels with which every
-# kernel keeps everything in registers, on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints that
-# report, tests check it, `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU were not looked at: their
-# tiles are small. What measures on a device: `make bench-gpu`.
+# The rows follow the compiler's report, not measurements: the longest tiles and most channels that keep every kernel
+# in registers on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints the report, tests check it, and
+# `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU have small tiles, since nobody has examined their
+# code. `make bench-gpu` measures on a device.
 CONFIGS = {
     ("cuda", 32, 90): Config(16, 8, 32, 8, 64, 64, "tf32x3", 11, 8),
     # spills with 64 channels, and with 64 projected steps, where warps share no rows and repeat each other's products
@@ -82,20 +82,20 @@ MATRIX_CHANNELS = 64
 MATRIX_DEPTH = 32
 MATRIX_OUTPUTS = 64
 
-# Options of Triton. Fused multiply-adds are its default in some versions only.
+# Options of Triton. Fused multiply-adds are the default in some versions only.
 ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
 MATRIX_WARPS = {"num_warps": 8, "enable_fp_fusion": True}
 
-# One more chunk costs state_passing_kernel as long as this part of a tile costs scan_fwd_kernel (an eighth of the
-# latency of a load from memory against 128 exponentials of a warp). An estimate, see benchmarks/NOTES.md.
+# Cost of one more chunk in state_passing_kernel, as a part of the cost of a tile in scan_fwd_kernel: an eighth of the
+# latency of a load from memory against 128 exponentials of a warp. An estimate, see benchmarks/NOTES.md.
 CHUNK_COST = 1 / 16
 
 
 def find_config(device: Device) -> Config:
-    """The row of `CONFIGS` for a device.
+    """Returns the configuration of a device.
 
     Raises:
-        ValueError: for a device that has none.
+        ValueError: If `CONFIGS` has none for the device.
     """
     for (backend, warp_size, oldest), config in CONFIGS.items():
         if (backend, warp_size) == (device.backend, device.warp_size) and device.capability >= oldest:
@@ -107,7 +107,7 @@ def find_config(device: Device) -> Config:
 
 
 class Plan(NamedTuple):
-    """What follows from the map before anything is launched."""
+    """Sizes that depend on the feature map."""
 
     config: Config
     multiprocessors: int
@@ -119,21 +119,21 @@ class Plan(NamedTuple):
     is_wide: bool  # an image spans 2^31 elements or more
 
     def index_options(self, num_steps: int) -> dict[str, bool]:
-        """What `find_steps` is compiled for."""
+        """Returns the compile-time options of `find_steps`."""
         return {"LONG_LINES": self.shortest_line >= num_steps, "WIDE": self.is_wide}
 
 
 def span(hidden_states: torch.Tensor) -> int:
-    """From the first element of an image to its last, in elements."""
+    """Returns the distance from the first element of an image to its last, in elements."""
     sizes, strides = hidden_states.shape[1:], hidden_states.stride()[1:]
     return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
-    """Tiles of the sequences, and chunks where there are not programs enough for the device.
+    """Plan the tiles of the sequences, and chunks if there are too few programs for the device.
 
     Raises:
-        ValueError: for more images than a launch takes.
+        ValueError: If there are more images than a launch supports.
     """
     batch_size, height, width, channels = hidden_states.shape
     if batch_size > LARGEST_BATCH:
@@ -142,16 +142,16 @@ def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
     config = find_config(device)
     if is_backward:
         tile, block, programs = config.backward_tile, config.backward_channels, config.backward_programs
-        fewest_chunks = 2  # states are made twice with one chunk too; only the adjoints are more
+        fewest_chunks = 2  # one chunk computes states twice too, so only the adjoints cost more
     else:
         tile, block, programs = config.forward_tile, config.forward_channels, config.forward_programs
-        fewest_chunks = 3  # every tile is computed twice: two chunks would gain nothing
+        fewest_chunks = 3  # every tile is computed twice, so two chunks gain nothing
     rows, columns = (height + 1) // 2, (width + 1) // 2
     num_tiles = cdiv(rows * columns, tile)
 
     num_chunks = min(
         device.multiprocessors * programs // (batch_size * NUM_GROUPS * cdiv(channels, block)),
-        math.isqrt(math.ceil(2 * num_tiles / CHUNK_COST)),  # where tiles in turn and the carry together take least
+        math.isqrt(math.ceil(2 * num_tiles / CHUNK_COST)),  # minimizes the time of the tiles plus the carry
     )
     chunk_tiles = cdiv(num_tiles, num_chunks) if num_chunks >= fewest_chunks else num_tiles
     num_chunks = cdiv(num_tiles, chunk_tiles)
@@ -161,12 +161,12 @@ def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Channels next to each other; any other strides are kept."""
+    """Returns the feature map with dense channels. All other strides are kept."""
     return hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
 
 
 def project_fwd(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Tensor) -> torch.Tensor:
-    """dt, B and C of all steps, (B, K, tiles, R + 2N, T)."""
+    """Returns dt, B and C of all steps, `(B, K, tiles, R + 2N, T)`."""
     batch_size, height, width, channels = hidden_states.shape
     outputs = x_proj_weight.shape[1]
     projected = new_buffer(hidden_states, batch_size, NUM_GROUPS, plan.num_tiles, outputs, plan.tile)
@@ -198,7 +198,7 @@ def project_fwd(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Te
 
 
 class Recurrence(NamedTuple):
-    """Parameters of the recurrence, dense."""
+    """Contiguous parameters of the recurrence."""
 
     dt_proj_weight: torch.Tensor  # (K, D, R)
     dt_proj_bias: torch.Tensor  # (K, D)
@@ -221,11 +221,11 @@ def launch_blocks_of_states(
     computed_chunks: int,
     **arguments: torch.Tensor | int,
 ) -> None:
-    """Launches a kernel that carries states in registers, once for as many of them as fit.
+    """Launch a kernel that carries states in registers, once per block of states that fits.
 
     Args:
-        computed_chunks: of each sequence.
-        arguments: of this kernel alone.
+        computed_chunks: Number of chunks of each sequence to compute.
+        arguments: Arguments of this kernel alone.
     """
     batch_size, height, width, channels = hidden_states.shape
     stride_b, stride_h, stride_w, _ = hidden_states.stride()
@@ -262,7 +262,7 @@ def run_chunk_states(
     parameters: Recurrence,
     segment_tiles: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, segments, N, D), (B, K, chunks, segments, D)
-    """States and times after each segment of chunks that start from zero."""
+    """Returns states and times after each segment of chunks that start from zero."""
     batch_size, *_, channels = hidden_states.shape
     segments = (batch_size, NUM_GROUPS, plan.num_chunks, cdiv(plan.chunk_tiles, segment_tiles))
     states = new_buffer(projected, *segments, parameters.state_size, channels)
@@ -291,7 +291,7 @@ def pass_states(
     first: int,
     direction: int,
 ) -> None:
-    """Fills `carried`: what each chunk but the `first` starts from, going in the `direction` 1 or -1."""
+    """Fill `carried` with the start state of each chunk except the `first`, in the `direction` 1 or -1."""
     batch_size, *_, ends_per_chunk, state_size, channels = ends.shape
     state_passing_kernel[(cdiv(channels, plan.config.forward_channels), state_size, batch_size * NUM_GROUPS)](
         ends=ends,
@@ -319,7 +319,7 @@ def forward(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> torch.Tensor:  # (B, H, W, D)
-    """The operator in float32, returned in the dtype of `hidden_states`."""
+    """Compute the operator in float32. Returns the dtype of `hidden_states`."""
     parameters = Recurrence(dt_proj_weight.contiguous(), dt_proj_bias.contiguous(), A_log.contiguous())
     batch_size, *_, channels = hidden_states.shape
     with current_device(hidden_states):
@@ -330,7 +330,7 @@ def forward(
         if plan.num_chunks > 1:
             ends, time = run_chunk_states(plan, hidden_states, projected, parameters, segment_tiles=plan.chunk_tiles)
             pass_states(plan, ends, time, parameters.A_log, carried, first=0, direction=1)
-        # several blocks of states add to y
+        # several blocks of states accumulate in y
         y_dtype = hidden_states.dtype if parameters.state_size <= plan.config.states else torch.float32
         y = hidden_states.new_empty(hidden_states.shape, dtype=y_dtype)
         y_stride_b, y_stride_h, y_stride_w, _ = y.stride()
@@ -362,15 +362,15 @@ def backward(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of the six arguments of `forward`, each in the dtype of its argument."""
+    """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     x_proj_weight, D = x_proj_weight.contiguous(), D.contiguous()
     parameters = Recurrence(dt_proj_weight.contiguous(), dt_proj_bias.contiguous(), A_log.contiguous())
     with current_device(hidden_states):
-        grad, hidden_states = grad.contiguous(), hidden_states.contiguous()  # one set of offsets for all three maps
+        grad, hidden_states = grad.contiguous(), hidden_states.contiguous()  # one set of offsets for all
         plan = make_plan(hidden_states, is_backward=True)
         projected = project_fwd(plan, hidden_states, x_proj_weight)
-        # states are kept after each segment of a chunk, and in one segment after each tile: so both are least
+        # states are kept after each segment of a chunk, and after each tile of one segment: this minimizes the sum
         segment_tiles = math.isqrt(plan.chunk_tiles)
         kept = KeptStates(segment_tiles, *run_chunk_states(plan, hidden_states, projected, parameters, segment_tiles))
         carried, adjoints = pass_states_both_ways(plan, grad, projected, parameters, kept)
@@ -385,11 +385,11 @@ def backward(
 
 
 class KeptStates(NamedTuple):
-    """What the backward pass keeps of the recurrence: states between the segments of chunks."""
+    """States between the segments of chunks, which the backward pass keeps."""
 
     segment_tiles: int
     states: torch.Tensor  # (B, K, chunks, segments, N, D), after each segment of chunks that start from zero
-    time: torch.Tensor  # (B, K, chunks, segments, D), sum of delta in the chunk up to there
+    time: torch.Tensor  # (B, K, chunks, segments, D), sum of delta in the chunk so far
 
 
 def pass_states_both_ways(
@@ -399,7 +399,7 @@ def pass_states_both_ways(
     parameters: Recurrence,
     kept: KeptStates,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, N, D) each
-    """States before each chunk but the first, adjoints of the states after each chunk but the last."""
+    """Returns the states before each chunk except the first, and the adjoints after each chunk except the last."""
     carried = kept.states.new_empty(*kept.states.shape[:3], *kept.states.shape[4:])
     adjoints = torch.empty_like(carried)
     if plan.num_chunks > 1:
@@ -410,7 +410,7 @@ def pass_states_both_ways(
             plan,
             grad,
             parameters,
-            plan.num_chunks - 1,  # of the first chunk nobody asks
+            plan.num_chunks - 1,  # nothing needs that of the first chunk
             grad=grad,
             projected=projected,
             adjoints=chunk_adjoints,
@@ -432,7 +432,7 @@ def run_scan_bwd(
     carried: torch.Tensor,  # (B, K, chunks, N, D)
     adjoints: torch.Tensor,  # (B, K, chunks, N, D), overwritten
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of u as far as it is not projected (B, H, W, D), of what is projected, and of the four parameters."""
+    """Returns the gradients of u without the projection `(B, H, W, D)`, of the projections, and of four parameters."""
     batch_size, height, width, channels = hidden_states.shape
     rank, state_size = parameters.rank, parameters.state_size
     num_blocks = cdiv(channels, plan.config.backward_channels)
@@ -488,13 +488,13 @@ def project_bwd(
     x_proj_weight: torch.Tensor,  # (K, R + 2N, D)
     partial_u: torch.Tensor,  # (B, H, W, D)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D), (K, R + 2N, D)
-    """The gradients of u and of `x_proj_weight`."""
+    """Returns the gradients of u and of `x_proj_weight`."""
     batch_size, height, width, channels = hidden_states.shape
     outputs = x_proj_weight.shape[1]
     steps = plan.num_tiles * plan.tile
     channel_blocks, output_blocks = cdiv(channels, MATRIX_CHANNELS), cdiv(outputs, MATRIX_OUTPUTS)
-    stride_b, stride_h, stride_w, _ = hidden_states.stride()  # dense, as `partial_u` is
-    # float32 in place
+    stride_b, stride_h, stride_w, _ = hidden_states.stride()  # contiguous, like `partial_u`
+    # in place for float32
     grad_u = partial_u if hidden_states.dtype == torch.float32 else hidden_states.new_empty(hidden_states.shape)
     project_bwd_input_kernel[(cdiv(steps, MATRIX_STEPS), channel_blocks, batch_size * NUM_GROUPS)](
         grad_projected=grad_projected,
@@ -517,7 +517,7 @@ def project_bwd(
         **plan.index_options(MATRIX_STEPS),
         **MATRIX_WARPS,
     )
-    # each program sums a part of the blocks of `MATRIX_DEPTH` steps, as many programs as multiprocessors
+    # as many programs as multiprocessors; each sums a part of the blocks of `MATRIX_DEPTH` steps
     num_blocks = batch_size * cdiv(steps, MATRIX_DEPTH)
     num_parts = cdiv(plan.multiprocessors, NUM_GROUPS * channel_blocks * output_blocks)
     part_blocks = cdiv(num_blocks, num_parts)

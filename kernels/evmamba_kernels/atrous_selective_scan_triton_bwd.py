@@ -1,6 +1,6 @@
-"""Triton kernels of the scan's backward pass. Naming: see the forward pass.
+"""Triton kernels of the scan's backward pass.
 
-The adjoint is derived in `kernels/README.md`.
+`kernels/README.md` derives the adjoint. The names follow the conventions of the forward pass.
 """
 
 from .atrous_selective_scan_triton_fwd import (
@@ -21,12 +21,12 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def run_kept(b_decay, b_added, b_state):
-    """As `run_states`, but what a step keeps of the state before it (T, channels), without the cancellation that the
-    state after it less what it adds would have.
+    """Returns the decayed part of the state before each step, `(T, channels)`.
 
-    A scan cannot tell its steps apart, so this goes from step to step. Where T lies in the registers of one thread,
-    nothing is left of picking a step and putting it back, if it is a sum of integers: of floats, compilers must not
-    drop the zeros.
+    Subtracting the added part from the output of `run_states` would lose it to cancellation.
+
+    An associative scan cannot tell its steps apart, so this loops over them. If T is in the registers of one thread,
+    the compiler removes the selection of a step. This needs integers: it must not drop the zeros in a sum of floats.
     """
     b_decay_bits, b_added_bits = b_decay.to(tl.int32, bitcast=True), b_added.to(tl.int32, bitcast=True)
     b_kept = b_added
@@ -40,12 +40,15 @@ def run_kept(b_decay, b_added, b_state):
 
 @triton.jit
 def run_adjoints(b_decay, b_reached, b_adjoint):
-    """The recurrence of the adjoint, from the last step of a tile to the first, made like `run_kept`.
+    """Run the recurrence of the adjoint, from the last step of a tile to the first. The method is that of `run_kept`.
 
-    The state after a step is reached by its output, which gives `b_reached`, and by the next step.
+    Args:
+        b_decay: Decay of each step, `(T, channels)`.
+        b_reached: Gradient of the state after each step through its own output, `(T, channels)`.
+        b_adjoint: Adjoint of the state after the tile, `(channels)`.
 
     Returns:
-        The adjoint of the state after each step (T, channels), and of that before the tile (channels).
+        The adjoint of the state after each step `(T, channels)`, and of the state before the tile `(channels)`.
     """
     b_decay_bits, b_reached_bits = b_decay.to(tl.int32, bitcast=True), b_reached.to(tl.int32, bitcast=True)
     b_adjoints = b_reached
@@ -95,7 +98,7 @@ def chunk_state_bwd_kernel(
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The adjoint of the state before every chunk but the first, as far as the chunk's own outputs reach it."""
+    """Compute the adjoint of the state before every chunk except the first, through the chunk's own outputs alone."""
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2)
     i_b, i_k = (i_bk // NUM_GROUPS).to(tl.int64), i_bk % NUM_GROUPS
     o_d = i_d * CHANNELS + tl.arange(0, CHANNELS)
@@ -168,12 +171,12 @@ def scan_bwd_kernel(
     dt_proj_bias,  # (K, D)
     A_log,  # (K, D, N)
     D,  # (K, D)
-    states,  # (B, K, chunks, segments, N, D), after each segment, from zero before its chunk
-    time,  # (B, K, chunks, segments, D), sum of delta in the chunk up to there
-    carried,  # (B, K, chunks, N, D), states before each chunk but the first
-    kept,  # (B, K, chunks, N + R + N * tiles of a segment, D), of each program alone
-    adjoints,  # (B, K, chunks, N, D), of the states after each chunk but the last; overwritten tile by tile
-    grad_u,  # (B, H, W, D), what reaches u not through the projection
+    states,  # (B, K, chunks, segments, N, D), after each segment of a chunk that starts from zero
+    time,  # (B, K, chunks, segments, D), sum of delta in the chunk so far
+    carried,  # (B, K, chunks, N, D), states before each chunk except the first
+    kept,  # (B, K, chunks, N + R + N * tiles of a segment, D), workspace of each program
+    adjoints,  # (B, K, chunks, N, D), of the states after each chunk except the last; overwritten tile by tile
+    grad_u,  # (B, H, W, D), without the projection
     grad_projected,  # (blocks of channels, B, K, tiles, R + 2N, T)
     grad_parameters,  # (B, chunks, K, N + R + 2, D): of A_log, dt_proj_weight, dt_proj_bias and D
     height,
@@ -193,11 +196,11 @@ def scan_bwd_kernel(
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The adjoint of `scan_fwd_kernel` along a chunk, from its last tile: see "Adjoint" in `kernels/README.md`.
+    """Run the adjoint of `scan_fwd_kernel` along a chunk, from its last tile. See "Adjoint" in `kernels/README.md`.
 
-    One state after another, so that only one state's steps are in registers at a time. What goes from tile to tile,
-    states, adjoints and sums, this program writes and reads again. In `kept` it has A, the weights of dt, and the
-    states before each tile of its segment, channels next to each other: in the parameters they are N or R apart.
+    It loops over the states, so that registers hold the steps of one state at a time. States, adjoints and sums pass
+    from tile to tile through memory. `kept` holds A, the weights of dt, and the states before each tile of the
+    segment, all with dense channels. In the parameters, channels are N or R elements apart.
     """
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // NUM_GROUPS).to(tl.int64), i_bk % NUM_GROUPS
@@ -223,7 +226,7 @@ def scan_bwd_kernel(
     for r in range(rank):
         b_weight = tl.load(dt_proj_weight + i_kd * rank + r, mask=m_d, other=0.0).to(tl.float32)
         tl.store(p_dt_weight + r * channels, b_weight, mask=m_d)
-    tl.debug_barrier()  # before anybody reads what others have written
+    tl.debug_barrier()  # before lanes read what others have written
 
     first_tile = i_chunk * chunk_tiles
     end_tile = tl.minimum(first_tile + chunk_tiles, num_tiles)
@@ -308,7 +311,7 @@ def scan_bwd_kernel(
             )
             p_grad_both = (p_grad_tile + rank * T)[:, None] + (tl.arange(0, 2) * state_size * T)[None, :]
             b_delta_u = b_delta * tl.load(u + o_first + o_tile, mask=mask, other=0.0).to(tl.float32)
-            m_later = mask_if(segments_done + tiles_done > 0, o_d, channels)  # tiles of the chunk are done
+            m_later = mask_if(segments_done + tiles_done > 0, o_d, channels)  # later tiles are done
             b_grad_delta_u = tl.zeros([T, CHANNELS], tl.float32)
             b_grad_delta = tl.zeros([T, CHANNELS], tl.float32)
             for n in range(state_size):
@@ -328,16 +331,16 @@ def scan_bwd_kernel(
 
                 b_through_decay = b_here * b_kept
                 b_sum = tl.load(p_grad_A_log + n * channels, mask=m_later, other=0.0)
-                # A is in units of log 2, and its own derivative by A_log
+                # A is in units of log 2, and is its own derivative by A_log
                 b_sum += tl.sum(b_through_decay * b_delta, 0) * b_A * LOG_2
                 tl.store(p_grad_A_log + n * channels, b_sum, mask=m_d)
                 b_grad_delta_u = tl.fma(b_here, b_B, b_grad_delta_u)
                 b_grad_delta = tl.fma(b_through_decay, b_A[None, :], b_grad_delta)
                 b_grad_B = tl.sum(b_here * b_delta_u, 1)
-                # together: what a warp has summed goes through shared memory to its store
+                # one store for both: the sum over a warp reaches its store through shared memory
                 tl.store(p_grad_both + n * T, tl.join(b_grad_B, b_grad_C))
 
-            # read and made again: while the states went by, their registers were needed
+            # loaded and recomputed, since the loop over states needed their registers
             b_u = tl.load(u + o_first + o_tile, mask=mask, other=0.0).to(tl.float32)
             b_raw = load_time_steps(p_tile, p_dt_weight, channels, b_bias, m_d, rank, T)
             b_grad_delta = tl.fma(b_u, b_grad_delta_u, b_grad_delta * LOG_2)
@@ -364,8 +367,8 @@ def scan_bwd_kernel(
 def project_bwd_input_kernel(
     grad_projected,  # (B, K, tiles, R + 2N, T)
     weight,  # (K, R + 2N, D)
-    partial,  # (B, H, W, D), float32: what reaches u not through the projection
-    grad_u,  # (B, H, W, D), laid out as `partial`
+    partial,  # (B, H, W, D), float32: the gradient of u without the projection
+    grad_u,  # (B, H, W, D), in the layout of `partial`
     height,
     width,
     channels,
@@ -382,7 +385,7 @@ def project_bwd_input_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_u = partial + grad_projected weight, of `STEPS` steps of a group."""
+    """Compute grad_u = partial + grad_projected weight for `STEPS` steps of a group."""
     i_block, i_d, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // NUM_GROUPS).to(tl.int64), i_bk % NUM_GROUPS
     o_step = i_block * STEPS + tl.arange(0, STEPS)
@@ -432,7 +435,7 @@ def project_bwd_weight_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_weight = sum over steps and images of grad_projected u^T, a part of the blocks (B, blocks of steps)."""
+    """Compute grad_weight, the sum of grad_projected u^T, over a part of the blocks (B, blocks of steps)."""
     i_d, i_output, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2) // NUM_GROUPS
     i_k = tl.program_id(2) % NUM_GROUPS
     o_d = i_d * CHANNELS + tl.arange(0, CHANNELS)

@@ -1,4 +1,4 @@
-"""Triton kernels of the scan's forward pass, and the functions that they share with those of the backward pass.
+"""Triton kernels of the scan's forward pass, and functions that the backward pass shares.
 
 Naming: `i_` an index, `o_` offsets, `m_` a mask, `p_` pointers, `b_` a block of values, T the steps of a tile.
 """
@@ -13,8 +13,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log(1 + e), e = exp(-|x|), without loss for small e:
-    log(1 + e) = 2 atanh(s), s = e / (2 + e), with a minimax polynomial in s^2."""
+    """Returns log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|).
+
+    It uses log(1 + e) = 2 atanh(s), s = e / (2 + e), with a minimax polynomial in s^2, which is accurate for small e.
+    """
     e = tl.exp2(tl.abs(x) * -LOG2_E)
     s = e / (2.0 + e)
     q = s * s
@@ -27,22 +29,22 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), the derivative of softplus."""
+    """Returns 1 / (1 + exp(-x)), the derivative of softplus."""
     e = tl.exp2(tl.abs(x) * -LOG2_E)
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
 def load_A(p_A_log, m_d):
-    """A in units of log 2, so that a decay is exp2(delta A)."""
+    """Returns A in units of log 2, so that a decay is exp2(delta A)."""
     return -tl.exp2(tl.load(p_A_log, mask=m_d, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
 
 
 @triton.jit
 def mask_if(condition, o_d, channels):
-    """The channels that exist where a scalar condition holds, else none.
+    """Returns the mask of the existing channels if a scalar condition holds, else of none.
 
-    In the interpreter of Triton 3.9, a mask and a scalar do not give a mask.
+    In the interpreter of Triton 3.9, `mask & scalar` is not a mask.
     """
     return o_d < tl.where(condition, channels, 0)
 
@@ -51,14 +53,17 @@ def mask_if(condition, o_d, channels):
 def find_steps(
     i_step, i_k, height, width, stride_h, stride_w, T: tl.constexpr, LONG_LINES: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Where T steps of group `i_k` from number `i_step` on lie in an image.
+    """Find the positions of T steps of group `i_k` in an image, from step `i_step`.
 
-    A line is a row of the group's pixels in the even groups, a column in the odd ones. `LONG_LINES` tells that no line
-    is shorter than T, so that T steps lie on two lines at most, and `WIDE` that an image spans 2^31 elements or more.
+    A line is a row of the group's pixels in even groups, and a column in odd ones.
+
+    Args:
+        LONG_LINES: Whether no line is shorter than T, so that T steps span at most two lines.
+        WIDE: Whether an image spans 2^31 elements or more.
 
     Returns:
-        The offset of the first step from the image's first element, int64; the offsets of all from that one (T), int64
-        if `WIDE` else int32; and which steps are on the map (T).
+        The offset of the first step from the image's first element, int64. The offsets of all steps from the first one
+        `(T)`, int64 if `WIDE`, else int32. The mask of the steps inside the feature map `(T)`.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     parity_h, parity_w = i_k % 2, i_k // 2
@@ -82,8 +87,13 @@ def find_steps(
 
 @triton.jit
 def load_time_steps(p_projected, p_weight, stride_r, b_bias, m_d, R, T: tl.constexpr):
-    """softplus^-1(delta) of a tile, (T, channels). `p_projected` (T) points to the tile's first row, which is dt,
-    `p_weight` (channels) to the weights of its first element; those of the next are `stride_r` further."""
+    """Returns softplus^-1(delta) of a tile, `(T, channels)`.
+
+    Args:
+        p_projected: Pointers to the tile's first row, which is dt, `(T)`.
+        p_weight: Pointers to the weights of the first element of dt, `(channels)`.
+        stride_r: Distance to the weights of the next element of dt.
+    """
     b_raw = tl.zeros([T, b_bias.shape[0]], tl.float32) + b_bias[None, :]
     for r in range(R):
         b_weight = tl.load(p_weight + r * stride_r, mask=m_d, other=0.0).to(tl.float32)
@@ -113,15 +123,18 @@ def load_tile(
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What a kernel reads first of a tile: steps of a map, and their delta.
+    """Load the steps of a tile from a feature map, and compute their delta.
 
-    `p_map` points to the first element of the image, `projected` to all tiles of dt, B and C, `i_tile` is the tile's
-    number among these and `i_step` the first of its steps in the sequence.
+    Args:
+        p_map: Pointer to the first element of the image.
+        projected: Pointer to all tiles of dt, B and C.
+        i_tile: Index of the tile in `projected`.
+        i_step: Index of the tile's first step in the sequence.
 
     Returns:
-        The values of the map (T, channels), delta (T, channels), pointers to the first row of the projected tile (T),
-        the offset of the first step in the image, the offsets of all from there (T, channels), and which of them are
-        on the map (T, channels).
+        The values of the feature map `(T, channels)`, delta `(T, channels)`, pointers to the first row of the
+        projected tile `(T)`, the offset of the first step in the image, the offsets of all steps from there
+        `(T, channels)`, and the mask of those inside the feature map `(T, channels)`.
     """
     start, o_steps, m_steps = find_steps(i_step, i_k, height, width, stride_h, stride_w, T, LONG_LINES, WIDE)
     o_map = o_steps[:, None] + o_d[None, :]
@@ -134,21 +147,24 @@ def load_tile(
 
 @triton.jit
 def combine(decay_1, state_1, decay_2, state_2):
-    """One stretch of the recurrence after another: what it multiplies the state before it by, and what it adds."""
+    """Combine two consecutive parts of the recurrence, each given by its decay and the state that it adds."""
     return decay_1 * decay_2, tl.fma(decay_2, state_1, state_2)
 
 
 @triton.jit
 def run_states(b_decay, b_added, b_state):
-    """The recurrence along a tile: the state after each of its steps (T, channels), and after the last (channels).
+    """Run the recurrence along a tile.
 
-    Where T lies in the registers of one thread, this is one multiply-add a step: products of decays that nobody asks
-    for, the compiler leaves out.
+    If T is in the registers of one thread, this is one multiply-add per step: the compiler removes the unused products
+    of decays.
+
+    Returns:
+        The state after each step `(T, channels)`, and after the last step `(channels)`.
     """
     is_first = tl.arange(0, b_decay.shape[0])[:, None] == 0
     b_added = tl.where(is_first, tl.fma(b_decay, b_state[None, :], b_added), b_added)
     _, b_states = tl.associative_scan((b_decay, b_added), 0, combine)
-    # a sum of integers: of floats, compilers must not drop the zeros
+    # integers, since compilers must not drop the zeros in a sum of floats
     is_last = tl.arange(0, b_decay.shape[0])[:, None] == b_decay.shape[0] - 1
     b_last = tl.sum(tl.where(is_last, b_states.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
     return b_states, b_last
@@ -158,7 +174,7 @@ def run_states(b_decay, b_added, b_state):
 def project_fwd_kernel(
     u,  # (B, H, W, D)
     weight,  # (K, R + 2N, D)
-    projected,  # (B, K, tiles, R + 2N, T), zeros beside the map
+    projected,  # (B, K, tiles, R + 2N, T), zeros in the padding
     height,
     width,
     channels,
@@ -175,10 +191,10 @@ def project_fwd_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dt, B and C of `STEPS` steps: one matrix product per group.
+    """Project u to dt, B and C of `STEPS` steps, with one matrix product per group.
 
-    The result lies tile by tile, so that a thread of the other kernels reads the T values of an output at once, and
-    finds all of a tile from one address.
+    The output is tile by tile. A thread of the other kernels reads the T values of an output at once, and finds all
+    values of a tile from one address.
     """
     i_block, i_output, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // NUM_GROUPS).to(tl.int64), i_bk % NUM_GROUPS
@@ -242,7 +258,7 @@ def chunk_state_fwd_kernel(
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The recurrence of a chunk from zero: the state and the sum of delta so far, after each of its segments."""
+    """Run the recurrence of a chunk from zero. Store the state and the sum of delta after each of its segments."""
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // NUM_GROUPS).to(tl.int64), i_bk % NUM_GROUPS
     o_d = i_d * CHANNELS + tl.arange(0, CHANNELS)
@@ -251,7 +267,7 @@ def chunk_state_fwd_kernel(
     b_bias = tl.load(dt_proj_bias + i_kd, mask=m_d, other=0.0).to(tl.float32)
     b_A, b_state = (), ()
     for n in tl.static_range(STATES):
-        b_A = b_A + (load_A(A_log + i_kd * N + FIRST_STATE + n, m_d),)  # noqa: RUF005, Triton has no star in tuples
+        b_A = b_A + (load_A(A_log + i_kd * N + FIRST_STATE + n, m_d),)  # noqa: RUF005, Triton does not unpack tuples
         b_state = b_state + (tl.zeros([CHANNELS], tl.float32),)  # noqa: RUF005
     b_time = tl.zeros([CHANNELS], tl.float32)
 
@@ -310,7 +326,7 @@ def chunk_state_fwd_kernel(
     ]
 )
 def state_passing_kernel(
-    ends,  # (B, K, chunks, ends, N, D), of which a chunk's last counts
+    ends,  # (B, K, chunks, ends, N, D), the last one of a chunk is read
     time,  # (B, K, chunks, times, D), likewise
     A_log,  # (K, D, N)
     carried,  # (B, K, chunks, N, D)
@@ -324,9 +340,10 @@ def state_passing_kernel(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """What every chunk starts from, by the recurrence over chunks: from the `first` in the `direction` 1 or -1.
+    """Compute the start state of every chunk with the recurrence over chunks.
 
-    The first chunk starts from nothing; its place in `carried` stays as it is.
+    It runs from the chunk `first` in the `direction` 1 or -1. The first chunk starts from zero, and its place in
+    `carried` is not written.
     """
     i_d, n, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_d = i_d * CHANNELS + tl.arange(0, CHANNELS)
@@ -339,9 +356,9 @@ def state_passing_kernel(
         i_chunk = i_bk.to(tl.int64) * num_chunks + o_chunk
         i_end = i_chunk * ends_per_chunk + ends_per_chunk - 1
         i_time = i_chunk * times_per_chunk + times_per_chunk - 1
-        mask = (o_count < num_chunks - 1)[:, None] & m_d[None, :]  # the last chunk's end is nobody's start
+        mask = (o_count < num_chunks - 1)[:, None] & m_d[None, :]  # no chunk starts from the end of the last one
         b_end = tl.load(ends + ((i_end * state_size + n) * channels)[:, None] + o_d[None, :], mask=mask, other=0.0)
-        # nothing decays before the first, which may be the last chunk, and short of segments
+        # no decay at the first chunk, which may be the last of the sequence, and lack segments
         m_time = mask & (o_count > 0)[:, None]
         b_time = tl.load(time + (i_time * channels)[:, None] + o_d[None, :], mask=m_time, other=0.0)
         b_states, b_state = run_states(tl.exp2(b_time * b_A[None, :]), b_end, b_state)
@@ -372,7 +389,7 @@ def scan_fwd_kernel(
     dt_proj_bias,  # (K, D)
     A_log,  # (K, D, N)
     D,  # (K, D)
-    carried,  # (B, K, chunks, N, D), states before each chunk but the first
+    carried,  # (B, K, chunks, N, D), states before each chunk except the first
     y,  # (B, H, W, D)
     height,
     width,
@@ -395,9 +412,9 @@ def scan_fwd_kernel(
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """h = exp(delta A) h + (delta u) B and y = h C + D u along a chunk, with delta = softplus(weight dt + bias).
+    """Run h = exp(delta A) h + (delta u) B and y = h C + D u along a chunk, with delta = softplus(weight dt + bias).
 
-    For `STATES` of the states, from `FIRST_STATE` on; those after the first ones are added to y, then float32.
+    A launch computes `STATES` states from `FIRST_STATE`. Later launches add to y, which is float32 then.
     """
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_k = (i_bk // NUM_GROUPS).to(tl.int64), i_bk % NUM_GROUPS

@@ -1,8 +1,8 @@
-"""The depthwise 3 x 3 convolution with the activation behind it, on CPUs for inference, in Numba.
+"""Numba kernel of the depthwise 3 x 3 convolution and its activation, for inference on CPUs.
 
-A job is a band of rows of an image. Along a row go tiles of 7 pixels, over 16 channels after the other: the sums of a
-tile stay in registers while the three rows of pixels around it pass by, and a pixel of them is read once for the three
-sums that it adds to.
+A job is a band of rows of an image. It processes a row in tiles of 7 pixels, 16 channels at a time. The sums of a tile
+stay in registers while the kernel reads the three rows of pixels around it. Each pixel is read once for the three sums
+that it contributes to.
 """
 
 import math
@@ -48,8 +48,8 @@ WORK = np.dtype(
 RELU, SILU, GELU = 1, 2, 3
 ACTIVATIONS = {"none": 0, "relu": RELU, "silu": SILU, "gelu": GELU}
 
-TILE = 7  # pixels: their sums, a row of weights and a row of pixels fill 19 of the 32 registers of AVX-512
-NUMBERS_PER_JOB = 2**15  # of the output, about: 128 kB
+TILE = 7  # pixels; their sums, a row of weights and a row of pixels fill 19 of the 32 registers of AVX-512
+NUMBERS_PER_JOB = 2**15  # approximate number of outputs, 128 kB
 
 
 @compiled
@@ -72,7 +72,7 @@ def load_if(condition, array, index, count):
 
 @compiled
 def load_weights(weight, at, channels, count):
-    """Of a row of the window."""
+    """Load the weights of one row of the window."""
     return (
         load_first(weight, at, count),
         load_first(weight, at + channels, count),
@@ -88,7 +88,7 @@ def products(left, middle, right, weights, total):
 
 @compiled
 def add_row_to_tile(totals, x, at, stride, has_left, has_right, weights):
-    """Adds what a row contributes to the outputs of a tile. The first pixel below or above them is at `at`."""
+    """Add the contribution of a row to the outputs of a tile. `at` is the row's element in the tile's first column."""
     p0 = load_if(has_left, x, at - stride, LANES)
     p1, p2, p3, p4 = load(x, at), load(x, at + stride), load(x, at + 2 * stride), load(x, at + 3 * stride)
     p5, p6, p7 = load(x, at + 4 * stride), load(x, at + 5 * stride), load(x, at + 6 * stride)
@@ -106,7 +106,7 @@ def add_row_to_tile(totals, x, at, stride, has_left, has_right, weights):
 
 @compiled
 def add_row_to_pixel(total, x, at, stride, has_left, has_right, weights, count):
-    """Adds what a row contributes to the output of a pixel. The one below or above it is at `at`."""
+    """Add the contribution of a row to the output of a pixel. `at` is the row's element in the pixel's column."""
     left, right = load_if(has_left, x, at - stride, count), load_if(has_right, x, at + stride, count)
     return products(left, load_first(x, at, count), right, weights, total)
 
@@ -118,10 +118,10 @@ def add_to_sums(sums, at, total, count):
 
 @compiled
 def convolve_row(x, weight, bias, out, sums, row, pixel, work):
-    """Writes a row of the output, whose first pixel is given, and adds it to `sums` (channels)."""
+    """Write a row of the output, which starts at `pixel`, and add it to `sums` `(channels)`."""
     width, channels, stride, activation = work.width, work.channels, work.pixel_stride, work.activation
     tiled_width, full_channels = width // TILE * TILE, channels // LANES * LANES
-    rows_of_window = range(max(0, 1 - row), min(3, work.height - row + 1))  # those that lie in the map
+    rows_of_window = range(max(0, 1 - row), min(3, work.height - row + 1))  # without the padding
     for column in range(0, tiled_width, TILE):
         has_left, has_right = column > 0, column + TILE < width
         for d in range(0, full_channels, LANES):
@@ -138,7 +138,7 @@ def convolve_row(x, weight, bias, out, sums, row, pixel, work):
                 sum_of_tile = add(sum_of_tile, result)
             add_to_sums(sums, d, sum_of_tile, LANES)
 
-    for column in range(width):  # pixels behind the tiles, and channels that fill no vector
+    for column in range(width):  # the pixels after the last tile, and the channels that fill no vector
         has_left, has_right = column > 0, column + 1 < width
         for d in range(full_channels if column < tiled_width else 0, channels, LANES):
             count = min(LANES, channels - d)
@@ -154,7 +154,7 @@ def convolve_row(x, weight, bias, out, sums, row, pixel, work):
 
 @compiled
 def write_means(work):
-    """Makes means of the sums of all bands."""
+    """Compute the means from the sums of all bands."""
     sums, mean, channels = float_pointer(work.sums), float_pointer(work.mean), work.channels
     share = splat(float32(1.0 / (work.height * work.width)))
     for image in range(work.num_jobs // work.num_bands):
@@ -165,9 +165,9 @@ def write_means(work):
 
 
 def depthwise_conv_jobs(pointer):
-    """Does jobs until none is left. `pointer` leads to a record `WORK`.
+    """Process jobs until none is left. `pointer` points to a record `WORK`.
 
-    A job leaves the sums of its outputs in `sums` (images, bands, channels), and the last one the means of all.
+    A job writes the sums of its outputs to `sums` `(images, bands, channels)`. The last job computes the means.
     """
     work = carray(pointer, 1, WORK)[0]
     x, weight, bias = float_pointer(work.hidden_states), float_pointer(work.weight), float_pointer(work.bias)
@@ -190,7 +190,7 @@ def convolve(
     bias: torch.Tensor | None,  # (D)
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D) and (B, D)
-    """The map and its mean, in float32."""
+    """Returns the output and its mean over the feature map, in float32."""
     batch_size, height, width, channels = hidden_states.shape
     rows_per_band = max(1, round(NUMBERS_PER_JOB / (width * channels)))
     num_bands = math.ceil(height / rows_per_band)

@@ -1,7 +1,7 @@
-"""LayerNorm times SiLU of a gate, and its mean over a map, on CPUs for inference, in Numba.
+"""Numba kernels of LayerNorm times SiLU of a gate, and of the mean of LayerNorm, for inference on CPUs.
 
-A job is a number of rows (pixels). A row is read for its mean, for its variance and for the result; after the first
-time it lies in the first-level cache.
+A job is a number of rows (pixels). It reads a row for its mean, for its variance, and for the output. After the first
+read, the row is in the first-level cache.
 """
 
 import math
@@ -53,17 +53,17 @@ MEAN_WORK = np.dtype(
     + [("eps", np.float64)]
 )
 
-# multiples of the 16 rows whose statistics are made together
+# multiples of 16, the number of rows whose statistics are computed together
 ROWS_PER_GATED_JOB = 64
-ROWS_PER_MEAN_JOB = 784  # a quarter of a map of 56 x 56
+ROWS_PER_MEAN_JOB = 784  # a quarter of a feature map of 56 x 56
 
 
 class Statistics(NamedTuple):
-    """Of at most 16 rows. What is a number for a row is a vector for all of them: one division, not 16."""
+    """Statistics of up to 16 rows. A vector holds a number per row, so one division serves all of them."""
 
     means: np.ndarray  # (16)
     scales: np.ndarray  # (16), 1 / standard deviation
-    by_lane: np.ndarray  # (16, 16), sums of each row before its lanes are added up
+    by_lane: np.ndarray  # (16, 16), sums of each row by lane
 
 
 @compiled
@@ -73,7 +73,7 @@ def new_statistics():
 
 @compiled
 def find_statistics(statistics, x, start, stride, num_rows, channels, eps):
-    """Of `num_rows` rows from `start`."""
+    """Compute the statistics of `num_rows` rows from `start`."""
     means, scales, by_lane = statistics
     size = splat(float32(channels))
     for row in range(num_rows):
@@ -95,7 +95,7 @@ def find_statistics(statistics, x, start, stride, num_rows, channels, eps):
 
 
 def gated_jobs(pointer):
-    """Does jobs until none is left. `pointer` leads to a record `GATED_WORK`."""
+    """Process jobs until none is left. `pointer` points to a record `GATED_WORK`."""
     work = carray(pointer, 1, GATED_WORK)[0]
     x, gate, out = float_pointer(work.hidden_states), float_pointer(work.gate), float_pointer(work.out)
     weight, bias, channels = float_pointer(work.weight), float_pointer(work.bias), work.channels
@@ -120,7 +120,7 @@ def gated_jobs(pointer):
 
 @compiled
 def write_means(work):
-    """Makes means of the sums of all parts. Weight and bias could wait until now."""
+    """Compute the means from the sums of all parts. Weight and bias apply to the means alone."""
     sums, out, channels = float_pointer(work.sums), float_pointer(work.out), work.channels
     weight, bias, share = float_pointer(work.weight), float_pointer(work.bias), splat(float32(1.0 / work.num_rows))
     for image in range(work.num_jobs // work.num_parts):
@@ -132,9 +132,10 @@ def write_means(work):
 
 
 def mean_jobs(pointer):
-    """Does jobs until none is left, parts of images. `pointer` leads to a record `MEAN_WORK`.
+    """Process jobs until none is left. `pointer` points to a record `MEAN_WORK`.
 
-    A job leaves the sum of its normalized rows in `sums` (images, parts, channels), and the last one the means of all.
+    A job is a part of an image. It writes the sum of its normalized rows to `sums` `(images, parts, channels)`. The
+    last job computes the means.
     """
     work = carray(pointer, 1, MEAN_WORK)[0]
     x, sums, channels = float_pointer(work.hidden_states), float_pointer(work.sums), work.channels
@@ -168,7 +169,7 @@ def gated(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> torch.Tensor:  # (..., D)
-    """LayerNorm times SiLU of the gate, in float32."""
+    """Compute LayerNorm times SiLU of the gate, in float32."""
     x, gate, weight, bias = as_rows(hidden_states), as_rows(gate), weight.contiguous(), bias.contiguous()
     num_rows, channels = x.shape
     out = x.new_empty(hidden_states.shape)
@@ -195,7 +196,7 @@ def mean(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> torch.Tensor:  # (B, D)
-    """The mean of LayerNorm over the map, in float32."""
+    """Compute the mean of LayerNorm over the feature map, in float32."""
     x, weight, bias = as_rows(hidden_states), weight.contiguous(), bias.contiguous()
     num_images, height, width, channels = hidden_states.shape
     num_rows = height * width

@@ -1,14 +1,14 @@
-"""LayerNorm times SiLU of a gate on GPUs: Triton kernels, forward and backward.
+"""Triton kernels of LayerNorm times SiLU of a gate, forward and backward.
 
-A program takes a block of rows, each of which lies in registers from its mean to its result: one pass over the maps.
-The backward pass makes everything again from the two maps, so that nothing else is saved: with x' the normalized row,
-n = weight x' + bias, and y = n silu(z),
+A program processes a block of rows, and keeps each row in registers from its mean to its output. So there is one pass
+over the inputs. The backward pass saves nothing but the inputs, and recomputes the rest. For the normalized row x',
+n = weight x' + bias and y = n silu(z), the gradients are:
 
     dL/dz  = dL/dy n silu'(z),    silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
     dL/dn  = dL/dy silu(z),       dL/dweight = sum dL/dn x',    dL/dbias = sum dL/dn
     dL/dx  = (g - mean(g) - x' mean(g x')) / sqrt(var + eps),   g = dL/dn weight
 
-Sums over rows have an order, so that two runs give the same bits. All in float32, whatever the dtype of the maps.
+Sums over rows have a fixed order, so two runs give the same bits. The kernels compute in float32 for every dtype.
 """
 
 import torch
@@ -26,7 +26,7 @@ FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @triton.jit
 def normalize(b_x, m_d, channels, eps):
-    """Rows less their mean, over their deviation; and the inverse of that."""
+    """Returns the normalized rows, and the inverse of their standard deviation."""
     b_centred = tl.where(m_d[None, :], b_x - tl.sum(b_x, 1)[:, None] / channels, 0.0)
     b_inverse = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / channels + eps)
     return b_centred * b_inverse[:, None], b_inverse
@@ -99,7 +99,7 @@ def layer_norm_gated_bwd_kernel(
         tl.store(grad_gate + p_out, b_grad_z.to(grad_gate.dtype.element_ty), mask=mask)
 
         b_grad *= b_z * b_sigmoid
-        b_grad_weight += tl.where(mask, b_grad * b_normalized, 0.0)  # rows of zeros may have no deviation
+        b_grad_weight += tl.where(mask, b_grad * b_normalized, 0.0)  # the deviation of rows of zeros may be 0
         b_grad_bias += b_grad
         b_grad *= b_weight[None, :]
         b_mean = tl.sum(b_grad, 1) / channels
@@ -153,7 +153,7 @@ def layer_norm_gated_bwd(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of the four tensors of `layer_norm_gated_fwd`, each in the dtype of its tensor."""
+    """Returns the gradients of the four tensors of `layer_norm_gated_fwd`, each in the dtype of its tensor."""
     with current_device(hidden_states):
         grad_y, x, z = as_rows(grad), as_rows(hidden_states), as_rows(gate)
         num_rows, channels = x.shape

@@ -22,7 +22,7 @@ LANES = 16
 
 compiled = njit(boundscheck=False, error_model="numpy")
 
-float32 = np.float32  # literals in kernels; without it Numba would compute in float64
+float32 = np.float32  # for literals in kernels, since Numba would compute in float64 without it
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
@@ -43,14 +43,14 @@ class VectorModel(models.PrimitiveModel):
 
 
 def element_pointer(context, builder, array_type, array, index, pointee):
-    """The address of an element of a 1-d array, or of memory that a pointer points to."""
+    """Returns the address of an element of a 1D array, or of the memory that a pointer points to."""
     if isinstance(array_type, types.Array):
         array = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(array, [index]), pointee.as_pointer())
 
 
 def lane_mask(builder, count):
-    """The first `count` lanes."""
+    """Returns the mask of the first `count` lanes."""
     lanes = ir.Constant(INTEGERS, list(range(LANES)))
     return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, ir.IntType(32)), INTEGERS))
 
@@ -68,7 +68,7 @@ def broadcast(builder, scalar, vector_type):
 
 
 def shuffle(builder, a, b, lanes):
-    """Chosen lanes of a and, counted on from 16, of b."""
+    """Returns the given lanes. Lanes of a count from 0, those of b from 16."""
     lanes = list(lanes)
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
 
@@ -80,7 +80,7 @@ def call_llvm(builder, name, result, *arguments):
 
 @intrinsic
 def float_pointer(typing_context, address):
-    """A pointer to float32 numbers from its address, an integer. Where the others say array, they take one too."""
+    """Returns a pointer to float32 numbers from an integer address. It can replace the array of other functions."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
@@ -90,7 +90,7 @@ def float_pointer(typing_context, address):
 
 @intrinsic
 def load(typing_context, array, index):
-    """16 numbers of a 1-d array from `index`."""
+    """Returns 16 numbers of a 1D array from `index`."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
@@ -103,7 +103,7 @@ def load(typing_context, array, index):
 
 @intrinsic
 def store(typing_context, array, index, vector):
-    """Writes 16 numbers to a 1-d array from `index`."""
+    """Write 16 numbers to a 1D array from `index`."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
@@ -115,7 +115,7 @@ def store(typing_context, array, index, vector):
 
 @intrinsic
 def load_first(typing_context, array, index, count):
-    """The first `count` of the 16 numbers from `index`, zeros for the others, whose memory is not touched."""
+    """Returns the first `count` of the 16 numbers from `index`, and zeros for the others, without reading them."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
@@ -126,7 +126,7 @@ def load_first(typing_context, array, index, count):
 
 @intrinsic
 def store_first(typing_context, array, index, vector, count):
-    """Writes the first `count` of 16 numbers from `index`; the memory of the others is not touched."""
+    """Write the first `count` of 16 numbers from `index`. The memory of the others is not touched."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
@@ -139,7 +139,7 @@ def store_first(typing_context, array, index, vector, count):
 
 @intrinsic
 def keep_first(typing_context, vector, count):
-    """The first `count` lanes, zeros for the others."""
+    """Returns the first `count` lanes, and zeros for the others."""
 
     def generate(context, builder, signature, arguments):
         vector, count = arguments
@@ -150,7 +150,7 @@ def keep_first(typing_context, vector, count):
 
 @intrinsic
 def load_splat(typing_context, array, index):
-    """One number of a 1-d array in all lanes. Numba's own indexing would look for negative indices each time."""
+    """Returns one number of a 1D array in all lanes, without the check for negative indices of Numba's indexing."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments, ir.FloatType())
@@ -161,7 +161,7 @@ def load_splat(typing_context, array, index):
 
 @intrinsic
 def splat(typing_context, number):
-    """A float32 number in all lanes."""
+    """Returns a float32 number in all lanes."""
 
     def generate(context, builder, signature, arguments):
         return broadcast(builder, arguments[0], VECTOR)
@@ -188,7 +188,7 @@ divide = binary_operator("fdiv")
 
 @intrinsic
 def multiply_add(typing_context, a, b, c):
-    """a b + c, rounded once where the processor can."""
+    """Returns a b + c, rounded once if the processor has a fused multiply-add."""
 
     def generate(context, builder, signature, arguments):
         return call_llvm(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, *arguments)
@@ -207,7 +207,7 @@ def select_by_comparison(comparison):
     return select
 
 
-# b where one of them is NaN: exponents that are NaN must not come out as a number, so the bound goes first
+# Both return b if one operand is NaN. A NaN exponent must stay NaN, so the bound is the first operand.
 maximum = select_by_comparison(">")
 minimum = select_by_comparison("<")
 
@@ -230,10 +230,17 @@ square_root = unary_function("sqrt")
 def products_of_tile(num_vectors):
     @intrinsic
     def products(typing_context, u, pixels, channels, weight, column, num_columns, out, rows):
-        """Products of several pixels' channels (their first elements in `u` given) with columns of a matrix.
+        """Multiply the channels of several pixels by columns of a matrix.
 
-        `weight` is (channels, num_columns); the 16 or more columns from `column` are taken. All sums stay in registers
-        and a vector of weights is loaded once for all pixels. The sums of a pixel go to `out` from its row on.
+        All sums stay in registers, and a vector of weights is loaded once for all pixels.
+
+        Args:
+            u: The feature map.
+            pixels: Index of the first element of each pixel in `u`.
+            channels: Number of channels.
+            weight: `(channels, num_columns)`. The product uses the 16, 32 or 48 columns from `column`.
+            out: Receives the sums.
+            rows: Index in `out` of the row of each pixel.
         """
 
         def generate(context, builder, signature, arguments):
@@ -274,10 +281,13 @@ products_of_48_columns = products_of_tile(3)
 
 @intrinsic
 def products_of_2_columns(typing_context, u, pixels, channels, weight, columns, out, places):
-    """Products of 8 pixels' channels with two columns of a matrix, which begin in `weight` where `columns` says.
+    """Multiply the channels of 8 pixels by two columns of a matrix.
 
-    Vectors of 16 channels are summed up, and their lanes at last. `places` says where in `out` the products go, first
-    those of the 8 pixels with the first column, then those with the second.
+    It sums vectors of 16 channels first, and their lanes at the end.
+
+    Args:
+        columns: Index in `weight` of the start of each column.
+        places: Index in `out` of each product: those of the 8 pixels with the first column, then with the second.
     """
 
     def generate(context, builder, signature, arguments):
@@ -322,9 +332,9 @@ def products_of_2_columns(typing_context, u, pixels, channels, weight, columns, 
 
 
 def sums_of_lanes(builder, vectors):
-    """The lane sums of 16 vectors as one vector.
+    """Returns the lane sums of 16 vectors as one vector.
 
-    Vectors are merged in pairs: the merged one holds half as many partial sums of twice as many vectors.
+    It merges vectors in pairs. A merged vector holds half as many partial sums of twice as many vectors.
     """
     partial_sums = LANES  # of each vector
     while len(vectors) > 1:
@@ -340,7 +350,7 @@ def sums_of_lanes(builder, vectors):
 
 @intrinsic
 def lane_sums(typing_context, array, index):
-    """The lane sums of 16 vectors that lie one after the other, as one vector."""
+    """Returns the lane sums of 16 consecutive vectors as one vector."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
@@ -352,7 +362,7 @@ def lane_sums(typing_context, array, index):
 
 @intrinsic
 def add_to_exponent(typing_context, a, integers):
-    """a 2^n, n being the low bits of the other number's representation. Neither may leave the normal range."""
+    """Returns a 2^n, where n is in the low bits of `integers`. a and the result must be normal numbers."""
 
     def generate(context, builder, signature, arguments):
         bits, shift = (builder.bitcast(argument, INTEGERS) for argument in arguments)
@@ -364,9 +374,9 @@ def add_to_exponent(typing_context, a, integers):
 
 @compiled
 def exp2_of_fraction(f, n):
-    """2^(n + f) for |f| <= 1/2; n is given by a number in whose low bits it stands.
+    """Returns 2^(n + f) for |f| <= 1/2, where n is in the low bits of its argument.
 
-    A minimax polynomial of 2^f with the value 1 at 0 (Lawson's iteration), relative error 0.8 ulp.
+    A minimax polynomial of 2^f with the value 1 at 0 (Lawson's iteration). Its relative error is 0.8 ulp.
     """
     p = splat(float32(1.326472690e-03))
     p = multiply_add(p, f, splat(float32(9.671512661e-03)))
@@ -379,7 +389,7 @@ def exp2_of_fraction(f, n):
 
 @compiled
 def exp2_by_polynomial(x):
-    """2^x for x <= 126, within 3 ulp; 2^-126 for all x below -126.
+    """Returns 2^x for x <= 126, within 3 ulp, and 2^-126 for x < -126.
 
     Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
     """
@@ -390,7 +400,7 @@ def exp2_by_polynomial(x):
 
 @intrinsic
 def power_of_fraction(typing_context, n):
-    """2^(j/16), j being the low four bits of the number's representation. One instruction of AVX-512."""
+    """Returns 2^(j/16), where j is the low four bits of the argument. One instruction of AVX-512."""
 
     def generate(context, builder, signature, arguments):
         powers = ir.Constant(VECTOR, [2 ** (j / LANES) for j in range(LANES)])
@@ -402,7 +412,7 @@ def power_of_fraction(typing_context, n):
 
 @intrinsic
 def multiply_by_power(typing_context, a, x):
-    """a 2^floor(x), zero where that is too small. One instruction of AVX-512."""
+    """Returns a 2^floor(x), or zero if that underflows. One instruction of AVX-512."""
 
     def generate(context, builder, signature, arguments):
         a, x = arguments
@@ -414,10 +424,10 @@ def multiply_by_power(typing_context, a, x):
 
 @compiled
 def exp2_by_table(x):
-    """2^x for finite x, within 2 ulp.
+    """Returns 2^x for finite x, within 2 ulp.
 
-    Adding 1.5 * 2^19 leaves the nearest multiple of 1/16 in the low bits of the sum. The rest f is at most 1/32: there
-    Taylor's polynomial of degree 3 is as good as exact, and 1 - 2^x of small x, the loss of a slow state, is too.
+    Adding 1.5 * 2^19 leaves the nearest multiple of 1/16 in the low bits of the sum. The remainder f is at most 1/32,
+    where the Taylor polynomial of degree 3 is exact to rounding. So is 1 - 2^x for small x, the loss of a slow state.
     """
     n = add(x, splat(float32(786432.0)))
     nearest = subtract(n, splat(float32(786432.0)))
@@ -428,14 +438,14 @@ def exp2_by_table(x):
     return multiply_by_power(multiply_add(multiply(power, f), p, power), nearest)
 
 
-# The table is cheaper than the polynomial (benchmarks/NOTES.md), but takes instructions that only AVX-512 has.
+# The table is faster than the polynomial (benchmarks/NOTES.md), but needs instructions of AVX-512.
 HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 exp2 = exp2_by_table if HAS_AVX512 else exp2_by_polynomial
 
 
 @compiled
 def exp(x):
-    """e^x for x <= 87, within 4 ulp; 2^-126 for all x below -87.3. The logarithm of 2 is taken off in two parts."""
+    """Returns e^x for x <= 87, within 4 ulp, and 2^-126 for x < -87.3. Subtracts log 2 in two parts."""
     x = maximum(splat(float32(-87.33654)), x)
     n = multiply_add(x, splat(float32(1.4426950409)), splat(float32(12582912.0)))
     rounded = subtract(n, splat(float32(12582912.0)))
@@ -446,7 +456,7 @@ def exp(x):
 
 @compiled
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, within 3 ulp: 2 atanh(s) with s = x / (2 + x), a minimax polynomial in s^2."""
+    """Returns log(1 + x) = 2 atanh(s), s = x / (2 + x), for 0 <= x <= 1, within 3 ulp: a minimax polynomial in s^2."""
     s = divide(x, add(x, splat(float32(2.0))))
     q = multiply(s, s)
     p = splat(float32(1.400599368e-01))
@@ -459,7 +469,7 @@ def log1p(x):
 
 @intrinsic
 def select_by_sign(typing_context, x, positive, negative):
-    """`negative` in the lanes where x < 0, `positive` in the others."""
+    """Returns `negative` in the lanes with x < 0, and `positive` in the others."""
 
     def generate(context, builder, signature, arguments):
         x, positive, negative = arguments
@@ -471,14 +481,14 @@ def select_by_sign(typing_context, x, positive, negative):
 
 @compiled
 def softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), within 5 ulp."""
+    """Returns log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), within 5 ulp."""
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
     return add(maximum(splat(float32(0.0)), x), log1p(small))
 
 
 @compiled
 def sigmoid(x):
-    """1 / (1 + exp(-x)), the derivative of softplus, within 5 ulp."""
+    """Returns 1 / (1 + exp(-x)), the derivative of softplus, within 5 ulp."""
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
     of_absolute = divide(splat(float32(1.0)), add(small, splat(float32(1.0))))
     return select_by_sign(x, of_absolute, multiply(small, of_absolute))
@@ -486,14 +496,14 @@ def sigmoid(x):
 
 @compiled
 def silu(x):
-    """x / (1 + exp(-x)), within 4 ulp of its size where x > -1, and of that of x exp(x / 2) below."""
+    """Returns x / (1 + exp(-x)), within 4 ulp for x > -1. Below, the error is within 4 ulp of x exp(x / 2)."""
     exponent = minimum(splat(float32(126.0)), multiply(x, splat(float32(-1.4426950409))))
     return divide(x, add(exp2(exponent), splat(float32(1.0))))
 
 
 @compiled
 def gelu(x):
-    """x Phi(x), Phi being the normal distribution function, within 5 ulp of its size and 1e-7.
+    """Returns x Phi(x) with the normal distribution function Phi, within 5 ulp plus 1e-7.
 
     Phi(-|x|) is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.29 |x|), as in Abramowitz and Stegun, 7.1.26, with six
     terms (Lawson's iteration).
@@ -517,14 +527,14 @@ def relu(x):
 
 @compiled
 def clear_part(sums, part, channels):
-    """Sets a row of `sums` (parts, channels) to zero."""
+    """Set a row of `sums` `(parts, channels)` to zero."""
     for d in range(0, channels, LANES):
         store_first(sums, part * channels + d, splat(float32(0.0)), min(LANES, channels - d))
 
 
 @compiled
 def sum_of_parts(sums, first_part, num_parts, channels, d, count):
-    """Of `count` channels from `d`, over some rows of `sums` (parts, channels)."""
+    """Returns the sums of `count` channels from `d` over `num_parts` rows of `sums` `(parts, channels)`."""
     total = splat(float32(0.0))
     for part in range(first_part, first_part + num_parts):
         total = add(total, load_first(sums, part * channels + d, count))

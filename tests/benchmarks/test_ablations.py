@@ -122,5 +122,5 @@ def test_names_the_networks_that_there_are():
         timeout=120,
     )
     assert run.returncode == 1
-    assert "Error: there is no network 'resnet': --network accepts paper, evss-late" in run.stderr
+    assert "Error: unknown network 'resnet': --network accepts paper, evss-late" in run.stderr
     assert "Traceback" not in run.stderr

@@ -6,8 +6,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig
 
 
-# What our configuration adds to transformers' own keys. `@strict` accepts unknown keywords, so that a misspelt field
-# in our code would go unnoticed: this list is the check.
+# Keys of the configuration in addition to those of transformers. `@strict` accepts unknown keywords, so a misspelled
+# field in the code would go unnoticed without this list.
 OWN_KEYS = {
     *("num_channels", "image_size", "patch_size", "hidden_sizes", "depths", "block_types", "stage_names"),
     *("state_size", "expand", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor"),

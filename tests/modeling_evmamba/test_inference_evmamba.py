@@ -1,4 +1,4 @@
-"""Models optimized for inference: the same outputs, and nothing else."""
+"""Optimized copies: the same outputs, and errors for everything else."""
 
 import copy
 from pathlib import Path
@@ -24,7 +24,7 @@ def small_config(**changes) -> EfficientVMambaConfig:
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
-    """Batch norms that do something: a fresh one is the identity."""
+    """Randomize batch norms, since a new one is the identity."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -50,7 +50,7 @@ def test_logits_stay_the_same(shape):
 
 
 def test_large_batches_are_taken_in_parts(monkeypatch):
-    """Hidden states are those of the whole batch nevertheless."""
+    """Hidden states are still those of the whole batch."""
     model = with_statistics(EfficientVMambaForImageClassification(small_config()))
     optimized = optimize_for_inference(model)
     images = torch.randn(5, 3, 64, 96)
@@ -146,7 +146,7 @@ def test_graphs_of_optimized_models():
 
 
 class Adapted(nn.Module):
-    """As adapters of other libraries are: the weight that it shows is not all that it computes with."""
+    """A layer like the adapters of other libraries, whose output depends on more than its weight."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The network: parity with the authors' implementation, and what it promises to users of transformers."""
+"""The network: parity with the authors' implementation, and its behavior in transformers."""
 
 import copy
 
@@ -60,7 +60,7 @@ def parse_case(name: str) -> tuple[str, int, tuple[int, ...]]:
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    """cuDNN's convolutions would round to tf32 by default."""
+    """Disable tf32, to which cuDNN's convolutions round by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -260,14 +260,14 @@ def test_backbone_loads_from_a_classifier_and_adds_only_its_norms(tmp_path):
         hidden_states = classifier(pixel_values, output_hidden_states=True).hidden_states
     assert backbone.channels == [16, 128]
     for feature_map, hidden_state in zip(feature_maps, (hidden_states[1], hidden_states[4]), strict=True):
-        # the norms start as the identity on normalized maps
+        # the norms start as the identity on normalized feature maps
         expected = torch.nn.functional.layer_norm(hidden_state.permute(0, 2, 3, 1), hidden_state.shape[1:2], eps=1e-5)
         assert torch.allclose(feature_map, expected.permute(0, 3, 1, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("height, width", [(64, 96), (225, 223), (37, 53)])
 def test_feature_maps_have_the_strides_of_detectors(height, width):
-    """A map of stride s covers what the patches cover: odd sides are continued, not cut."""
+    """A feature map of stride s covers the patches: odd sides are padded, not cropped."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = EfficientVMambaBackbone(EfficientVMambaConfig(**MICRO, out_features=stages)).eval()
     with torch.no_grad():
@@ -333,9 +333,9 @@ def test_float64_stays_float64():
 
 
 def test_compiles_to_one_graph():
-    """One graph for all batches and sizes of images, and one for batches of one."""
+    """One graph covers all batch sizes and image sizes, and another one batches of one."""
     model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
-    # traces without compiling: how many graphs there are is what is tested
+    # traces without compiling, since the test counts graphs
     graphs = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
@@ -349,7 +349,7 @@ def test_compiles_to_one_graph():
             assert graphs.frame_count == num_graphs
 
 
-@pytest.mark.filterwarnings("ignore")  # of PyTorch, that tracing is deprecated and constants are what they are
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns that tracing is deprecated, and of constants
 def test_a_trace_takes_other_sides():
     model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO)).eval()
     images = torch.randn(1, 3, 60, 52)

@@ -1,4 +1,4 @@
-"""The network on a real GPU, in the ways that users run it there: `make test-gpu`."""
+"""Tests of the network on a real GPU, as users run it there: `make test-gpu`."""
 
 import copy
 

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PillowImage
 from transformers import EvalPrediction, Trainer, TrainingArguments, pipeline
 
-# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+# in transformers 5.17, `transformers.AutoImageProcessor` is a placeholder that raises if torchvision is missing
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
@@ -27,7 +27,7 @@ CLASSES = ["columns", "rows", "checks"]
 
 
 def draw_pattern(label: int, generator: np.random.Generator) -> PillowImage.Image:
-    """Stripes along or across the image, or both, in random colors and with noise."""
+    """Draw stripes along or across the image, or both, in random colors and with noise."""
     rows, columns = np.indices((40, 32)) // 4 % 2
     pattern = (columns, rows, rows ^ columns)[label][..., None]  # (H, W, 1)
     colors = generator.uniform(0, 110, size=3) + pattern * 90
@@ -41,7 +41,7 @@ def image_processor():
 
 @pytest.fixture(scope="module")
 def splits(image_processor) -> tuple[Dataset, Dataset]:
-    """Patterns to train on, and others of the same kind: a number that no batch size divides."""
+    """Returns patterns for training, and others for evaluation. No batch size divides their number."""
     generator = np.random.default_rng(0)
 
     def to_tensors(batch: dict) -> dict:
@@ -113,7 +113,7 @@ def test_trains_evaluates_and_saves(tmp_path, splits, image_processor):
 
 
 def test_resumed_training_ends_at_the_same_weights(tmp_path, splits, image_processor):
-    """In the middle of the second epoch, with stochastic depth."""
+    """Training resumes in the middle of the second epoch, with stochastic depth."""
     options = {"max_steps": 24, "save_steps": 18}
     unbroken = create_trainer(tmp_path / "unbroken", splits, image_processor, **options)
     unbroken.train()

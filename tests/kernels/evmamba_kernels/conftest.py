@@ -1,4 +1,4 @@
-"""Numbers of threads that the CPU kernels are tried with."""
+"""Numbers of threads for the tests of the CPU kernels."""
 
 import pytest
 import torch

@@ -126,7 +126,7 @@ def test_random_shapes_against_the_reference(backend, shape, state_size, rank, s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_mode(backend):
-    """Derivatives are those of the PyTorch form, also of several maps at once."""
+    """Derivatives are those of the PyTorch operators, also for several feature maps at once."""
     u, *others = small_arguments(2, 3, 4, 5, 3, 2, dtype=torch.float32)
     tangent = torch.randn_like(u)
 
@@ -302,8 +302,7 @@ def test_operator_registration(backend, shape):
 
 
 def test_copies_do_not_take_each_others_operators(tmp_path, monkeypatch):
-    """Repositories on the Hub bring copies of the kernels: an operator that is defined again leaves callers of the
-    first with freed memory."""
+    """Repositories on the Hub carry copies of the kernels. A second definition would free an operator in use."""
     shutil.copytree(Path(evmamba_kernels.__file__).parent, tmp_path / "copy-of kernels")
     monkeypatch.syspath_prepend(tmp_path)
     operators = set()

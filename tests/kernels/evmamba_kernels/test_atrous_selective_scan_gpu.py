@@ -1,4 +1,4 @@
-"""The operator on a real GPU, beyond what the tests of all backends show: `make test-gpu`."""
+"""Tests of the operator on a real GPU, beyond the tests of all backends: `make test-gpu`."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def run(arguments, grad, backend="triton", function=atrous_selective_scan):
     return [y.detach(), *torch.autograd.grad(y, arguments, grad)]
 
 
-# the stages 1 and 2 of T, S and B at 224 x 224, odd sides, and a high resolution
+# stages 1 and 2 of T, S and B at 224 x 224, odd sides, and a high resolution
 SHAPES = [
     (1, 56, 56, 96),
     (128, 56, 56, 96),
@@ -51,7 +51,7 @@ def test_shapes_of_networks_against_float64(shape, dtype):
     arguments = make_arguments(*shape, dtype=dtype)
     grad = torch.randn_like(arguments[0])
     results = run(arguments, grad)
-    # image by image, and summed: all in float64 at once would not fit into memory
+    # image by image, and summed, since float64 does not fit into memory all at once
     exact = [argument.detach().double().requires_grad_() for argument in arguments]
     for i in range(shape[0]):
         y = atrous_selective_scan(exact[0][i : i + 1], *exact[1:], backend="torch")
@@ -71,7 +71,7 @@ def test_two_runs_give_the_same_bits(shape):
 
 @pytest.mark.parametrize("shape", [(1, 4736, 4737, 96), (48, 1184, 1184, 32)], ids=["one image", "many images"])
 def test_maps_beyond_2_to_the_31_elements(shape):
-    """The last image, and rows at the end of it, as if computed alone. bfloat16, N = 1 to fit into 80 GB."""
+    """The last image, and its last rows, match separate calls. bfloat16 and N = 1 fit into 80 GB."""
     arguments = make_arguments(*shape, state_size=1, rank=1, dtype=torch.bfloat16)
     needed = 20 * arguments[0].numel()
     free, _ = torch.cuda.mem_get_info()
@@ -87,7 +87,7 @@ def test_maps_beyond_2_to_the_31_elements(shape):
         (expected_grad,) = torch.autograd.grad(expected, alone, u[-1:])
         assert relative_error(grad_u[-1:].double(), expected_grad.double()) < 1e-6
     else:
-        # channels do not meet once they are projected: with all others zero, the first 4 scan as a map of their own
+        # channels only mix in the projection: with all others zero, the first 4 scan like a separate feature map
         few = torch.zeros_like(parameters[0])
         few[..., :4] = parameters[0][..., :4]
         y = atrous_selective_scan(u, few, *parameters[1:], backend="triton")[..., :4]

@@ -38,7 +38,7 @@ def test_openmp_is_found():
 
 
 def apply(function, x: np.ndarray) -> np.ndarray:
-    """A function of vectors on an array of any length."""
+    """Apply a function of vectors to an array of any length."""
 
     @njit
     def loop(x, out):
@@ -115,7 +115,7 @@ def test_the_number_of_threads_changes_nothing(num_threads):
 
 
 def test_every_element_is_written(monkeypatch):
-    """Memory that is handed out holds NaN; one that is left would show."""
+    """Allocated memory holds NaN, so an output that is not written shows."""
     tensors = arguments(height=9, width=7, channels=21, state_size=5)
     new_empty = torch.Tensor.new_empty
 
@@ -142,7 +142,7 @@ def leave_all_jobs(pointer):
 
 
 def test_undone_jobs_are_an_error(num_threads):
-    """A kernel cannot raise: one that gets no memory returns early."""
+    """A kernel cannot raise. It returns early if it gets no memory."""
     do_nothing = threads.compiled_kernel(leave_all_jobs)
     with pytest.raises(MemoryError, match="finished 0 of 8 jobs"):
         threads.run_jobs(do_nothing, kernels.SCAN_FWD_WORK, {"num_jobs": 8})
@@ -151,7 +151,7 @@ def test_undone_jobs_are_an_error(num_threads):
 
 @pytest.fixture
 def own_threads(monkeypatch):
-    """Two threads, one of them our own and new."""
+    """Use two threads, one of them new and of this package."""
     monkeypatch.setattr(threads, "openmp", None)
     monkeypatch.setattr(threads, "calls", SimpleQueue())
     monkeypatch.setattr(threads, "workers", [])
@@ -162,7 +162,7 @@ def own_threads(monkeypatch):
 
 
 def test_an_interrupt_frees_no_memory_in_use(own_threads):
-    """Ctrl-C takes the calling thread away while another still computes: its memory must stay, but not for long."""
+    """Ctrl-C ends the calling thread while another still computes. Its memory must stay until that thread is done."""
     computing, interrupted, finished = Event(), Event(), Event()
     counters = []
 
@@ -256,7 +256,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_data_loader_workers_compute():
-    """Forked workers of a loader in a process whose threads run already."""
+    """A data loader forks workers in a process whose threads are already running."""
     torch.set_num_threads(2)
     expected = kernels.forward(*arguments(seed=3))
     loader = torch.utils.data.DataLoader(ScannedMaps(), batch_size=None, num_workers=2)
@@ -275,7 +275,7 @@ class ScannedMaps(torch.utils.data.Dataset):
 
 
 def test_compiled_code_is_cached_on_disk():
-    """One compilation serves all shapes; a second process takes it from the disk."""
+    """One compilation serves all shapes. A second process loads it from the disk."""
     kernels.forward(*arguments())
     script = """
 import sys
@@ -289,7 +289,7 @@ print(threads.compiled_kernel(kernels.scan_fwd_jobs).cache_hits)
     assert run.stdout.strip() == "1", run.stderr
 
 
-# in a folder with a copy of the kernels
+# runs in a directory with a copy of the kernels
 USE_CACHE = """
 import torch
 from evmamba_kernels import layer_norm_mean, layer_norm_numba
@@ -322,7 +322,7 @@ def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path):
     shutil.copytree(Path(kernels.__file__).parent, tmp_path / "evmamba_kernels")
     use_cache(tmp_path)
     for file in (tmp_path / "cache").rglob("*mean_jobs*.nbc"):
-        file.write_bytes(b"")  # as after a loss of power
+        file.write_bytes(b"")  # as after a power loss
     run = use_cache(tmp_path)
     assert run.stdout == "0\n"
     assert "the compiled CPU kernel mean_jobs cannot be cached, so every process compiles it again" in run.stderr

@@ -39,7 +39,7 @@ def run(arguments, grad):
 
 
 def run_reference(arguments, grad):
-    """In float64."""
+    """Returns the exact results in float64."""
     exact = [argument.double().requires_grad_() for argument in arguments]
     y = atrous_selective_scan_reference(*exact)
     return [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
@@ -48,7 +48,7 @@ def run_reference(arguments, grad):
 def assert_close(results, expected, bound=2e-6):
     for name, result, exact in zip(["y", *NAMES], results, expected, strict=True):
         assert relative_error(result.double(), exact, floor=1e-6) < bound, name
-        assert result.is_contiguous(), name  # as the fake tensors promise to compilers
+        assert result.is_contiguous(), name  # like the fake tensors that compilers see
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,7 +70,7 @@ def test_golden_values_and_gradients(name):
 
 @pytest.fixture(params=[1, 3, 100], ids=["one chunk", "three chunks", "chunks of a tile"])
 def prepare(request, monkeypatch):
-    """Makes arguments whose sequences will be computed in so many chunks, or in as many as they have tiles."""
+    """Returns arguments whose sequences take the given number of chunks, or one chunk per tile."""
 
     def make(*sizes, **more_sizes):
         arguments = make_arguments(*sizes, **more_sizes)
@@ -93,7 +93,7 @@ def prepare(request, monkeypatch):
     "batch_size, forward_chunks, backward_chunks", [(1, 49, 49), (16, 7, 8), (64, 1, 2), (128, 1, 1)]
 )
 def test_chunks_fill_the_device(monkeypatch, batch_size, forward_chunks, backward_chunks):
-    """An H100 has room for 1452 programs of scan_fwd_kernel, and 1056 of scan_bwd_kernel."""
+    """An H100 fits 1452 programs of scan_fwd_kernel, and 1056 of scan_bwd_kernel."""
     monkeypatch.setattr(kernels, "describe_device", lambda _: kernels.Device("cuda", 32, 90, multiprocessors=132))
     u = torch.empty(batch_size, 56, 56, 96, device="meta")
     assert kernels.make_plan(u).num_chunks == forward_chunks
@@ -108,7 +108,7 @@ def test_chunks_change_nothing(prepare, shape):
 
 
 def test_states_that_decay_through_many_chunks(prepare):
-    """Decays that multiply to less than float32 has, and states that last."""
+    """Some products of decays underflow in float32, and some states do not decay."""
     arguments = prepare(1, 9, 8, 3)
     arguments[3] += torch.tensor([-12.0, 0.0, 12.0], device=DEVICE)  # dt_proj_bias
     arguments[4] *= 5  # A_log
@@ -117,7 +117,7 @@ def test_states_that_decay_through_many_chunks(prepare):
 
 
 def test_every_element_is_written(prepare, monkeypatch):
-    """Memory that is handed out holds NaN; one that is left, or read before it is written, would show."""
+    """Allocated memory holds NaN, so memory that is not written, or read before it is written, shows."""
     arguments = prepare(1, 9, 8, 9)  # three chunks: of two, two and one tile in the interpreter
     grad = torch.randn_like(arguments[0])
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
@@ -147,7 +147,7 @@ def test_states_that_do_not_fit_at_once(prepare, monkeypatch, state_size):
 
 
 def test_backward_keeps_few_states(monkeypatch):
-    """Those between segments, and within one segment those between tiles: not between all tiles, N / T of the map."""
+    """It keeps states between segments, and between the tiles of one segment, but not between all tiles."""
     state_size, channels = 3, 5
     arguments = make_arguments(1, *sized((56, 56), (24, 16)), channels, state_size=state_size)
     monkeypatch.setattr(kernels, "CHUNK_COST", math.inf)
@@ -168,7 +168,7 @@ def test_backward_keeps_few_states(monkeypatch):
 
 
 def test_offsets_of_64_bits(monkeypatch):
-    """The code for maps beyond 2^31 elements, on a small one. `make test-gpu` has a large one."""
+    """The code for feature maps beyond 2^31 elements runs on a small one. `make test-gpu` has a large one."""
     arguments = make_arguments(1, 5, 6, 3)
     grad = torch.randn_like(arguments[0])
     narrow = run(arguments, grad)
@@ -205,7 +205,7 @@ def test_nan_stays_visible(argument):
     grad = torch.ones_like(arguments[0])
     y, *gradients = run(arguments, grad)
     assert y.isnan().any()
-    if NAMES[argument] != "D":  # of which nothing but y depends
+    if NAMES[argument] != "D":  # only y depends on it
         assert any(gradient.isnan().any() for gradient in gradients)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for GPUs that need not be here: nothing may spill out of the registers."""
+"""The Triton kernels, compiled ahead of time without a GPU. Registers must not spill."""
 
 from types import SimpleNamespace
 
@@ -54,7 +54,7 @@ def test_nothing_spills_with_other_sizes(state_size, rank):
 
 
 def test_a_state_takes_one_exponential_and_no_shuffle():
-    """States lie in the registers of one thread. 2 of 32 exponentials are those of softplus and its division."""
+    """States are in the registers of one thread. Softplus and its division take 2 of 32 exponentials."""
     report = compile_kernel("scan_fwd", "sm_90")
     assert 1 <= report.per_state("exp") < 1.1
     assert report.loop["shuffle"] == report.loop["local"] == 0
@@ -62,8 +62,10 @@ def test_a_state_takes_one_exponential_and_no_shuffle():
 
 @pytest.fixture
 def launches():
-    """Triton with a driver of an H100 that loads and launches nothing: kernels are compiled as the host asks for them.
-    A list of what would have been launched."""
+    """Replace Triton's driver by that of an H100 that loads and launches nothing. Kernels still compile.
+
+    Returns a list of the launches.
+    """
     launched = []
 
     class IdleLauncher:
@@ -118,7 +120,7 @@ CHUNKS = [
     ids=["one pixel", "chunks"],
 )
 def test_what_the_host_asks_for_compiles(launches, shape, dtype, expected):
-    """Triton makes code of its own for arguments that are 1, and for those that 16 divides."""
+    """Triton specializes arguments that are 1, and those that 16 divides."""
     u, *parameters = random_arguments(*shape, state_size=2, rank=1, dtype=dtype)
     channels = shape[-1]
     for arguments in ([u, *parameters], [u.transpose(1, 2), *parameters]):

@@ -1,4 +1,4 @@
-"""Depthwise convolution, activation and mean: the CPU kernel and the PyTorch form against float64, and which runs."""
+"""Depthwise convolution, activation and mean: CPU kernel and PyTorch operators against float64, and the choice."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def arguments(*shape, kernel_size=3, dtype=torch.float32, seed=0):
 
 
 def exact(hidden_states, weight, bias, activation):
-    """Shifted maps times their weights, added up."""
+    """Returns the sum of shifted feature maps times their weights."""
     hidden_states, weight = hidden_states.double(), weight.double()
     (_, height, width, _), kernel_size = hidden_states.shape, weight.shape[-1]
     beside = kernel_size // 2
@@ -43,7 +43,7 @@ def test_random_shapes(shape, activation, has_bias, seed):
     x, weight, bias = arguments(*shape, seed=seed)
     bias = bias if has_bias else None
     expected = exact(x, weight, bias, activation)
-    scale = exact(x.abs(), weight.abs(), bias.abs() if has_bias else None, "none")  # what rounding is relative to
+    scale = exact(x.abs(), weight.abs(), bias.abs() if has_bias else None, "none")  # rounding is relative to this
     y, mean = convolution_and_mean_operator(x, weight, bias, activation)
     assert ((y - expected).abs() <= 1e-6 * scale).all()
     assert ((mean - expected.mean(dim=(1, 2))).abs() <= 1e-6 * scale.mean(dim=(1, 2))).all()
@@ -81,7 +81,7 @@ def test_the_order_of_the_weight_in_memory_changes_nothing():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_numbers_of_any_size(activation):
-    """As with PyTorch's activations, infinities stay, and what is no number stays visible, where it is."""
+    """Infinities and NaN stay in place, as with PyTorch's activations."""
     x = torch.tensor([torch.nan, torch.inf, -1e30, -200, -1, 0, 1e-30, 1e30]).repeat_interleave(3)[None, None, :, None]
     x[:, :, 0::3] = x[:, :, 2::3] = 0
     weight, bias = torch.zeros(1, 1, 3, 3), torch.zeros(1)
@@ -133,7 +133,7 @@ def test_the_number_of_threads_changes_nothing(num_threads):
 
 
 def test_nothing_is_read_beside_the_map():
-    """A map in the middle of memory that holds NaN."""
+    """The feature map is in the middle of memory that holds NaN."""
     x, weight, bias = arguments(1, 9, 8, 21)
     memory = torch.full((3 * x.numel(),), torch.nan)
     inside = memory[x.numel() : 2 * x.numel()].view_as(x).copy_(x)
@@ -152,7 +152,7 @@ def test_gradients():
 
 
 def test_forward_mode():
-    """Derivatives are those of PyTorch's own operators."""
+    """Derivatives are those of PyTorch operators."""
     x, weight, bias = arguments(2, 5, 6, 24)
     tangent = torch.randn_like(x)
     _, derivative = torch.func.jvp(lambda x: depthwise_conv(x, weight, bias, "silu"), (x,), (tangent,))

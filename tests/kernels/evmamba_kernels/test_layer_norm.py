@@ -1,4 +1,4 @@
-"""LayerNorm with a gate and as a mean: CPU kernels and PyTorch forms against float64, and which of them runs."""
+"""Gated LayerNorm and mean of LayerNorm: CPU kernels and PyTorch operators against float64, and the choice."""
 
 import importlib
 import shutil
@@ -63,7 +63,7 @@ def test_strided_maps(make_view):
 
 
 def test_forward_mode():
-    """Derivatives are those of PyTorch's own operators."""
+    """Derivatives are those of PyTorch operators."""
     x, gate, weight, bias = arguments(2, 5, 6, 24)
     for function in (
         lambda x: layer_norm_gated(x, gate, weight, bias, 1e-5),
@@ -136,7 +136,7 @@ def test_gradients():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_of_vmap():
-    """There, tensors say that no gradients are asked for."""
+    """Under `vmap`, `requires_grad` of tensors is False."""
     x, gate, weight, bias = arguments(2, 3, 4, 20)
     x.requires_grad_()
 
@@ -197,7 +197,7 @@ def test_mean_registration():
 
 
 def test_a_module_can_be_imported_again(tmp_path, monkeypatch):
-    """Notebooks reload what was edited: its operators are defined anew. A copy, as the old ones are gone then."""
+    """Notebooks reload edited modules, which defines operators again. A copy, since that frees the old ones."""
     shutil.copytree(Path(evmamba_kernels.__file__).parent, tmp_path / "edited_kernels")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("edited_kernels.layer_norm")

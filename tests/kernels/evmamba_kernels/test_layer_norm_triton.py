@@ -86,7 +86,7 @@ def test_large_means_and_gates_of_any_size():
 
 
 def test_rows_beside_the_map_count_for_nothing():
-    """They are zeros, over a deviation of zero where nothing is added to it."""
+    """Padded rows are zeros, whose deviation is zero if eps is zero."""
     tensors = make_arguments(5, 96)
     y = gated_on_gpu_operator(*tensors, 0.0)
     for gradient in torch.autograd.grad(y, tensors, torch.ones_like(y)):
