@@ -1,10 +1,14 @@
 """The endpoints of the running Space through `gradio_client`, and what it refuses."""
 
 import configparser
+import contextlib
 import json
 import os
+import socket
 import struct
 import subprocess
+import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -288,3 +292,25 @@ def test_requirements_are_those_of_the_package():
     assert sorted(listed) == sorted(needed)
     metadata = yaml.safe_load((ROOT / "demo" / "README.md").read_text().split("---\n")[1])
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py"
+
+
+def test_the_command_starts_the_demo(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log.txt"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "evmamba_hub.cli", "demo", "--port", str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}", timeout=10).status_code == 200:
+                    break
+            time.sleep(0.2)
+        else:
+            pytest.fail(log.read_text())
+    finally:
+        process.terminate()
+        process.wait()
