@@ -1,6 +1,6 @@
-"""Recipes: every value of a training run, in readable YAML files and as options on the command line.
+"""Recipes: every value of a training run, in YAML files and as options on the command line.
 
-The presets lie in `recipes/`. A run takes one of them, or a file of the user's, and what the command line changes.
+`recipes/` holds the presets. A run takes a preset or a YAML file. Options on the command line override its values.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from evmamba_hub.errors import UserError
 # ruff: noqa: RUF009 (the defaults are what `dataclasses.field` returns)
 
 PRESETS = Path(__file__).parent / "recipes"
-NONE = "none"  # a value that takes back what a preset says
+NONE = "none"  # resets a value that a preset sets
 
 
 def option(group: str, help: str, default: Any, *, resumable: bool = False) -> Any:
-    """A field of the recipe.
+    """Return a field of the recipe.
 
     Args:
-        group: of options, in the help of the command.
-        help: one line.
-        default: the value where neither preset nor command line say anything.
-        resumable: whether a run may go on with another value, because it does not change the weights.
+        group: Group of options in the help of the command.
+        help: One line.
+        default: Value if neither the preset nor the command line sets it.
+        resumable: Whether a run may resume with another value, because it does not change the weights.
     """
     metadata = {"group": group, "help": help, "resumable": resumable}
     if isinstance(default, (list, dict)):
@@ -42,124 +42,146 @@ def option(group: str, help: str, default: Any, *, resumable: bool = False) -> A
 @strict
 @dataclass
 class Recipe:
-    """A training run. The defaults are the authors' recipe where the presets share it."""
+    """The values of a training run. The defaults are those of the authors' recipe that all presets share."""
 
-    model: str | None = option("Network", "Folder or Hub id of a checkpoint to fine-tune, instead of a variant.", None)
+    model: str | None = option(
+        "Network", "Directory or Hub id of a checkpoint to fine-tune. Excludes --variant.", None
+    )
     variant: Literal["tiny", "small", "base"] | None = option(
-        "Network", "Published size to train from fresh weights.", None
+        "Network", "Published size to train from scratch. Excludes --model.", None
     )
     network: dict[str, Any] = option(
-        "Network", "Fields of EfficientVMambaConfig, as YAML: `{depths: [1, 1, 1, 1]}`.", {}
+        "Network", "Fields of EfficientVMambaConfig as YAML, such as `{depths: [1, 1, 1, 1]}`.", {}
     )
     image_size: int | None = option(
-        "Network", "Side of the images in pixels. Without it: as the checkpoint has it, or 224.", None
+        "Network", "Side of the input images in pixels. Default: that of the checkpoint, or 224.", None
     )
-    drop_path_rate: float = option("Network", "Stochastic depth of the last block; it rises from 0.", 0.1)
-    frozen_stages: int = option("Network", "How many of the first stages keep their weights. Without stem: 0.", 0)
-    freeze_batch_norm: bool = option("Network", "Keep the statistics of batch norms.", False)
+    drop_path_rate: float = option(
+        "Network", "Stochastic depth rate of the last block. It rises linearly from 0.", 0.1
+    )
+    frozen_stages: int = option(
+        "Network", "Number of first stages to freeze, together with the stem. 0 freezes nothing.", 0
+    )
+    freeze_batch_norm: bool = option("Network", "Freeze the statistics of batch norms.", False)
 
     dataset: str | None = option(
         "Data",
-        "Folder with a folder of images per class (or with one for each of `train` and `validation`), folder of a "
-        "dataset, or the Hub id of a dataset.",
+        "Image folder with a directory per class, optionally below `train` and `validation`; a directory of "
+        "`datasets`; or the Hub id of a dataset.",
         None,
     )
     dataset_config: str | None = option("Data", "Configuration of the dataset.", None)
     dataset_revision: str | None = option("Data", "Branch, tag or commit of the dataset on the Hub.", None)
-    streaming: bool = option("Data", "Read a dataset of the Hub while it is downloaded, not after.", False)
+    streaming: bool = option("Data", "Stream a dataset of the Hub instead of downloading it first.", False)
     train_split: str = option("Data", "Split to train on.", "train")
     validation_split: str | None = option(
-        "Data", "Split to evaluate on. Without it: validation, val or test, where the dataset has one of them.", None
+        "Data", "Split to evaluate on. Default: validation, val or test, if the dataset has one of them.", None
     )
     validation_fraction: float = option(
-        "Data", "Part of the training images to hold out for evaluation where the dataset has no other split.", 0.1
+        "Data", "Fraction of the training images to hold out if the dataset has no evaluation split.", 0.1
     )
-    image_column: str | None = option("Data", "Column with the images. Without it: the only one of this type.", None)
-    label_column: str | None = option("Data", "Column with the labels. Without it: the only one of this type.", None)
+    image_column: str | None = option("Data", "Column of the images. Default: the only one of this type.", None)
+    label_column: str | None = option("Data", "Column of the labels. Default: the only one of this type.", None)
     images_per_epoch: int | None = option(
-        "Data", "Length of an epoch. Without it: all images; streams of unknown length need it.", None
+        "Data", "Length of an epoch. Default: all images. Streams of unknown length need it.", None
     )
     on_unreadable: Literal["skip", "stop"] = option(
-        "Data", "What to do about images that cannot be read.", "skip", resumable=True
+        "Data", "Whether to skip unreadable images or to stop.", "skip", resumable=True
     )
-    num_workers: int = option("Data", "Processes that read and augment images, for each process that trains.", 4)
+    num_workers: int = option("Data", "Processes that read and augment images, for each training process.", 4)
 
     augmentation_library: Literal["auto", "timm", "pillow"] = option(
         "Augmentation",
-        "`timm`, or `pillow` for our operators on Pillow and PyTorch. `auto` is timm where it can be imported, and in "
-        "a run that goes on what it began with.",
+        "`timm`, or `pillow` for operators on Pillow and PyTorch. `auto` takes timm if it is importable. A resumed "
+        "run keeps its library.",
         "auto",
     )
     image_mean: list[float] | None = option(
-        "Augmentation", "Of each channel, to normalize. Without it: the checkpoint's or ImageNet's.", None
+        "Augmentation",
+        "One value per channel for normalization. Default: those of the checkpoint, or ImageNet's.",
+        None,
     )
     image_std: list[float] | None = option(
-        "Augmentation", "Of each channel, to normalize. Without it: the checkpoint's or ImageNet's.", None
+        "Augmentation",
+        "One value per channel for normalization. Default: those of the checkpoint, or ImageNet's.",
+        None,
     )
     crop_pct: float | None = option(
         "Augmentation",
-        "In evaluation: part of the side that the crop keeps. Without it: the checkpoint's or 0.875.",
+        "Fraction of the side that the center crop keeps in evaluation. Default: that of the checkpoint, or 0.875.",
         None,
     )
-    crop_scale: tuple[float, float] = option("Augmentation", "Bounds of a crop's part of the area.", (0.08, 1.0))
-    crop_ratio: tuple[float, float] = option("Augmentation", "Bounds of a crop's aspect.", (3 / 4, 4 / 3))
-    horizontal_flip: float = option("Augmentation", "Probability to mirror an image.", 0.5)
-    random_invert: float = option("Augmentation", "Probability to train on the negative of an image.", 0.0)
-    rand_augment: str | None = option(
-        "Augmentation", "RandAugment in timm's notation, `none` for none.", "rand-m9-mstd0.5"
+    crop_scale: tuple[float, float] = option(
+        "Augmentation", "Bounds of the area of random crops, as fractions.", (0.08, 1.0)
     )
-    random_erasing: float = option("Augmentation", "Probability to overwrite a rectangle with noise.", 0.25)
-    mixup_alpha: float = option("Augmentation", "MixUp: parameter of the beta distribution, 0 for none.", 0.2)
-    cutmix_alpha: float = option("Augmentation", "CutMix: parameter of the beta distribution, 0 for none.", 1.0)
-    mix_switch_prob: float = option("Augmentation", "Probability of CutMix where both are on.", 0.5)
-    label_smoothing: float = option("Augmentation", "Part of the label that is spread over all classes.", 0.1)
+    crop_ratio: tuple[float, float] = option(
+        "Augmentation", "Bounds of the aspect ratio of random crops.", (3 / 4, 4 / 3)
+    )
+    horizontal_flip: float = option("Augmentation", "Probability of a horizontal flip.", 0.5)
+    random_invert: float = option("Augmentation", "Probability of inverting an image.", 0.0)
+    rand_augment: str | None = option(
+        "Augmentation", "RandAugment in timm's notation. `none` disables it.", "rand-m9-mstd0.5"
+    )
+    random_erasing: float = option("Augmentation", "Probability of random erasing, with noise.", 0.25)
+    mixup_alpha: float = option("Augmentation", "MixUp: parameter of the beta distribution. 0 disables it.", 0.2)
+    cutmix_alpha: float = option("Augmentation", "CutMix: parameter of the beta distribution. 0 disables it.", 1.0)
+    mix_switch_prob: float = option("Augmentation", "Probability of CutMix instead of MixUp if both are enabled.", 0.5)
+    label_smoothing: float = option("Augmentation", "Label smoothing.", 0.1)
 
     epochs: float = option("Optimization", "Passes over the training images.", 300.0)
-    batch_size: int = option("Optimization", "Images per step, of all processes together.", 2048)
-    gradient_accumulation_steps: int = option("Optimization", "Micro-batches to compute a step's images in.", 1)
-    learning_rate: float = option("Optimization", "The highest, for this batch size.", 2e-3)
-    min_learning_rate: float = option("Optimization", "At the end of the cosine.", 1e-6)
-    warmup_learning_rate: float = option("Optimization", "At the first step.", 1e-7)
-    warmup_epochs: float = option("Optimization", "In which the rate rises linearly.", 20.0)
-    weight_decay: float = option("Optimization", "AdamW's; not for biases, norms, `A_log` and `D`.", 0.04)
-    adam_beta1: float = option("Optimization", "AdamW's decay of the first moment.", 0.9)
-    adam_beta2: float = option("Optimization", "AdamW's decay of the second moment.", 0.999)
-    adam_epsilon: float = option("Optimization", "AdamW's epsilon.", 1e-8)
-    max_grad_norm: float = option("Optimization", "Longer gradients are shortened.", 1.0)
-    layer_decay: float = option("Optimization", "Factor of the learning rate from each block to the one before.", 1.0)
-    ema_decay: float = option("Optimization", "Of the averaged weights, which are evaluated and exported.", 0.9999)
-    seed: int = option("Optimization", "Of weights, order, augmentation and stochastic depth.", 0)
+    batch_size: int = option("Optimization", "Images per step, over all processes.", 2048)
+    gradient_accumulation_steps: int = option("Optimization", "Micro-batches per step and process.", 1)
+    learning_rate: float = option("Optimization", "Peak learning rate, for this batch size.", 2e-3)
+    min_learning_rate: float = option("Optimization", "Learning rate at the end of the cosine schedule.", 1e-6)
+    warmup_learning_rate: float = option("Optimization", "Learning rate at the first step.", 1e-7)
+    warmup_epochs: float = option("Optimization", "Epochs of linear warm-up.", 20.0)
+    weight_decay: float = option(
+        "Optimization", "Weight decay of AdamW. Biases, norms, `A_log` and `D` have none.", 0.04
+    )
+    adam_beta1: float = option("Optimization", "beta1 of AdamW.", 0.9)
+    adam_beta2: float = option("Optimization", "beta2 of AdamW.", 0.999)
+    adam_epsilon: float = option("Optimization", "Epsilon of AdamW.", 1e-8)
+    max_grad_norm: float = option("Optimization", "Maximum norm for gradient clipping.", 1.0)
+    layer_decay: float = option(
+        "Optimization", "Layer-wise decay: factor of the learning rate from a block to the one before.", 1.0
+    )
+    ema_decay: float = option(
+        "Optimization", "Decay of the averaged weights (EMA), which are evaluated and exported.", 0.9999
+    )
+    seed: int = option("Optimization", "Seed of weights, order, augmentation and stochastic depth.", 0)
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("Machine", "Number format of the matrix products.", "no")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("Machine", "Dtype of mixed precision.", "no")
     compile: bool = option("Machine", "Compile the network with torch.compile.", False)
-    gradient_checkpointing: bool = option("Machine", "Save memory by computing activations twice.", False)
+    gradient_checkpointing: bool = option(
+        "Machine", "Recompute activations in the backward pass, to save memory.", False
+    )
 
     checkpoint_steps: int | None = option(
-        "Checkpoints and logs", "Steps between checkpoints, besides those of every epoch.", None, resumable=True
+        "Checkpoints and logs", "Steps between checkpoints, in addition to one per epoch.", None, resumable=True
     )
     keep_checkpoints: int = option(
-        "Checkpoints and logs", "Latest checkpoints to keep, besides the best.", 2, resumable=True
+        "Checkpoints and logs", "Latest checkpoints to keep, in addition to the best one.", 2, resumable=True
     )
-    logging_steps: int = option("Checkpoints and logs", "Steps between lines of the log.", 10, resumable=True)
+    logging_steps: int = option("Checkpoints and logs", "Steps between log lines.", 10, resumable=True)
     report_to: list[str] = option(
         "Checkpoints and logs",
-        "Trackers of accelerate: tensorboard, trackio, wandb, ...",
+        "Trackers of accelerate, such as tensorboard, trackio and wandb.",
         ["tensorboard"],
         resumable=True,
     )
 
     name: str | None = option(
         "Card",
-        "What the card calls the model: where it will be found. Without it: the output folder.",
+        "Name of the model in the card, such as its future Hub id. Default: the output directory.",
         None,
         resumable=True,
     )
-    license: str | None = option("Card", "License of the weights, as the Hub calls it.", None, resumable=True)
-    about_data: str | None = option("Card", "A text on the training images.", None, resumable=True)
-    about_limits: str | None = option("Card", "A text on what the model is not good for.", None, resumable=True)
+    license: str | None = option("Card", "License of the weights, by its identifier on the Hub.", None, resumable=True)
+    about_data: str | None = option("Card", "Text of the card about the training images.", None, resumable=True)
+    about_limits: str | None = option("Card", "Text of the card about limits of the model.", None, resumable=True)
 
     def validate_values(self):
-        """Part of `@strict`: refuses values that no run can have. Messages name the field."""
+        """Reject values that no run can have. Part of `@strict`. Messages name the field."""
         counts = ("image_size", "images_per_epoch", "batch_size", "gradient_accumulation_steps", "checkpoint_steps")
         for name in (*counts, "keep_checkpoints", "logging_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -209,12 +231,12 @@ class Recipe:
 
 
 def get_kinds(annotation: Any) -> set:
-    """The types in an annotation."""
+    """Return the types in an annotation."""
     return set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
 
 
 def coerce(name: str, value: Any) -> Any:
-    """A value as the type of its field: YAML reads 1e-3 as a text, and 1 as an int."""
+    """Convert a value to the type of its field. YAML reads 1e-3 as a string, and 1 as an int."""
     kinds = get_kinds(next(each.type for each in dataclasses.fields(Recipe) if each.name == name))
     if value in (NONE, [NONE]):
         if type(None) in kinds:
@@ -236,10 +258,10 @@ def coerce(name: str, value: Any) -> Any:
 
 
 def create_recipe(values: dict[str, Any]) -> Recipe:
-    """A checked recipe.
+    """Return a checked recipe.
 
     Raises:
-        UserError: for unknown names and for values that are out of bounds.
+        UserError: If a name is unknown or a value is out of bounds.
     """
     known = {each.name for each in dataclasses.fields(Recipe)}
     if unknown := next((name for name in values if name not in known), None):
@@ -259,10 +281,10 @@ def list_presets() -> list[str]:
 
 
 def read_values(source: str) -> dict[str, Any]:
-    """The values in a preset, or in a YAML file.
+    """Return the values of a preset or of a YAML file.
 
     Raises:
-        UserError: where there is no such preset or file, or it holds something else.
+        UserError: If there is no such preset or file, or it holds no mapping.
     """
     path = PRESETS / f"{source}.yaml" if source in list_presets() else Path(source)
     try:
@@ -279,10 +301,10 @@ def read_values(source: str) -> dict[str, Any]:
 
 
 def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
-    """A preset or YAML file with some values replaced. Fields of `network` are replaced one by one.
+    """Return a preset or YAML file with overrides. Overrides replace the fields of `network` one by one.
 
     Raises:
-        UserError: see `read_values` and `create_recipe`.
+        UserError: See `read_values` and `create_recipe`.
     """
     values = read_values(source)
     network = values.get("network", {}), overrides.get("network", {})
@@ -296,7 +318,7 @@ def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """All values of a recipe as YAML, in the order of the fields."""
+    """Return all values of a recipe as YAML, in the order of the fields."""
     values = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
     }
@@ -304,7 +326,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def find_changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Values that differ and would change the weights: name -> (old, new)."""
+    """Return the values that differ and would change the weights: name -> (old, new)."""
     return {
         each.name: (getattr(old, each.name), getattr(new, each.name))
         for each in dataclasses.fields(Recipe)
