@@ -1,4 +1,4 @@
-"""Checkpoints that are whole at any moment: a folder appears under its name when all of it is on the disk."""
+"""Checkpoints that are complete at any moment: a directory gets its name when all of it is on the disk."""
 
 import json
 import os
@@ -32,7 +32,7 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass
 class RunProgress:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int = 0
     images_per_epoch: int = 0  # these two tell whether the dataset is still the same
@@ -44,7 +44,7 @@ class RunProgress:
 
 @dataclass
 class TrainingState:
-    """All that a checkpoint keeps of a run."""
+    """Everything that a checkpoint keeps of a run."""
 
     model: nn.Module
     ema: ExponentialMovingAverage
@@ -55,28 +55,28 @@ class TrainingState:
 
 
 def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole weights and buffers, on the CPU. To be called by all processes."""
-    # on a CPU, the function gives the tensors of the model themselves
+    """Return the full weights and buffers, on the CPU. Call it on all processes."""
+    # on a CPU, the function returns the tensors of the model itself
     return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=FULL_STATE).items()}
 
 
 def gather_averages(model: nn.Module, ema: ExponentialMovingAverage) -> dict[str, torch.Tensor]:
-    """The whole averages, by the names of the weights. To be called by all processes."""
+    """Return the full averages, by the names of the weights. Call it on all processes."""
     with ema.applied_to(model):
         return gather_weights(model)
 
 
 def sync_to_disk(folder: Path) -> None:
-    """Waits until the files in a folder are on the disk."""
+    """Wait until the files of a directory are on the disk."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last ones and the best.
+    """The checkpoints of a run: the latest ones and the best one.
 
-    Each is a folder with `model.safetensors` (as trained), `ema.safetensors` (averaged), `optimizer.pt` (state of
+    Each is a directory with `model.safetensors` (as trained), `ema.safetensors` (averaged), `optimizer.pt` (state of
     optimizer, schedule and loss scaling) and `state.json`.
     """
 
@@ -84,7 +84,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def list(self) -> list[Path]:
-        """From the first to the last."""
+        """Return the checkpoints, the oldest first."""
         return sorted(self.folder.glob("step-*"))
 
     def read_progress(self, checkpoint: Path) -> RunProgress:
@@ -98,10 +98,10 @@ class Checkpoints:
         return max(((top1, path) for top1, path in measured if top1 is not None), default=(None, None))[1]
 
     def clean_up(self) -> None:
-        """Removes what was left half-written, and checkpoints that are neither among the last ones nor the best.
+        """Remove partial checkpoints, and those that are neither among the latest ones nor the best one.
 
         Raises:
-            UserError: where the folder cannot be written.
+            UserError: If the directory cannot be written.
         """
         try:
             self.folder.mkdir(exist_ok=True)
@@ -117,10 +117,10 @@ class Checkpoints:
             raise UserError(f"{self.folder} cannot be written: {error}") from error
 
     def save(self, state: TrainingState, is_main_process: bool) -> None:
-        """To be called by all processes; the main one writes.
+        """Save a checkpoint. Call it on all processes. The main process writes.
 
         Raises:
-            UserError: where the disk is full or cannot be written. Earlier checkpoints stay.
+            UserError: If the disk is full or cannot be written. Earlier checkpoints stay.
         """
         weights, averages = gather_weights(state.model), gather_averages(state.model, state.ema)
         optimizer_state = {
@@ -150,10 +150,10 @@ class Checkpoints:
         self.clean_up()
 
     def load(self, checkpoint: Path, state: TrainingState) -> None:
-        """Puts a run where it was. To be called by all processes.
+        """Restore a run from a checkpoint. Call it on all processes.
 
         Raises:
-            UserError: for a checkpoint that is damaged or of another network.
+            UserError: If the checkpoint is damaged, or belongs to another network.
         """
         model, progress = state.model, self.read_progress(checkpoint)
         try:

@@ -1,4 +1,4 @@
-"""The processes of a run, as accelerate started them."""
+"""The processes of a run, as accelerate starts them."""
 
 from pathlib import Path
 
@@ -15,15 +15,15 @@ TRACKERS_NAME = "trackers"
 
 
 def gather_problem(problem: str | None) -> str | None:
-    """The first problem that one of the processes has. To be called by all; each gets it."""
+    """Return the first problem of any process, on all processes. Call it on all processes."""
     return next(filter(None, gather_object([problem])), None)
 
 
 def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
-    """This process among those that accelerate started.
+    """Return this process's accelerator.
 
     Raises:
-        UserError: where the machine lacks what the recipe asks for.
+        UserError: If the machine does not support what the recipe asks for.
     """
     try:
         accelerator = Accelerator(
@@ -54,10 +54,10 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
 
 
 def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Lets FSDP compute in the number formats that there are without it.
+    """Let FSDP compute in the same dtypes as training without FSDP.
 
     Raises:
-        UserError: for settings of accelerate that would fail later, or be left out.
+        UserError: If accelerate's settings would fail later, or would be ignored.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         raise UserError("accelerate has FSDP for GPUs alone, and would leave it out here: start it without --use_fsdp")

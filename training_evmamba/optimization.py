@@ -16,14 +16,14 @@ from training_evmamba.recipe import Recipe
 
 
 def find_depth(name: str, first_blocks: list[int], num_blocks: int) -> int:
-    """How deep in the network a parameter lies: 0 in the stem, then by block, one more behind the last.
+    """Return the depth of a parameter: 0 in the stem, then the number of its block, then one more in the head.
 
     Patch merging belongs to the first block of its stage.
 
     Args:
-        name: of the parameter.
-        first_blocks: of each stage, counted from 1.
-        num_blocks: of the network.
+        name: Name of the parameter.
+        first_blocks: Number of the first block of each stage, counted from 1.
+        num_blocks: Blocks of the network.
     """
     parts = name.split(".")
     if "embeddings" in parts:
@@ -36,7 +36,7 @@ def find_depth(name: str, first_blocks: list[int], num_blocks: int) -> int:
 
 
 def freeze(model: EfficientVMambaForImageClassification, recipe: Recipe) -> None:
-    """Takes the first stages, with the stem, out of the training."""
+    """Freeze the first stages and the stem."""
     backbone = model.efficientvmamba
     frozen = [backbone.embeddings, *backbone.encoder.stages[: recipe.frozen_stages]] if recipe.frozen_stages else []
     for module in frozen:
@@ -44,7 +44,7 @@ def freeze(model: EfficientVMambaForImageClassification, recipe: Recipe) -> None
 
 
 def set_training_mode(model: nn.Module, recipe: Recipe) -> None:
-    """Training mode, but for the batch norms that shall keep their statistics, and frozen stages."""
+    """Set training mode, except in frozen stages and in batch norms with frozen statistics."""
     model.train()
     for module in model.modules():
         weights = list(module.parameters())
@@ -54,7 +54,7 @@ def set_training_mode(model: nn.Module, recipe: Recipe) -> None:
 
 
 def create_optimizer(model: EfficientVMambaForImageClassification, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW. Biases, norms, `A_log` and `D` take no weight decay; with layer decay, earlier blocks learn slower."""
+    """Return AdamW without weight decay on biases, norms, `A_log` and `D`, and with layer-wise learning rates."""
     depths = model.config.depths
     num_blocks = sum(depths)
     first_blocks = [1 + sum(depths[:stage]) for stage in range(len(depths))]
@@ -82,7 +82,7 @@ def create_optimizer(model: EfficientVMambaForImageClassification, recipe: Recip
 def create_schedule(
     optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int, steps_per_epoch: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to the smallest rate."""
+    """Return a schedule with linear warm-up and cosine decay to the minimum learning rate."""
     return get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer,
         num_warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
@@ -93,9 +93,9 @@ def create_schedule(
 
 
 class ExponentialMovingAverage:
-    """The moving average of a model's weights and statistics, sharded as they are.
+    """The moving average of a model's weights and statistics, sharded like the model.
 
-    The decay rises to its value, (1 + n) / (10 + n) at step n, so that the first weights do not outlive short runs.
+    The decay is (1 + n) / (10 + n) at step n until it reaches its value. So short runs forget their first weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -104,7 +104,7 @@ class ExponentialMovingAverage:
 
     @staticmethod
     def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-        """Weights and statistics; of those that are spread over processes, the part of this process."""
+        """Return weights and statistics. Of sharded tensors, return the shard of this process."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass leaves the outermost weights whole for the backward pass
@@ -113,12 +113,12 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """To be called after a step of the optimizer, with its number."""
+        """Update the averages after an optimizer step, with its number."""
         update_averages = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         update_averages(self.averages, self.tensors_of(model), None)
 
     def broadcast_statistics(self, model: nn.Module) -> None:
-        """Gives all processes the main one's statistics and their averages, for each has those of its own images."""
+        """Broadcast the main process's statistics and their averages. Each process has those of its own images."""
         statistics = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
         if statistics:
             broadcast([statistics, self.averages[-len(statistics) :]])

@@ -1,4 +1,4 @@
-"""The folder of a run, which one run at a time has: its recipe and its log."""
+"""The directory of a run: its lock, its recipe and its log. One run at a time owns it."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from training_evmamba.recipe import Recipe, create_recipe, dump_recipe, find_cha
 
 
 class RunFolder:
-    """`recipe.yaml` (all values), `log.jsonl`, `checkpoints/` and, in the end, the curves and `model/`."""
+    """The directory of a run: `recipe.yaml`, `log.jsonl`, `checkpoints/`, and at the end the curves and `model/`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -28,12 +28,12 @@ class RunFolder:
 
     @contextmanager
     def locked(self, accelerator: Accelerator) -> Iterator[None]:
-        """Keeps other runs out of the folder. The system takes the lock back from a process that is killed.
+        """Lock the directory against other runs. The system releases the lock of a killed process.
 
-        To be called by all processes of a run, of which the main one holds the lock.
+        Call it on all processes of a run. The main process holds the lock.
 
         Raises:
-            UserError: in all processes, where another run has the folder or it cannot be written.
+            UserError: On all processes, if another run owns the directory or it cannot be written.
         """
         if self.path.is_file():
             raise UserError(f"{self.path} is a file, --output-dir is the folder of the run")
@@ -60,10 +60,10 @@ class RunFolder:
                         self.path.rmdir()
 
     def read_recipe(self, resume: bool) -> Recipe | None:
-        """The recipe of the run that the folder holds; None where the run begins.
+        """Return the recipe of the run in the directory, or None if there is no run.
 
         Raises:
-            UserError: where the folder holds something else, or a run that is not to go on.
+            UserError: If the directory holds something else, or a run and `resume` is false.
         """
         if not self.recipe_file.is_file():
             written = {each.name for each in self.path.iterdir()} if self.path.exists() else set()
@@ -84,17 +84,17 @@ class RunFolder:
             )
 
     def begin(self, recipe: Recipe, step: int) -> None:
-        """Writes the recipe, and takes back what the log says beyond a step.
+        """Write the recipe, and drop the log lines after a step.
 
         Raises:
-            UserError: where the folder cannot be written.
+            UserError: If the directory cannot be written.
         """
         write_atomic(self.recipe_file, dump_recipe(recipe).encode())
         kept = [record for record in self.read_log() if record["step"] <= step]
         write_atomic(self.log_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def read_log(self) -> list[dict]:
-        """What was logged so far. The last line may be half-written, when a run was killed."""
+        """Return the log lines. A killed run may have left the last line half-written."""
         records: list[dict] = []
         for line in self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.is_file() else []:
             try:
