@@ -1,4 +1,4 @@
-"""Which library augments images: timm, as the authors', where it can be imported, otherwise Pillow and PyTorch.
+"""The library that augments images: timm, which the authors used, or Pillow and PyTorch.
 
 The choice is made when a run begins, and saved with its recipe: the two draw other random numbers.
 """
@@ -14,7 +14,7 @@ from training_evmamba.recipe import Recipe
 
 
 def find_timm_import_error() -> str | None:
-    """Why timm cannot be imported; None where it can."""
+    """Return why timm cannot be imported, or None if it can."""
     try:
         import training_evmamba.augmentation_timm  # noqa: F401
     except Exception as error:  # a torchvision that was built for another PyTorch raises errors of several kinds
@@ -27,8 +27,8 @@ def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[R
     can import it.
 
     Args:
-        recipe: of the run.
-        saved: the recipe that the run began with; None where it begins.
+        recipe: Recipe of the run.
+        saved: Recipe of the resumed run. None for a new run.
 
     Returns:
         the recipe, and why it is not timm that was chosen; None where there was no choice, or it is.
@@ -56,12 +56,12 @@ def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[R
 
 
 def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tuple[TransformSettings, MixingSettings]:
-    """What is done to an image, and then to a batch.
+    """Return the augmentation of an image, and that of a batch.
 
     Args:
-        recipe: with its library chosen.
-        num_labels: of the head.
-        batch_size: of what is mixed: the images of one process in one micro-batch.
+        recipe: A recipe that names its library.
+        num_labels: Labels of the head.
+        batch_size: Images of one process in a micro-batch.
 
     Raises:
         UserError: for a RandAugment that is not understood, and for batches that timm does not mix.
@@ -101,7 +101,7 @@ def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tup
 
 
 def describe_augmentation_library(library: str) -> str:
-    """What a library is, in words, with its version."""
+    """Describe a library with its version."""
     if library == "timm":
         import timm
 

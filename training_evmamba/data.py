@@ -1,4 +1,4 @@
-"""Images for training: which of them, in which order, on which process.
+"""Images for training: their choice, their order, and their process.
 
 The sequence of training images is the shuffled dataset, shuffled anew and repeated; step s takes the s-th batch of the
 sequence, across the borders of epochs, so that every image is used once per epoch and no batch is smaller than others.
@@ -45,13 +45,13 @@ Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
 
 def create_rng(seed: int, purpose: int, *place: int) -> np.random.Generator:
-    """Random numbers that are a function of their place in the run."""
+    """Return a random generator that depends only on the place in the run."""
     return np.random.default_rng((seed, purpose, *place))
 
 
 @dataclass
 class TrainingData:
-    """What a run learns from and is measured on."""
+    """The images for training and evaluation."""
 
     training: LabeledImages
     validation: LabeledImages | None
@@ -60,10 +60,10 @@ class TrainingData:
 
 
 def find_class_names(images: LabeledImages) -> list[str]:
-    """The names of the classes of a training set.
+    """Return the class names of a training set.
 
     Raises:
-        UserError: where the classes cannot be told, or there is nothing to learn.
+        UserError: If the classes are unknown, or there are fewer than two.
     """
     if isinstance(images, ImageFolder):
         folders = {path.name for path in images.folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
@@ -104,10 +104,10 @@ def check_known_labels(images: IndexedImages, class_names: list[str]) -> None:
 
 
 def open_data(recipe: Recipe) -> TrainingData:
-    """Opens the training images and what is held out.
+    """Open the training images and the validation images.
 
     Raises:
-        UserError: for a dataset that is missing or not fit for training.
+        UserError: If the dataset is missing or unfit for training.
     """
     if recipe.dataset is None:
         raise UserError("give a --dataset: a folder with a folder of images per class, or the id of one on the Hub")
@@ -162,16 +162,16 @@ def open_data(recipe: Recipe) -> TrainingData:
 
 
 class LabelError(Exception):
-    """A label of no class."""
+    """A label that belongs to no class."""
 
 
 class Sample(NamedTuple):
-    """An image made ready, or the reason why there is none."""
+    """A preprocessed image, or the reason why there is none."""
 
     pixel_values: torch.Tensor | None  # (C, H, W)
     label: int | None
-    unreadable: list[str]  # what had to be skipped to come to it
-    error: str | None = None  # what the run cannot go on with; exceptions would lose their words between processes
+    unreadable: list[str]  # the images that were skipped before it
+    error: str | None = None  # stops the run; exceptions would lose their message between processes
 
 
 class Batch(NamedTuple):
@@ -185,7 +185,7 @@ EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], None)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """A batch, without images where one of the samples has an error."""
+    """Return a batch. It holds no image if a sample has an error."""
     unreadable = list(chain.from_iterable(sample.unreadable for sample in samples))
     if error := next((sample.error for sample in samples if sample.error), None):
         return EMPTY_BATCH._replace(unreadable=unreadable, error=error)
@@ -194,7 +194,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class LabelReader:
-    """The number of an image's label, or why it has none."""
+    """Returns the class index of an image's label, or raises `LabelError`."""
 
     def __init__(self, class_names: list[str]):
         self.num_classes = len(class_names)
@@ -210,17 +210,17 @@ class LabelReader:
 
 
 class SampleReader:
-    """Reads and augments one image, or the next one that can be read."""
+    """Reads and augments one image, or the next readable one."""
 
     def __init__(self, class_names: list[str], transform: Transform, seed: int):
         self.read_label, self.transform, self.seed = LabelReader(class_names), transform, seed
 
     def __call__(self, candidates: Iterator[LabeledImage], place: tuple[int, ...]) -> Sample:
-        """The first readable one of some images.
+        """Return the first readable image of the candidates.
 
         Args:
-            candidates: images; further ones stand in for those that cannot be read.
-            place: in the run; it determines the random numbers.
+            candidates: Images. Later ones replace unreadable ones.
+            place: Place in the run. It determines the random numbers.
         """
         unreadable: list[str] = []
         try:
@@ -239,7 +239,7 @@ class SampleReader:
 
 
 class TrainingImages(Dataset):
-    """Images by their place in the sequence: (place, index of the image)."""
+    """Images by their place in the sequence: (place, index)."""
 
     def __init__(self, images: IndexedImages, read_sample: SampleReader):
         self.images, self.read_sample = images, read_sample
@@ -251,12 +251,12 @@ class TrainingImages(Dataset):
 
 
 class ShuffledBatchSampler(Sampler):
-    """Batches of one process from the sequence of shuffled datasets, without end.
+    """Endless batches of one process from the sequence of shuffled datasets.
 
     Args:
-        num_images: of the dataset.
-        batch_size: of all processes together.
-        start: number of the first batch.
+        num_images: Images of the dataset.
+        batch_size: Batch size over all processes.
+        start: Number of the first batch.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, start: int, share: Share):
@@ -278,19 +278,19 @@ class ShuffledBatchSampler(Sampler):
 
 
 def find_worker() -> tuple[int, int]:
-    """The index of this worker of a DataLoader, and how many there are."""
+    """Return the index of this DataLoader worker, and the number of workers."""
     worker = get_worker_info()
     return (0, 1) if worker is None else (worker.id, worker.num_workers)
 
 
 class StreamedTrainingImages(IterableDataset):
-    """Batches of one process from a stream, shuffled anew and repeated.
+    """Endless batches of one process from a stream that is shuffled in each epoch.
 
     Every worker of every process has a part of the stream for itself, and builds whole batches from it, in turn.
 
     Args:
-        batch_size: of this process.
-        start: number of the first batch.
+        batch_size: Batch size of this process.
+        start: Number of the first batch.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ class StreamedTrainingImages(IterableDataset):
 
 
 def peek(images: Iterator[LabeledImage], peeked: deque[LabeledImage]) -> Iterator[LabeledImage]:
-    """The images to come, without taking them: what is read of the iterator waits in `peeked`.
+    """Yield the next images without taking them. `peeked` keeps what the iterator gave.
 
     So each place in the sequence takes one image, whether it can be read or not.
     """
@@ -351,7 +351,7 @@ def peek(images: Iterator[LabeledImage], peeked: deque[LabeledImage]) -> Iterato
 
 
 class ValidationReader:
-    """Makes an image ready by the model's image processor. What cannot be read becomes an image without a label."""
+    """Preprocesses an image with the model's image processor. An unreadable image gets no label."""
 
     def __init__(self, class_names: list[str], preprocess: Preprocessor):
         self.read_label, self.preprocess = LabelReader(class_names), preprocess
@@ -367,7 +367,7 @@ class ValidationReader:
 
 
 class ValidationImages(IterableDataset):
-    """The images of one process, each image once."""
+    """The images of one process. Each image comes once."""
 
     def __init__(self, images: LabeledImages, read_sample: ValidationReader, share: Share):
         self.images, self.read_sample, self.share = images, read_sample, share
@@ -387,11 +387,11 @@ def create_training_loader(
     start: int,
     share: Share,
 ) -> DataLoader:
-    """Batches of one process, without end.
+    """Return a loader of endless batches of one process.
 
     Args:
-        batch_size: of all processes together, a multiple of their number.
-        start: number of the first batch.
+        batch_size: Batch size over all processes, a multiple of their number.
+        start: Number of the first batch.
     """
     read_sample = SampleReader(data.class_names, transform, recipe.seed)
     options = {"num_workers": recipe.num_workers, "pin_memory": torch.cuda.is_available()}
@@ -412,7 +412,7 @@ def create_validation_loader(
     batch_size: int,
     share: Share,
 ) -> DataLoader:
-    """The validation images of one process; the shares of all make up the dataset."""
+    """Return a loader of one process's validation images. The shares of all processes make up the dataset."""
     read_sample = ValidationReader(data.class_names, preprocess)
     images = ValidationImages(data.validation, read_sample, share)
     return DataLoader(

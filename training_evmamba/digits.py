@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a folder of images, to train the demonstration checkpoint with.
+"""scikit-learn's handwritten digits as an image folder, for the bundled model.
 
 The 1,797 digits of 8 x 8 pixels are a part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998,
 https://doi.org/10.24432/C50P49, CC BY 4.0). One third, fixed by `SEED`, is held out as `validation`: accuracies are
@@ -32,14 +32,14 @@ class Digits:
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """A digit of 8 x 8 values, 0 for paper to 16 for full ink, as the picture that a person would look at."""
+    """Return a digit of 8 x 8 values, 0 for paper to 16 for full ink, as a picture."""
     image = Image.fromarray((255 - pixels * 255 / 16).round().astype("uint8"))
     image = ImageOps.expand(image, border=1, fill=255)  # digits touch the upper and lower border
     return image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
 
 
 def load_splits() -> tuple[Digits, Digits]:
-    """The digits to train on and those held out, every class in the same proportion."""
+    """Return the digits for training and the held-out ones, stratified by class."""
     require("sklearn.datasets", extra="digits")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -54,10 +54,10 @@ def load_splits() -> tuple[Digits, Digits]:
 
 
 def save_folder(folder: Path, training: Digits, held_out: Digits) -> None:
-    """Writes `train/0/0000.png` and so on: all of it, or nothing.
+    """Write `train/0/0000.png` and so on, all of it or nothing.
 
     Raises:
-        UserError: if the folder holds something already, or cannot be written.
+        UserError: If the directory is not empty, or cannot be written.
     """
     folder = folder.absolute()
     check_is_free(folder)
@@ -70,10 +70,10 @@ def save_folder(folder: Path, training: Digits, held_out: Digits) -> None:
 
 
 def save_examples(folder: Path, digits: Digits) -> None:
-    """Writes the most typical digit of every class, the one closest to the mean of the class, as `digit_0.png` ...
+    """Write the digit closest to the mean of each class, as `digit_0.png` and so on.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: If the directory cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def main(
         typer.Option(help="Folder for the most typical digit of each class that is held out.", show_default=False),
     ] = None,
 ) -> None:
-    """Writes handwritten digits as images, in a folder for every class: 1,198 in `train`, 599 in `validation`."""
+    """Write handwritten digits as an image folder: 1,198 in `train`, 599 in `validation`."""
     training, held_out = load_splits()
     save_folder(folder, training, held_out)
     if examples is not None:

@@ -1,4 +1,4 @@
-"""What a recipe trains: the network, with its head and its image processor."""
+"""The network that a recipe trains, with its head and its image processor."""
 
 import dataclasses
 import json
@@ -30,10 +30,10 @@ IMAGENET_PREPROCESSING = {
 
 
 def read_preprocessing(checkpoint: Path) -> dict:
-    """Fields of the recipe, as far as the image processor of a checkpoint has them.
+    """Return the fields of the recipe that the image processor of a checkpoint determines.
 
     Raises:
-        UserError: for a checkpoint without an image processor.
+        UserError: If the checkpoint has no image processor.
     """
     path = checkpoint / IMAGE_PROCESSOR_NAME
     try:
@@ -49,7 +49,7 @@ def read_preprocessing(checkpoint: Path) -> dict:
 
 
 def complete_recipe(recipe: Recipe, checkpoint: Path | None) -> Recipe:
-    """The recipe with all about the images that it leaves open."""
+    """Return the recipe with all values of the preprocessing filled in."""
     known = IMAGENET_PREPROCESSING if checkpoint is None else IMAGENET_PREPROCESSING | read_preprocessing(checkpoint)
     open_fields = {name: value for name, value in known.items() if getattr(recipe, name) is None}
     return create_recipe({**vars(recipe), **open_fields})
@@ -67,12 +67,12 @@ def create_image_processor(recipe: Recipe) -> BitImageProcessorPil:
 def create_model(
     recipe: Recipe, checkpoint: Path | None, class_names: list[str]
 ) -> EfficientVMambaForImageClassification:
-    """The network with fresh weights or those of a checkpoint, and a head for the classes.
+    """Return the network with fresh weights or those of a checkpoint, and a head for the classes.
 
     The head of a checkpoint that knows the same classes is kept.
 
     Raises:
-        UserError: for a network that cannot be built, and a checkpoint that does not fit it.
+        UserError: If the network cannot be built, or the checkpoint does not fit it.
     """
     fields = {
         "image_size": recipe.image_size,
@@ -127,7 +127,7 @@ def create_model(
 
 @contextmanager
 def no_statistics_updates(model: nn.Module) -> Iterator[None]:
-    """Batch norms in training normalize by the batch, but do not count it for their running statistics.
+    """Keep the running statistics of batch norms, which still normalize by the batch.
 
     For activations that are computed a second time, whose batch has been counted. They must save the same tensors for
     the backward pass as at the first time, so `track_running_stats` stays.

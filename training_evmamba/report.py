@@ -1,4 +1,4 @@
-"""What is left of a run: its curves, and the card of its model."""
+"""The curves of a run and the card of its model."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from training_evmamba.recipe import Recipe, dump_recipe
 
 
 def draw_curves(records: list[dict], path: Path) -> None:
-    """Loss, accuracy and learning rate by epoch, as a PNG.
+    """Draw loss, accuracy and learning rate by epoch, as a PNG.
 
     Args:
-        records: lines of the log.
-        path: of the picture.
+        records: Log lines.
+        path: Path of the picture.
     """
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 3), layout="constrained")
@@ -49,7 +49,7 @@ def draw_curves(records: list[dict], path: Path) -> None:
 def describe_training(
     recipe: Recipe, progress: RunProgress, data: TrainingData, results: dict[str, float | int] | None
 ) -> str:
-    """The section on the training in the card: what was learned from, how, and what came out."""
+    """Return the training section of the card: data, recipe and results."""
     start = f"It was fine-tuned from `{recipe.model}`" if recipe.model else "It was trained from fresh weights"
     num_images = data.training.num_images or data.images_per_epoch
     sentences = [
@@ -82,12 +82,12 @@ def create_card(
     results: dict[str, float | int] | None,
     name: str,
 ) -> ModelCard:
-    """The card of a trained model.
+    """Return the card of a trained model.
 
     Args:
-        recipe, progress, model, data: of the run.
-        results: of the evaluation; None where nothing was held out.
-        name: what the card calls the model where the recipe gives no name.
+        recipe, progress, model, data: Those of the run.
+        results: Results of the evaluation. None without validation images.
+        name: Name of the model in the card if the recipe gives none.
     """
     eval_results = []
     if results is not None:

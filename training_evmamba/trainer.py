@@ -1,4 +1,4 @@
-"""The training loop, on as many processes as accelerate started."""
+"""The training loop, on every process that accelerate starts."""
 
 import math
 import time
@@ -56,14 +56,14 @@ WORKER_DIED = "DataLoader worker"  # how PyTorch's messages begin
 
 
 class TrainingRun:
-    """A run: from its recipe, or from its last checkpoint, to the model.
+    """A training run, from its recipe or its last checkpoint to the model.
 
     Its folder gets `model/` in the end, which `from_pretrained` loads and `evmamba push` uploads.
 
     Args:
-        recipe: what to do.
-        output_dir: new or empty, or a run's where `resume` says so.
-        resume: go on from the last checkpoint where there is one.
+        recipe: Values of the run.
+        output_dir: New or empty. With `resume`, it may hold the run.
+        resume: Resume from the last checkpoint, if there is one.
 
     Raises:
         UserError: for all that a user can mend, here and in `train`. What the run has saved stays.
@@ -80,7 +80,7 @@ class TrainingRun:
             self.lock = lock.pop_all()  # until the training ends
 
     def set_up(self, recipe: Recipe, resume: bool) -> None:
-        """Makes all that training needs, and puts it where the last checkpoint is."""
+        """Create everything that training needs, and restore the last checkpoint."""
         folder, accelerator = self.folder, self.accelerator
         with accelerator.local_main_process_first():
             checkpoint = None if recipe.model is None else fetch_model(recipe.model)
@@ -115,7 +115,7 @@ class TrainingRun:
         )
 
     def prepare(self, model: EfficientVMambaForImageClassification) -> None:
-        """Gives the network to accelerate, with all that training changes: `self.state`."""
+        """Prepare the network with accelerate, and create the training state `self.state`."""
         recipe, accelerator = self.recipe, self.accelerator
         freeze(model, recipe)
         if recipe.gradient_checkpointing:
@@ -159,7 +159,7 @@ class TrainingRun:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that a process computes at once."""
+        """Images of a micro-batch on one process."""
         return self.recipe.batch_size // self.accelerator.num_processes // self.recipe.gradient_accumulation_steps
 
     def resume_from(self, checkpoint: Path) -> None:
@@ -178,11 +178,11 @@ class TrainingRun:
 
     @property
     def num_images_seen(self) -> int:
-        """That the run has trained on so far, in all processes."""
+        """Images that the run has trained on so far, on all processes."""
         return self.progress.step * self.recipe.batch_size
 
     def log(self, record: dict[str, float]) -> None:
-        """A line of the log, with its place in the run; the trackers get the same."""
+        """Write a log line with its place in the run. The trackers get the same values."""
         place = {
             "step": self.progress.step,
             "images": self.num_images_seen,
@@ -200,7 +200,7 @@ class TrainingRun:
         self.callback.on_log(record)
 
     def describe_last_checkpoint(self) -> str:
-        """For messages about the end of a run."""
+        """Describe the last checkpoint, for messages about the end of a run."""
         saved = self.checkpoints.list()
         return (
             f"The last checkpoint is {saved[-1]}: --resume auto goes on from it"
@@ -209,10 +209,10 @@ class TrainingRun:
         )
 
     def train(self, callback: TrainingCallback | None = None) -> dict[str, float | int] | None:
-        """Trains to the end and writes the model.
+        """Train to the end and write the model.
 
         Args:
-            callback: is told what happens, on the main process.
+            callback: Receives the events of the run, on the main process.
 
         Returns:
             images of the evaluation, top1, top5 and loss of the model; None without validation images.
@@ -234,7 +234,7 @@ class TrainingRun:
         return results
 
     def training_loop(self) -> dict[str, float | int] | None:
-        """The steps that are left, with their evaluations and checkpoints. Returns the last results."""
+        """Run the remaining steps with evaluations and checkpoints. Return the last results."""
         recipe = self.recipe
         loader = create_training_loader(
             self.data,
@@ -278,7 +278,7 @@ class TrainingRun:
         return results or self.evaluate()  # of a run that was complete already
 
     def training_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """One step of the optimizer. Returns this process's loss, the gradient's norm, and unreadable images."""
+        """Run one optimizer step. Return this process's loss, the gradient norm, and the unreadable images."""
         recipe, accelerator = self.recipe, self.accelerator
         step, process = self.progress.step, accelerator.process_index
         # a run that goes on in the middle draws what an unbroken one draws
@@ -310,10 +310,10 @@ class TrainingRun:
         return torch.stack(losses).mean(), norm.detach(), unreadable
 
     def log_steps(self, metrics: "StepMetrics") -> None:
-        """A line of the log about the steps since the last one.
+        """Write a log line about the steps since the last one.
 
         Raises:
-            UserError: where a loss is not finite.
+            UserError: If a loss is not finite.
         """
         losses = self.accelerator.reduce(torch.stack(metrics.losses), reduction="mean")
         if not losses.isfinite().all():
@@ -344,7 +344,7 @@ class TrainingRun:
         return batch
 
     def report_unreadable(self, names: list[str]) -> None:
-        """Counts images that could not be read, in all processes, and names those that are new."""
+        """Record the unreadable images of all processes, and report the new ones."""
         names = set(gather_object(names)) - set(self.progress.unreadable)
         for name in sorted(names):
             self.callback.on_unreadable(name)
@@ -352,7 +352,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float | int] | None:
-        """Measures the averaged weights on the validation images, each of which counts once.
+        """Evaluate the averaged weights on the validation images. Each image counts once.
 
         Returns:
             images, top1, top5 and loss; None without validation images.
@@ -388,7 +388,7 @@ class TrainingRun:
         return counts.summarize()
 
     def export(self, results: dict[str, float | int] | None) -> None:
-        """Writes the averaged weights for `from_pretrained`, with image processor and card, and draws the curves."""
+        """Save the averaged weights for `from_pretrained`, with image processor and card, and draw the curves."""
         model = self.unwrapped_model
         weights = gather_averages(model, self.state.ema)
         if not self.accelerator.is_main_process:
@@ -407,7 +407,7 @@ class TrainingRun:
 
 
 def next_batch(batches: Iterator[Batch]) -> Batch | None:
-    """The next batch of a loader; None behind the last.
+    """Return the next batch of a loader, or None after the last one.
 
     Raises:
         RuntimeError: as PyTorch does where a process of the loader dies, also when it dies while handing over a batch.
@@ -419,7 +419,7 @@ def next_batch(batches: Iterator[Batch]) -> Batch | None:
 
 
 class StepMetrics:
-    """What steps measure, until a line of the log is due."""
+    """Collects what steps measure until a log line is due."""
 
     def __init__(self):
         self.losses: list[torch.Tensor] = []
