@@ -145,6 +145,18 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
     return {model: config}
 
 
+def check_backend(device: torch.device, dtype: torch.dtype) -> None:
+    """Check that the scan backend of the environment variable, if it is set, computes on a device.
+
+    Raises:
+        UserError: If the backend is unknown, or does not support the device or the dtype.
+    """
+    try:
+        choose_backend(device.type, dtype)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the environment variable EVMAMBA_SCAN_BACKEND cannot be followed: {error}") from error
+
+
 def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Returns what determines the speed on this machine: system, devices, versions and the active backend.
 

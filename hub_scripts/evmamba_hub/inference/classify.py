@@ -11,6 +11,7 @@ import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
 from evmamba_hub.client import fetch_model
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
+from evmamba_hub.info import check_backend
 
 
 @dataclass
@@ -36,7 +37,7 @@ def load_classifier(model: str, device: str, dtype: str, revision: str | None = 
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: If the model cannot be found or is no image classifier, or the device does not exist.
+        UserError: If the model cannot be found or is no image classifier, or the device or backend cannot be used.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
@@ -45,6 +46,7 @@ def load_classifier(model: str, device: str, dtype: str, revision: str | None = 
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         message = str(error).strip().splitlines()[0]
         raise UserError(f"the device {device!r} cannot be used, choose another device: {message}") from error
+    check_backend(torch.device(device), getattr(torch, dtype))
     folder = str(fetch_model(model, revision))
     try:
         return pipeline("image-classification", model=folder, device=device, dtype=getattr(torch, dtype))

@@ -30,6 +30,7 @@ from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images import imagenet
 from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages, Share
+from evmamba_hub.info import check_backend
 
 
 SAVE_INTERVAL = 10  # seconds between two saves of the counts
@@ -247,6 +248,7 @@ class Evaluation:
             self.preprocess = Preprocessor(AutoImageProcessor.from_pretrained(folder, backend="pil"))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
+        check_backend(self.processes.device, self.model.dtype)
         self.model = self.model.to(self.processes.device).eval()
         self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
         self.label_map, self.id2label = label_map, self.model.config.id2label

@@ -1,6 +1,9 @@
 """`evmamba classify` with the bundled model, on the example images."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,17 @@ def test_bad_arguments_get_one_message(evmamba, arguments, expected_code, messag
     assert exit_code == expected_code
     assert message in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    "backend, message", [("cuda", "choose one of 'numba', 'triton', 'torch'"), ("triton", "on cpu")]
+)
+def test_a_backend_that_cannot_be_followed_is_one_message(backend, message):
+    command = [sys.executable, "-m", "evmamba_hub.cli", "classify", EXAMPLES, "--device", "cpu"]
+    variables = os.environ | {"EVMAMBA_SCAN_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1 and message in run.stderr
 
 
 def test_a_model_without_a_head_is_refused(evmamba, tmp_path):
