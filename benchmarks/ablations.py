@@ -284,7 +284,7 @@ def main(
     """
     names = networks or list(NETWORKS)
     if unknown := [name for name in names if name not in NETWORKS]:
-        raise UserError(f"there is no network {unknown[0]!r}: --network accepts {', '.join(NETWORKS)}")
+        raise UserError(f"unknown network {unknown[0]!r}: --network accepts {', '.join(NETWORKS)}")
     environment = describe_environment()
     environment |= {"seeds": str(seeds), "steps": str(steps), "training images": str(images)}
     training = Wires(images, TRAINING_SEED, "drawing training images")

@@ -91,5 +91,5 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
 
 def test_names_the_extra_where_scikit_learn_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"efficientvmamba\[digits\]"):
+    with pytest.raises(UserError, match=r"the package sklearn: run pip install \"\.\[digits\]\""):
         load_splits()
