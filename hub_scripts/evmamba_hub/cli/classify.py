@@ -48,7 +48,7 @@ def classify(
         evmamba classify photos --model efficientvmamba-tiny --json > labels.json
     """
     from evmamba_demo.bundled import find_bundled_model
-    from evmamba_hub.images.images import find_images
+    from evmamba_hub.images.image_files import find_images
     from evmamba_hub.inference.classify import classify_files, load_classifier
 
     paths = find_images(images)

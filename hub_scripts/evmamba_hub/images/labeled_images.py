@@ -13,7 +13,8 @@ from PIL import Image
 
 from evmamba_hub.client import translate_hub_errors
 from evmamba_hub.errors import UserError, require
-from evmamba_hub.images.images import find_images, read_image
+from evmamba_hub.images.image_files import find_images
+from evmamba_hub.images.images import read_image
 
 
 if TYPE_CHECKING:

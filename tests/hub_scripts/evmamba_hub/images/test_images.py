@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.images import find_images, read_image
+from evmamba_hub.images.images import read_image
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
@@ -67,18 +67,3 @@ def test_large_images_are_refused_before_they_are_decoded(tmp_path):
     (tmp_path / "large.png").write_bytes((tmp_path / "large.png").read_bytes()[:60])  # no pixels to decode
     with pytest.raises(UserError, match="it has 100 x 30 pixels, at most 2,999 in all"):
         read_image(tmp_path / "large.png", max_pixels=2999)
-
-
-def test_folders_are_searched_in_order(tmp_path):
-    (tmp_path / "inner").mkdir()
-    for name in ("b.png", "inner/a.JPG", "notes.txt"):
-        (tmp_path / name).write_bytes(b"")
-    single = tmp_path / "notes.txt"
-    assert find_images([tmp_path, single]) == [tmp_path / "b.png", tmp_path / "inner/a.JPG", single]
-
-
-def test_missing_paths_and_empty_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.png does not exist"):
-        find_images([tmp_path / "missing.png"])
-    with pytest.raises(UserError, match="holds no image"):
-        find_images([tmp_path])
