@@ -1,1 +1,1 @@
-"""Trains EfficientVMamba, from scratch or from a checkpoint."""
+"""Training of EfficientVMamba, from scratch or from a checkpoint."""

@@ -1,12 +1,13 @@
-"""The augmentation of the authors' recipe: its settings, and what carries it out on Pillow and PyTorch alone.
+"""The augmentation of the authors' recipe: its settings, and an implementation with Pillow and PyTorch alone.
 
-The authors trained with timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0), and where it can be
-imported, so do we (`augmentation_timm.py`; `augmentation_library.py` chooses). But it needs torchvision, which is not
-built for every machine, and what is here does not. These are the same operations with the same distributions: where
-timm draws the same numbers, it makes the same pixels (MixUp: to rounding), and the tests compare them. What timm
-offers beside the recipe is not here.
+The authors trained with timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0). If timm can be
+imported, `augmentation_library.py` chooses it, through `augmentation_timm.py`. timm needs torchvision, and not every
+PyTorch build has a matching one. This module needs neither.
 
-All randomness comes from the generator that is passed in: an image is a function of its pixels and that generator.
+The operations and their distributions are those of timm. With the same random numbers, both make the same pixels
+(MixUp: up to rounding). The tests compare them. The module has only the operations of the recipe.
+
+All random numbers come from the generator argument, so it and the pixels determine the result.
 
 RandAugment (https://arxiv.org/abs/1909.13719), random erasing (https://arxiv.org/abs/1708.04896), MixUp
 (https://arxiv.org/abs/1710.09412), CutMix (https://arxiv.org/abs/1905.04899).
@@ -25,16 +26,16 @@ from PIL import Image, ImageEnhance, ImageOps
 
 Color = tuple[int, ...]
 
-ATTEMPTS = 10  # at a rectangle that fits into the image
-ERASED_AREA = (0.02, 1 / 3)  # of the image
-ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
+ATTEMPTS = 10  # to draw a rectangle that fits into the image
+ERASED_AREA = (0.02, 1 / 3)  # bounds, as fractions of the image
+ERASED_RATIO = (0.3, 1 / 0.3)  # bounds of height to width
 
 
 class Operation(NamedTuple):
     """An operation of RandAugment: `apply(image, level, fill)`."""
 
     apply: Callable[[Image.Image, float, Color], Image.Image]
-    signed: bool = False  # levels are in [-1, 1], not [0, 1], and either sign is as likely
+    signed: bool = False  # levels lie in [-1, 1] instead of [0, 1], with random signs
 
 
 def affine(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
@@ -42,22 +43,22 @@ def affine(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.
 
 
 def posterize(image: Image.Image, bits: int) -> Image.Image:
-    """Keeps the upper 0 to 4 bits. From version 13 on, Pillow's own function refuses to keep none."""
+    """Keep the upper 0 to 4 bits. Pillow's own function rejects 0 bits from version 13 on."""
     return image.point([value >> (8 - bits) << (8 - bits) for value in range(256)] * 3)
 
 
 def solarize_add(image: Image.Image, amount: int) -> Image.Image:
-    """Lightens the darker half of the values."""
+    """Add an amount to values below 128."""
     return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
 
 
 def enhancement(enhancer: Callable) -> Operation:
-    """From almost none of a property (0.1) to almost twice as much of it (1.9)."""
+    """Return an operation that scales a property by a factor from 0.1 (level 0) to 1.9 (level 1)."""
     return Operation(lambda image, level, fill: enhancer(image).enhance(1.8 * level + 0.1))
 
 
 def increasing_enhancement(enhancer: Callable) -> Operation:
-    """The same range, from the unchanged image in its middle, either way."""
+    """Return an operation that scales a property by a factor from 0.1 to 1.9. Level 0 changes nothing."""
     return Operation(lambda image, level, fill: enhancer(image).enhance(max(0.1, 1 + 0.9 * level)), signed=True)
 
 
@@ -68,7 +69,7 @@ ENHANCERS = {
     "Sharpness": ImageEnhance.Sharpness,
 }
 
-OPERATIONS = {  # posterize and solarize change most at level 0, enhancements least at 0.5
+OPERATIONS = {  # posterize and solarize are strongest at level 0, enhancements weakest at 0.5
     "AutoContrast": Operation(lambda image, level, fill: ImageOps.autocontrast(image)),
     "Equalize": Operation(lambda image, level, fill: ImageOps.equalize(image)),
     "Invert": Operation(lambda image, level, fill: ImageOps.invert(image)),
@@ -89,7 +90,7 @@ OPERATIONS = {  # posterize and solarize change most at level 0, enhancements le
     ),
 }
 
-INCREASING_OPERATIONS = {  # those that depend on the level change more the larger it is
+INCREASING_OPERATIONS = {  # strength increases with the level
     **OPERATIONS,
     "Posterize": Operation(lambda image, level, fill: posterize(image, 4 - int(4 * level))),
     "Solarize": Operation(lambda image, level, fill: ImageOps.solarize(image, 256 - int(256 * level))),
@@ -97,7 +98,7 @@ INCREASING_OPERATIONS = {  # those that depend on the level change more the larg
 }
 
 
-# timm's notation, field by field of RandAugment
+# timm's notation, with the fields of RandAugment as group names
 SECTION = re.compile(
     r"m(?P<magnitude>\d|10)|mstd(?P<magnitude_std>\d{1,2}(?:\.\d+)?)|n(?P<num_operations>[1-9]\d?)"
     r"|p(?P<probability>0(?:\.\d+)?|1)|inc(?P<increasing>[01])",
@@ -107,30 +108,30 @@ SECTION = re.compile(
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Random operations, each of a random strength, with the defaults that timm's notation has."""
+    """Random operations of random strength. The defaults are those of timm's notation."""
 
-    magnitude: int = 10  # mean, in tenths of the strongest
+    magnitude: int = 10  # mean, in tenths of the maximum
     magnitude_std: float = 0
     num_operations: int = 2  # drawn with replacement
-    probability: float = 0.5  # that an operation that was drawn is carried out
+    probability: float = 0.5  # of applying an operation that was drawn
     increasing: int = 0  # 1 for INCREASING_OPERATIONS
 
     @classmethod
     def parse(cls, text: str) -> "RandAugment":
-        """Reads timm's notation, such as "rand-m9-mstd0.5".
+        """Parse timm's notation, such as "rand-m9-mstd0.5".
 
         Raises:
-            ValueError: for anything but "rand" and the sections of the message, each at most once.
+            ValueError: If a section is unknown or repeated.
         """
         name, *sections = text.split("-")
         matches = filter(None, map(SECTION.fullmatch, sections))
         values = {match.lastgroup: match[match.lastgroup] for match in matches}
         if name != "rand" or len(values) < len(sections):
             raise ValueError(
-                f"rand_augment {text!r} is not understood. Accepted are 'rand' and, after it and each at most once, "
-                "-m0 to -m10 (magnitude), -mstd0 to -mstd99.9 (its standard deviation), -n1 to -n99 (operations), -p0 "
-                "to -p1 (probability of each) and -inc0 or -inc1 (whether they increase with the magnitude), such as "
-                "rand-m9-mstd0.5"
+                f"rand_augment {text!r} is invalid: give 'rand' and any of these sections, each at most once, such as "
+                "rand-m9-mstd0.5. Sections are -m0 to -m10 (magnitude), -mstd0 to -mstd99.9 (its standard deviation), "
+                "-n1 to -n99 (operations), -p0 to -p1 (probability of each), and -inc0 or -inc1 (whether strength "
+                "increases with the magnitude)"
             )
         return cls(**{name: float(value) if "." in value else int(value) for name, value in values.items()})
 
@@ -149,7 +150,7 @@ class RandAugment:
 def random_sides(
     area: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Sides of a rectangle with a random share of an area and a random ratio of the first to the second."""
+    """Return two sides of a rectangle: a random fraction of an area, and a random ratio of first to second side."""
     area = rng.uniform(*scale) * area
     side_ratio = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(area * side_ratio)), round(math.sqrt(area / side_ratio))
@@ -158,8 +159,11 @@ def random_sides(
 def random_crop_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part of an image, with a random share of its area and a random ratio of
-    width to height. Where no such part is found, it is the largest one in the middle that keeps to the ratios."""
+    """Return left, top, right and bottom of a random crop.
+
+    `scale` bounds its fraction of the area, and `ratio` its width to height. If no crop of `ATTEMPTS` fits, return the
+    largest central one within the ratios.
+    """
     for _ in range(ATTEMPTS):
         crop_width, crop_height = random_sides(width * height, scale, ratio, rng)
         if 0 < crop_width <= width and 0 < crop_height <= height:
@@ -173,7 +177,7 @@ def random_crop_box(
 
 
 def erase_rectangle(pixel_values: torch.Tensor, rng: np.random.Generator) -> None:
-    """Puts noise, as normalized pixels are distributed, in a random rectangle of an image (C, H, W), in place."""
+    """Fill a random rectangle of a normalized image `(C, H, W)` with standard normal noise, in place."""
     channels, height, width = pixel_values.shape
     for _ in range(ATTEMPTS):
         erased_height, erased_width = random_sides(height * width, ERASED_AREA, ERASED_RATIO, rng)
@@ -187,29 +191,30 @@ def erase_rectangle(pixel_values: torch.Tensor, rng: np.random.Generator) -> Non
 
 def check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}: a probability, from 0 to 1, is accepted")
+        raise ValueError(f"{name} is {value}: give a probability from 0 to 1")
 
 
 @dataclass(kw_only=True)
 class TransformSettings:
-    """What training does to a picture.
+    """The augmentation of one image.
 
-    Random resized crop (bicubic, antialiased), horizontal flip, negative, RandAugment, normalization, random erasing.
+    The order is: random resized crop (bicubic, antialiased), horizontal flip, inversion, RandAugment, normalization,
+    random erasing.
 
     Args:
-        image_size: height and width of the result.
-        crop_scale: smallest and largest part of the picture's area.
-        crop_ratio: smallest and largest ratio of width to height of that part.
-        horizontal_flip: probability of a mirror image.
-        random_invert: probability of a negative.
-        rand_augment: RandAugment in timm's notation; None for none.
-        random_erasing: probability that a rectangle of noise, 2 to 33 percent of the result, hides what is there.
-        image_mean: of the three channels, for pixels in [0, 1]. Rotated, sheared and moved images are continued in
-            this color.
-        image_std: of the three channels.
+        image_size: Height and width of the result.
+        crop_scale: Smallest and largest fraction of the area that a crop covers.
+        crop_ratio: Smallest and largest ratio of width to height of a crop.
+        horizontal_flip: Probability of a horizontal flip.
+        random_invert: Probability of inverting the image.
+        rand_augment: RandAugment in timm's notation. None disables it.
+        random_erasing: Probability of replacing a rectangle, 2 to 33 % of the result, with noise.
+        image_mean: Mean per channel, for pixels in [0, 1]. Also fills the border of rotated, sheared and translated
+            images.
+        image_std: Standard deviation per channel.
 
     Raises:
-        ValueError: for values out of range. The message names them.
+        ValueError: If a value is out of bounds. The message names it.
     """
 
     image_size: tuple[int, int]
@@ -224,20 +229,17 @@ class TransformSettings:
 
     def __post_init__(self):
         if min(self.image_size) < 1:
-            raise ValueError(f"image_size is {self.image_size}: height and width of at least 1 are accepted")
+            raise ValueError(f"image_size is {self.image_size}: give a height and a width of at least 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
-                f"crop_scale is {self.crop_scale}: the smallest and the largest share, above 0 and up to 1, are "
-                "accepted"
+                f"crop_scale is {self.crop_scale}: give the smallest and the largest fraction, above 0 and up to 1"
             )
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
-            raise ValueError(
-                f"crop_ratio is {self.crop_ratio}: the smallest and the largest ratio, both above 0, are accepted"
-            )
+            raise ValueError(f"crop_ratio is {self.crop_ratio}: give the smallest and the largest ratio, both above 0")
         if len(self.image_mean) != 3 or not all(0 <= value <= 1 for value in self.image_mean):
-            raise ValueError(f"image_mean is {self.image_mean}: three values from 0 to 1 are accepted")
+            raise ValueError(f"image_mean is {self.image_mean}: give three values from 0 to 1")
         if len(self.image_std) != 3 or not all(value > 0 for value in self.image_std):
-            raise ValueError(f"image_std is {self.image_std}: three values above 0 are accepted")
+            raise ValueError(f"image_std is {self.image_std}: give three values above 0")
         for name in ("horizontal_flip", "random_invert", "random_erasing"):
             check_probability(name, getattr(self, name))
         self.random_operations = None if self.rand_augment is None else RandAugment.parse(self.rand_augment)
@@ -245,11 +247,11 @@ class TransformSettings:
 
 def check_mode(image: Image.Image) -> None:
     if image.mode != "RGB":
-        raise ValueError(f"the image has the mode {image.mode}: RGB is accepted, convert it first")
+        raise ValueError(f"the image has the mode {image.mode}: convert it to RGB first")
 
 
 class TrainingTransform(TransformSettings):
-    """A picture as training sees it: another part of it, and altered, each time."""
+    """Augments one image with Pillow and PyTorch."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,14 +260,14 @@ class TrainingTransform(TransformSettings):
         self.fill = tuple(round(255 * value) for value in self.image_mean)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """Turns an RGB image into normalized pixels (C, H, W), float32.
+        """Return the augmented, normalized pixels of an RGB image, `(C, H, W)`, float32.
 
         Raises:
-            ValueError: for images of other modes.
+            ValueError: If the image has another mode.
         """
         check_mode(image)
         height, width = self.image_size
-        # not `resize(box=...)`: its filter would see pixels around the part
+        # not `resize(box=...)`, whose filter would read pixels outside the crop
         image = image.crop(random_crop_box(*image.size, self.crop_scale, self.crop_ratio, rng))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         if rng.random() < self.horizontal_flip:
@@ -284,16 +286,16 @@ class TrainingTransform(TransformSettings):
 
 def mix_up(
     pixel_values: torch.Tensor, alpha: float, rng: np.random.Generator
-) -> tuple[torch.Tensor, float]:  # (B, C, H, W), kept share
-    """Lays the images over those of the batch in reverse order. The share that is kept is drawn from a Beta."""
+) -> tuple[torch.Tensor, float]:  # (B, C, H, W), kept fraction
+    """Blend the batch with its reverse, and draw the weight from a beta distribution. Return images and weight."""
     kept = rng.beta(alpha, alpha)
     return pixel_values.flip(0).mul_(1 - kept).add_(pixel_values, alpha=kept), kept
 
 
 def cut_mix(
     pixel_values: torch.Tensor, alpha: float, rng: np.random.Generator
-) -> tuple[torch.Tensor, float]:  # (B, C, H, W), kept share
-    """Puts a rectangle of the batch in reverse order into the images. The share is what the image's border leaves."""
+) -> tuple[torch.Tensor, float]:  # (B, C, H, W), kept fraction
+    """Paste a rectangle of the reversed batch into the batch. Return images and the fraction of pixels kept."""
     height, width = pixel_values.shape[-2:]
     side = math.sqrt(1 - rng.beta(alpha, alpha))
     cut_height, cut_width = int(height * side), int(width * side)
@@ -307,20 +309,19 @@ def cut_mix(
 
 @dataclass(kw_only=True)
 class MixingSettings:
-    """MixUp or CutMix of a batch, every image with its counterpart from the other end, and label smoothing.
+    """The augmentation of a batch: MixUp or CutMix, and label smoothing.
 
-    One share for all of a batch.
+    Image i is mixed with image B - 1 - i. One fraction holds for the whole batch.
 
     Args:
-        mixup_alpha: of the Beta distribution of MixUp's shares; 0 for no MixUp.
-        cutmix_alpha: of the Beta distribution of CutMix's shares; 0 for no CutMix. Without either, images stay as
-            they are.
-        switch_prob: probability of CutMix where there are both.
-        label_smoothing: share of the targets that is spread over all labels.
-        num_labels: of the head.
+        mixup_alpha: Parameter of the beta distribution of MixUp. 0 disables MixUp.
+        cutmix_alpha: Parameter of the beta distribution of CutMix. 0 disables CutMix.
+        switch_prob: Probability of CutMix instead of MixUp if both are enabled.
+        label_smoothing: Fraction of the targets that is spread over all labels.
+        num_labels: Labels of the head.
 
     Raises:
-        ValueError: for values out of range. The message names them.
+        ValueError: If a value is out of bounds. The message names it.
     """
 
     mixup_alpha: float
@@ -332,27 +333,28 @@ class MixingSettings:
     def __post_init__(self):
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: 0 (for none) or more is accepted")
+                raise ValueError(f"{name} is {getattr(self, name)}: give 0 (disabled) or more")
         if self.num_labels < 1:
-            raise ValueError(f"num_labels is {self.num_labels}: at least 1 is accepted")
+            raise ValueError(f"num_labels is {self.num_labels}: give at least 1")
         check_probability("switch_prob", self.switch_prob)
         check_probability("label_smoothing", self.label_smoothing)
 
     @property
     def mixes(self) -> bool:
-        """Whether there is anything but label smoothing."""
+        """Whether MixUp or CutMix is enabled."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 class Mixing(MixingSettings):
-    """Mixes a batch. If its size is odd, the image in the middle stays as it is."""
+    """Mixes a batch with PyTorch. In a batch of odd size, the image in the middle stays unmixed."""
 
     def __call__(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixes images (B, C, H, W) of any floating dtype with labels (B,), int64, in [0, num_labels).
+        """Mix images `(B, C, H, W)` of any floating dtype, and their labels `(B,)`, int64, in [0, num_labels).
 
-        Returns the images and their targets (B, num_labels), float32, on the same device. Each target sums to 1.
+        Returns:
+            The images, and their targets `(B, num_labels)`, float32, on the same device. Each target sums to 1.
         """
         kept = 1.0
         if self.cutmix_alpha and (not self.mixup_alpha or rng.random() < self.switch_prob):

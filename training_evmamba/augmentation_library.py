@@ -1,6 +1,6 @@
 """The library that augments images: timm, which the authors used, or Pillow and PyTorch.
 
-The choice is made when a run begins, and saved with its recipe: the two draw other random numbers.
+A new run chooses the library and saves it in its recipe, because both draw different random numbers.
 """
 
 import dataclasses
@@ -17,24 +17,25 @@ def find_timm_import_error() -> str | None:
     """Return why timm cannot be imported, or None if it can."""
     try:
         import training_evmamba.augmentation_timm  # noqa: F401
-    except Exception as error:  # a torchvision that was built for another PyTorch raises errors of several kinds
+    except Exception as error:  # a torchvision built for another PyTorch raises several types
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
-    """Completes a recipe that leaves the library open: by that of the run that goes on, or by timm where all processes
-    can import it.
+    """Replace "auto" in a recipe.
+
+    A resumed run keeps its library. A new run takes timm if all processes can import it.
 
     Args:
         recipe: Recipe of the run.
         saved: Recipe of the resumed run. None for a new run.
 
     Returns:
-        the recipe, and why it is not timm that was chosen; None where there was no choice, or it is.
+        The recipe, and why timm cannot be imported if that decided the choice, or None.
 
     Raises:
-        UserError: where timm is called for and cannot be imported.
+        UserError: If the recipe names timm and a process cannot import it.
     """
     library = recipe.augmentation_library
     if library == "auto" and saved is not None:
@@ -46,17 +47,17 @@ def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[R
         way_out = (
             "use --augmentation-library pillow"
             if saved is None
-            else "start anew elsewhere: a run goes on with the library that it began with"
+            else "choose another --output-dir: a resumed run keeps its library"
         )
         raise UserError(
-            f"images are to be augmented by timm, which cannot be imported ({problem}): install timm, and the "
-            f"torchvision that was built for PyTorch {torch.__version__}, or {way_out}"
+            f"the recipe augments images with timm, which cannot be imported ({problem}): install timm and the "
+            f"torchvision built for PyTorch {torch.__version__}, or {way_out}"
         )
     return dataclasses.replace(recipe, augmentation_library="pillow" if problem else "timm"), problem
 
 
 def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tuple[TransformSettings, MixingSettings]:
-    """Return the augmentation of an image, and that of a batch.
+    """Return the augmentation of one image, and that of a batch.
 
     Args:
         recipe: A recipe that names its library.
@@ -64,7 +65,7 @@ def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tup
         batch_size: Images of one process in a micro-batch.
 
     Raises:
-        UserError: for a RandAugment that is not understood, and for batches that timm does not mix.
+        UserError: If `rand_augment` is invalid, or if timm does not support the batch size.
     """
     transform_class, mixing_class = TrainingTransform, Mixing
     if recipe.augmentation_library == "timm":
@@ -94,7 +95,7 @@ def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tup
     )
     if recipe.augmentation_library == "timm" and mix.mixes and batch_size % 2:
         raise UserError(
-            f"timm mixes an even number of images, and a process has {batch_size} in each micro-batch: change "
+            f"timm mixes an even number of images, but a process has {batch_size} in each micro-batch: change "
             "--batch-size or --gradient-accumulation-steps, or use --augmentation-library pillow"
         )
     return transform, mix

@@ -1,7 +1,7 @@
-"""The augmentation of the authors' recipe by timm, with which they trained.
+"""The augmentation of the authors' recipe with timm, the library that they trained with.
 
-https://github.com/huggingface/pytorch-image-models, Apache-2.0. It draws from the random number generators of the
-process. Here they are seeded by the generator that is passed in, and are afterwards what they were before.
+https://github.com/huggingface/pytorch-image-models, Apache-2.0. timm draws from the process's random number
+generators. This module seeds them from its generator argument, and restores their state afterwards.
 """
 
 import random
@@ -19,19 +19,19 @@ from transformers.utils.versions import require_version
 from training_evmamba.augmentation import MixingSettings, TransformSettings, check_mode, posterize
 
 
-# as in setup.cfg: before, timm read -inc0 as -inc1, and cut rectangles of odd sides one pixel too short
+# as in setup.cfg: earlier versions read -inc0 as -inc1, and cut odd rectangles one pixel too short
 require_version("timm>=1.0.29")
 
 
 @contextmanager
 def seeded(rng: np.random.Generator) -> Iterator[None]:
-    """Seeds the generators of Python, numpy and PyTorch (on the CPU) by another one, until the end of the block."""
+    """Seed the generators of Python, NumPy and PyTorch (on the CPU) from another one. Restore their state on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
             random.seed(rng.integers(2**63).item())
             np.random.seed(rng.integers(2**32))
-            torch.default_generator.manual_seed(rng.integers(2**63).item())  # torch's own function seeds GPUs, too
+            torch.default_generator.manual_seed(rng.integers(2**63).item())  # torch.manual_seed also seeds GPUs
             yield
         finally:
             random.setstate(python_state)
@@ -43,7 +43,7 @@ def posterize_for_timm(image: Image.Image, bits: int, *, fillcolor: tuple[int, .
 
 
 class TimmTransform(TransformSettings):
-    """A picture as training sees it: another part of it, and altered, each time."""
+    """Augments one image with timm."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,18 +63,18 @@ class TimmTransform(TransformSettings):
             re_count=1,
             separate=True,
         )
-        # timm 1.0.31 has Pillow keep no bit at low magnitudes, which Pillow refuses from version 13 on
+        # at low magnitudes, timm 1.0.31 asks Pillow to keep 0 bits, which Pillow rejects from version 13 on
         for operation in (each for step in rand_augment.transforms for each in step.ops):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = posterize_for_timm
-        invert = [RandomInvert(self.random_invert)] if self.random_invert else []  # timm has none
+        invert = [RandomInvert(self.random_invert)] if self.random_invert else []  # timm has no inversion
         self.transform = Compose([crop_and_flip, *invert, rand_augment, finish])
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """Turns an RGB image into normalized pixels (C, H, W), float32.
+        """Return the augmented, normalized pixels of an RGB image, `(C, H, W)`, float32.
 
         Raises:
-            ValueError: for images of other modes.
+            ValueError: If the image has another mode.
         """
         check_mode(image)
         with seeded(rng):
@@ -82,7 +82,7 @@ class TimmTransform(TransformSettings):
 
 
 class TimmMixing(MixingSettings):
-    """Mixes a batch of even size; timm refuses others."""
+    """Mixes a batch with timm, which supports even sizes only."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,12 +97,14 @@ class TimmMixing(MixingSettings):
     def __call__(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixes images (B, C, H, W) of any floating dtype with labels (B,), int64, in [0, num_labels).
+        """Mix images `(B, C, H, W)` of any floating dtype, and their labels `(B,)`, int64, in [0, num_labels).
 
-        Returns the images and their targets (B, num_labels), float32, on the same device. Each target sums to 1.
-        Where nothing is mixed, only labels smoothed, the size may be odd.
+        Without MixUp and CutMix, the batch size may be odd.
+
+        Returns:
+            The images, and their targets `(B, num_labels)`, float32, on the same device. Each target sums to 1.
         """
         if not self.mixes:
             return pixel_values, mixup_target(labels, self.num_labels, smoothing=self.label_smoothing)
         with seeded(rng):
-            return self.mixup(pixel_values.clone(), labels)  # it alters the batch that it is given
+            return self.mixup(pixel_values.clone(), labels)  # timm mixes in place

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete at any moment: a directory gets its name when all of it is on the disk."""
+"""Checkpoints that are whole at any moment. A directory gets its final name once all its files are on the disk."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from training_evmamba.optimization import ExponentialMovingAverage
 
 STATE_NAME = "state.json"
 
-# All processes of a run, whether they hold copies of the weights or parts, save and load whole tensors.
+# Processes save and load full tensors, whether they hold copies or shards of the weights.
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -35,16 +35,16 @@ class RunProgress:
     """The progress of a run."""
 
     step: int = 0
-    images_per_epoch: int = 0  # these two tell whether the dataset is still the same
+    images_per_epoch: int = 0  # with `class_names`, detects a changed dataset
     class_names: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # images that had to be skipped
-    num_processes: int = 1  # which share a batch, and draw random numbers of their own
-    top1: float | None = None  # of the averaged weights, where they were evaluated at this step
+    unreadable: list[str] = field(default_factory=list)  # skipped images
+    num_processes: int = 1  # each draws different random numbers
+    top1: float | None = None  # of the averaged weights, if evaluated at this step
 
 
 @dataclass
 class TrainingState:
-    """Everything that a checkpoint keeps of a run."""
+    """The objects that a checkpoint saves and restores."""
 
     model: nn.Module
     ema: ExponentialMovingAverage
@@ -56,7 +56,7 @@ class TrainingState:
 
 def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the full weights and buffers, on the CPU. Call it on all processes."""
-    # on a CPU, the function returns the tensors of the model itself
+    # on a CPU, `get_model_state_dict` returns the tensors of the model, not copies
     return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=FULL_STATE).items()}
 
 
@@ -91,14 +91,14 @@ class Checkpoints:
         try:
             return RunProgress(**json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{checkpoint} is damaged, remove it to go on from the one before: {error}") from error
+            raise UserError(f"{checkpoint} is damaged, remove it to resume from the one before: {error}") from error
 
     def find_best(self) -> Path | None:
         measured = [(self.read_progress(path).top1, path) for path in self.list()]
         return max(((top1, path) for top1, path in measured if top1 is not None), default=(None, None))[1]
 
     def clean_up(self) -> None:
-        """Remove partial checkpoints, and those that are neither among the latest ones nor the best one.
+        """Remove partial checkpoints, and all whole ones except the latest and the best.
 
         Raises:
             UserError: If the directory cannot be written.
@@ -120,7 +120,7 @@ class Checkpoints:
         """Save a checkpoint. Call it on all processes. The main process writes.
 
         Raises:
-            UserError: If the disk is full or cannot be written. Earlier checkpoints stay.
+            UserError: If the weights are not finite, or the checkpoint cannot be written. Earlier checkpoints stay.
         """
         weights, averages = gather_weights(state.model), gather_averages(state.model, state.ema)
         optimizer_state = {
@@ -134,7 +134,7 @@ class Checkpoints:
         for tensor in (*weights.values(), *averages.values()):
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"the weights are not finite any more at step {step}: lower --learning-rate, or train "
+                    f"the weights are no longer finite at step {step}: lower --learning-rate, or train "
                     "with --mixed-precision no"
                 )
         with staged(self.folder / f"step-{step:07}") as folder:
@@ -143,7 +143,7 @@ class Checkpoints:
             save_file(averages, folder / "ema.safetensors")
             try:
                 torch.save(optimizer_state, folder / "optimizer.pt")
-            except RuntimeError as error:  # which PyTorch raises where the disk is full
+            except RuntimeError as error:  # PyTorch raises this if the disk is full
                 raise OSError(str(error)) from error
             (folder / STATE_NAME).write_text(json.dumps(asdict(state.progress), indent=2) + "\n", encoding="utf-8")
             sync_to_disk(folder)
@@ -164,7 +164,7 @@ class Checkpoints:
             set_optimizer_state_dict(model, state.optimizer, optimizer_state["optimizer"], options=FULL_STATE)
         except (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise UserError(f"{checkpoint} is damaged, remove it to go on from the one before: {reason}") from error
+            raise UserError(f"{checkpoint} is damaged, remove it to resume from the one before: {reason}") from error
         state.schedule.load_state_dict(optimizer_state["schedule"])
         if state.scaler is not None and optimizer_state["scaler"] is not None:
             state.scaler.load_state_dict(optimizer_state["scaler"])

@@ -1,9 +1,9 @@
-"""Images for training: their choice, their order, and their process.
+"""Images for training: their choice, their order, and the process that reads them.
 
-The sequence of training images is the shuffled dataset, shuffled anew and repeated; step s takes the s-th batch of the
-sequence, across the borders of epochs, so that every image is used once per epoch and no batch is smaller than others.
-What happens to an image depends on nothing but the seed and its place in the sequence: the same run may be interrupted
-at any step.
+Training repeats the dataset in a new random order for each epoch. Step s takes the s-th batch of this sequence.
+Batches cross the borders of epochs, so each epoch uses every image once, and all batches have the same size.
+
+The augmentation of an image depends only on the seed and its place in the sequence. A run can thus resume at any step.
 """
 
 from collections import deque
@@ -166,7 +166,7 @@ class LabelError(Exception):
 
 
 class Sample(NamedTuple):
-    """A preprocessed image, or the reason why there is none."""
+    """A preprocessed image, or the error that stops the run."""
 
     pixel_values: torch.Tensor | None  # (C, H, W)
     label: int | None
@@ -286,7 +286,7 @@ def find_worker() -> tuple[int, int]:
 class StreamedTrainingImages(IterableDataset):
     """Endless batches of one process from a stream that is shuffled in each epoch.
 
-    Every worker of every process has a part of the stream for itself, and builds whole batches from it, in turn.
+    Each worker of each process reads another part of the stream, and builds whole batches from it. Workers take turns.
 
     Args:
         batch_size: Batch size of this process.

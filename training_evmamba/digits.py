@@ -1,10 +1,10 @@
 """scikit-learn's handwritten digits as an image folder, for the bundled model.
 
 The 1,797 digits of 8 x 8 pixels are a part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998,
-https://doi.org/10.24432/C50P49, CC BY 4.0). One third, fixed by `SEED`, is held out as `validation`: accuracies are
-measured on it, and the example images are taken from it.
+https://doi.org/10.24432/C50P49, CC BY 4.0). One third is held out as `validation`, and `SEED` fixes the choice.
+Accuracies and example images come from this third.
 
-    python -m training_evmamba.digits FOLDER
+    python -m training_evmamba.digits DIRECTORY
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from evmamba_hub.files import check_is_free, staged
 
 SEED = 0
 HELD_OUT = 1 / 3
-PICTURE_SIZE = 160  # the side to which the digits of 8 x 8 pixels and their margin are enlarged, to be looked at
+PICTURE_SIZE = 160  # side in pixels, large enough to look at
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Digits:
 def to_image(pixels: np.ndarray) -> Image.Image:
     """Return a digit of 8 x 8 values, 0 for paper to 16 for full ink, as a picture."""
     image = Image.fromarray((255 - pixels * 255 / 16).round().astype("uint8"))
-    image = ImageOps.expand(image, border=1, fill=255)  # digits touch the upper and lower border
+    image = ImageOps.expand(image, border=1, fill=255)  # the digits touch the upper and lower border
     return image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
 
 
@@ -54,10 +54,10 @@ def load_splits() -> tuple[Digits, Digits]:
 
 
 def save_folder(folder: Path, training: Digits, held_out: Digits) -> None:
-    """Write `train/0/0000.png` and so on, all of it or nothing.
+    """Write the image folder (`train/0/0000.png` and so on), all of it or nothing.
 
     Raises:
-        UserError: If the directory is not empty, or cannot be written.
+        UserError: If the directory exists and is not empty, or cannot be written.
     """
     folder = folder.absolute()
     check_is_free(folder)
@@ -87,10 +87,10 @@ def save_examples(folder: Path, digits: Digits) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Folder to write. It must not exist or be empty.")],
+    folder: Annotated[Path, typer.Argument(help="Directory to write. It must be new or empty.")],
     examples: Annotated[
         Path | None,
-        typer.Option(help="Folder for the most typical digit of each class that is held out.", show_default=False),
+        typer.Option(help="Directory for the most typical held-out digit of each class.", show_default=False),
     ] = None,
 ) -> None:
     """Write handwritten digits as an image folder: 1,198 in `train`, 599 in `validation`."""

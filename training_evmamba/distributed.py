@@ -23,7 +23,7 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
     """Return this process's accelerator.
 
     Raises:
-        UserError: If the machine does not support what the recipe asks for.
+        UserError: If the machine or accelerate does not support the recipe.
     """
     try:
         accelerator = Accelerator(
@@ -35,8 +35,8 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / TRACKERS_NAME)),
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate cannot do what the recipe asks for: {error}") from error
-    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
+        raise UserError(f"accelerate does not support the recipe: {error}") from error
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32
         raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         set_up_fsdp(accelerator, recipe)
@@ -57,19 +57,19 @@ def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
     """Let FSDP compute in the same dtypes as training without FSDP.
 
     Raises:
-        UserError: If accelerate's settings would fail later, or would be ignored.
+        UserError: If accelerate would ignore a setting, or fail later.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
-        raise UserError("accelerate has FSDP for GPUs alone, and would leave it out here: start it without --use_fsdp")
+        raise UserError("accelerate supports FSDP on GPUs only, and would ignore it here: start it without --use_fsdp")
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise UserError("of FSDP, version 2 is needed: give accelerate --fsdp_version 2")
+        raise UserError("training needs version 2 of FSDP: give accelerate --fsdp_version 2")
     if plugin.cpu_ram_efficient_loading:  # https://github.com/huggingface/accelerate/issues/3898
         raise UserError(
-            "accelerate cannot load the statistics of batch norms on one process alone: give it "
+            "accelerate cannot load the statistics of batch norms on one process only: give it "
             "--fsdp_cpu_ram_efficient_loading false"
         )
-    if recipe.compile:  # it would hide the hooks that gather the outermost weights from the evaluation
-        raise UserError("a network that is compiled cannot be spread by FSDP: use one of --compile and --use_fsdp")
-    # accelerate's policy would cast all weights, also of batch norms and scans; autocast chooses by operation
+    if recipe.compile:  # evaluation would miss the hooks that gather the outermost weights
+        raise UserError("FSDP cannot shard a compiled network: use either --compile or --use_fsdp")
+    # accelerate's policy would also cast the weights of batch norms and scans. Autocast chooses per operator.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()

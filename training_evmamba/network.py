@@ -20,7 +20,7 @@ from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaFor
 from training_evmamba.recipe import Recipe, create_recipe
 
 
-# where neither the recipe nor a checkpoint say anything
+# defaults if neither the recipe nor a checkpoint sets a value
 IMAGENET_PREPROCESSING = {
     "image_size": 224,
     "crop_pct": 0.875,
@@ -30,16 +30,16 @@ IMAGENET_PREPROCESSING = {
 
 
 def read_preprocessing(checkpoint: Path) -> dict:
-    """Return the fields of the recipe that the image processor of a checkpoint determines.
+    """Return the fields of the recipe that a checkpoint's image processor determines.
 
     Raises:
-        UserError: If the checkpoint has no image processor.
+        UserError: If the image processor is missing or damaged.
     """
     path = checkpoint / IMAGE_PROCESSOR_NAME
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged, save the image processor there too: {error}") from error
+        raise UserError(f"{path} is missing or damaged, save the image processor there: {error}") from error
     crop_size, size = saved.get("crop_size") or {}, saved.get("size") or {}
     known = {"image_mean": saved.get("image_mean"), "image_std": saved.get("image_std")}
     known["image_size"] = crop_size.get("height") or size.get("height")
@@ -69,7 +69,7 @@ def create_model(
 ) -> EfficientVMambaForImageClassification:
     """Return the network with fresh weights or those of a checkpoint, and a head for the classes.
 
-    The head of a checkpoint that knows the same classes is kept.
+    A checkpoint with the same classes keeps its head.
 
     Raises:
         UserError: If the network cannot be built, or the checkpoint does not fit it.
@@ -86,9 +86,9 @@ def create_model(
         raise UserError("say what to train: a checkpoint with --model, or fresh weights with --variant or --network")
     known_fields = {field.name for field in dataclasses.fields(EfficientVMambaConfig)}
     if taken := sorted(recipe.network.keys() & {*fields, "num_labels"}):
-        raise UserError(f"`network` must not hold {taken[0]!r}: the data or another value of the recipe determine it")
+        raise UserError(f"`network` must not hold {taken[0]!r}: the data or another value of the recipe determines it")
     if unknown := sorted(recipe.network.keys() - known_fields):
-        raise UserError(f"EfficientVMambaConfig, which `network` is about, has no field {unknown[0]!r}")
+        raise UserError(f"`network` takes fields of EfficientVMambaConfig, which has no field {unknown[0]!r}")
     try:
         if checkpoint is None:
             config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **recipe.network, **fields})
@@ -111,7 +111,7 @@ def create_model(
             if unfit := sorted(name for name in unfit if not name.startswith("classifier.")):
                 raise UserError(
                     f"{checkpoint} lacks {len(unfit)} weights of the network or has them in another shape, among them "
-                    f"{unfit[0]}: `network` must not change what the checkpoint was trained with"
+                    f"{unfit[0]}: `network` must not change the shapes of the checkpoint"
                 )
             if not keeps_head:
                 nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
@@ -127,10 +127,10 @@ def create_model(
 
 @contextmanager
 def no_statistics_updates(model: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norms, which still normalize by the batch.
+    """Freeze the running statistics of batch norms, which still normalize by the batch.
 
-    For activations that are computed a second time, whose batch has been counted. They must save the same tensors for
-    the backward pass as at the first time, so `track_running_stats` stays.
+    Gradient checkpointing recomputes activations, but the statistics must count each batch once. Both computations
+    must save the same tensors for the backward pass, so `track_running_stats` stays.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     counts = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -95,7 +95,7 @@ def create_schedule(
 class ExponentialMovingAverage:
     """The moving average of a model's weights and statistics, sharded like the model.
 
-    The decay is (1 + n) / (10 + n) at step n until it reaches its value. So short runs forget their first weights.
+    The decay is (1 + n) / (10 + n) at step n until it reaches `decay`. Short runs thus forget their first weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -104,28 +104,28 @@ class ExponentialMovingAverage:
 
     @staticmethod
     def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-        """Return weights and statistics. Of sharded tensors, return the shard of this process."""
+        """Return weights and statistics. For sharded tensors, return the shard of this process."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass leaves the outermost weights whole for the backward pass
+                module.reshard()  # a forward pass leaves the outermost weights gathered for the backward pass
         tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Update the averages after an optimizer step, with its number."""
+        """Update the averages after an optimizer step. `step` is its number."""
         update_averages = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         update_averages(self.averages, self.tensors_of(model), None)
 
     def broadcast_statistics(self, model: nn.Module) -> None:
-        """Broadcast the main process's statistics and their averages. Each process has those of its own images."""
+        """Broadcast the main process's statistics and their averages. Each process computed them from other images."""
         statistics = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
         if statistics:
             broadcast([statistics, self.averages[-len(statistics) :]])
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """The model with the averages as its weights."""
+        """Swap the averages into the model for the duration of the block."""
         self.swap(model)
         try:
             yield

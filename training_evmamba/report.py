@@ -54,15 +54,15 @@ def describe_training(
     num_images = data.training.num_images or data.images_per_epoch
     sentences = [
         f"{start} on {num_images:,} images of {len(data.class_names)} classes, in {progress.step:,} steps "
-        f"of {recipe.batch_size} images ({recipe.epochs:g} epochs), by `evmamba train`. The weights are the moving "
-        f"average of those of the steps."
+        f"of {recipe.batch_size} images ({recipe.epochs:g} epochs), with `evmamba train`. The weights are a moving "
+        f"average over the steps."
     ]
     if progress.unreadable:
         sentences.append(f"{len(progress.unreadable)} images could not be read and were skipped.")
     if results is not None:
         sentences.append(
-            f"On {results['images']:,} images that were held out, {results['top1']:.2%} are recognized (top-1), "
-            f"{results['top5']:.2%} are among the five most likely; the loss is {results['loss']:.4f}."
+            f"On {results['images']:,} held-out images, the top-1 accuracy is {results['top1']:.2%}, the top-5 "
+            f"accuracy is {results['top5']:.2%}, and the loss is {results['loss']:.4f}."
         )
     parts = [
         *([recipe.about_data.strip()] if recipe.about_data else []),
@@ -85,7 +85,7 @@ def create_card(
     """Return the card of a trained model.
 
     Args:
-        recipe, progress, model, data: Those of the run.
+        recipe, progress, model, data: Recipe, progress, model and data of the run.
         results: Results of the evaluation. None without validation images.
         name: Name of the model in the card if the recipe gives none.
     """

@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, its recipe and its log. One run at a time owns it."""
+"""The directory of a run: its lock, its recipe and its log. It belongs to one run at a time."""
 
 import json
 from collections.abc import Iterator
@@ -36,14 +36,14 @@ class RunFolder:
             UserError: On all processes, if another run owns the directory or it cannot be written.
         """
         if self.path.is_file():
-            raise UserError(f"{self.path} is a file, --output-dir is the folder of the run")
+            raise UserError(f"{self.path} is a file: --output-dir takes a directory")
         lock, is_new, problem = FileLock(self.lock_file, timeout=0), not self.path.exists(), None
         if accelerator.is_main_process:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout:
-                problem = f"another run writes to {self.path}: wait for its end, or choose another --output-dir"
+                problem = f"another run writes to {self.path}: wait until it ends, or choose another --output-dir"
             except OSError as error:
                 problem = f"{self.path} cannot be written: {error}"
         if problem := gather_problem(problem):
@@ -52,27 +52,27 @@ class RunFolder:
             yield
         finally:
             if accelerator.is_main_process:
-                with suppress(OSError):  # of Windows, where releasing removes it
+                with suppress(OSError):  # on Windows, releasing the lock removes its file
                     self.lock_file.unlink()
                 lock.release()
                 if is_new:
-                    with suppress(OSError):  # of a folder that the run has written to
+                    with suppress(OSError):  # the run has written to the directory
                         self.path.rmdir()
 
     def read_recipe(self, resume: bool) -> Recipe | None:
         """Return the recipe of the run in the directory, or None if there is no run.
 
         Raises:
-            UserError: If the directory holds something else, or a run and `resume` is false.
+            UserError: If the directory holds other files, or if it holds a run and `resume` is false.
         """
         if not self.recipe_file.is_file():
             written = {each.name for each in self.path.iterdir()} if self.path.exists() else set()
             if written - {self.lock_file.name, partial_name(self.recipe_file)}:
-                raise UserError(f"{self.path} holds files that are of no run: choose another --output-dir")
+                raise UserError(f"{self.path} holds files that do not belong to a run: choose another --output-dir")
             return None
         if not resume:
-            raise UserError(f"{self.path} holds a run: go on with it by --resume auto, or choose another --output-dir")
-        # recipes from before the field was there are of runs that Pillow augmented
+            raise UserError(f"{self.path} holds a run: resume it with --resume auto, or choose another --output-dir")
+        # recipes without this field are older than the choice: Pillow augmented their runs
         return create_recipe({"augmentation_library": "pillow", **read_values(str(self.recipe_file))})
 
     def check_same_recipe(self, saved: Recipe, recipe: Recipe) -> None:
@@ -80,7 +80,8 @@ class RunFolder:
         if changes:
             listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
             raise UserError(
-                f"{self.path} is a run with another recipe ({listed}): go on with the same, or start anew elsewhere"
+                f"{self.path} holds a run with another recipe ({listed}): resume with the same recipe, or choose "
+                "another --output-dir"
             )
 
     def begin(self, recipe: Recipe, step: int) -> None:

@@ -52,21 +52,21 @@ from training_evmamba.report import create_card, draw_curves
 from training_evmamba.run_folder import RunFolder
 
 
-WORKER_DIED = "DataLoader worker"  # how PyTorch's messages begin
+WORKER_DIED = "DataLoader worker"  # the start of PyTorch's messages
 
 
 class TrainingRun:
     """A training run, from its recipe or its last checkpoint to the model.
 
-    Its folder gets `model/` in the end, which `from_pretrained` loads and `evmamba push` uploads.
+    At the end, its directory gets `model/`, which `from_pretrained` loads and `evmamba push` uploads.
 
     Args:
         recipe: Values of the run.
-        output_dir: New or empty. With `resume`, it may hold the run.
+        output_dir: A new or empty directory. With `resume`, it may hold the run.
         resume: Resume from the last checkpoint, if there is one.
 
     Raises:
-        UserError: for all that a user can mend, here and in `train`. What the run has saved stays.
+        UserError: If recipe, data, machine or directory do not allow the run, here and in `train`. Checkpoints stay.
     """
 
     def __init__(self, recipe: Recipe, output_dir: Path, *, resume: bool):
@@ -119,13 +119,13 @@ class TrainingRun:
         recipe, accelerator = self.recipe, self.accelerator
         freeze(model, recipe)
         if recipe.gradient_checkpointing:
-            # torch.compile takes no contexts, and computes statistics once by itself
+            # torch.compile supports no contexts, and updates the statistics once without them
             contexts = {} if recipe.compile else {"context_fn": lambda: (nullcontext(), no_statistics_updates(model))}
             model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
-        # of DDP, about strides of sides of length 1; of FSDP, about views, which nothing changes in place; of the
-        # schedule, about the step that the loss scaling replaces
+        # Three warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but
+        # nothing changes them in place. The schedule warns about the step that loss scaling wraps.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         warnings.filterwarnings("ignore", ".*optimizer.step.* has been overridden")
@@ -133,8 +133,8 @@ class TrainingRun:
             self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
         except ValueError as error:
             raise UserError(
-                f"accelerate cannot prepare the network: {error} With FSDP, --fsdp_transformer_layer_cls_to_wrap "
-                "names the classes of its blocks"
+                f"accelerate cannot prepare the network: {error} With FSDP, name the classes of its blocks in "
+                "--fsdp_transformer_layer_cls_to_wrap"
             ) from error
         self.state = TrainingState(
             model=self.unwrapped_model,
@@ -171,8 +171,8 @@ class TrainingRun:
             )
         if saved.num_processes != fresh.num_processes:
             raise UserError(
-                f"the run has used {saved.num_processes} processes, now there are {fresh.num_processes}: their "
-                "random numbers would be others. Go on with as many"
+                f"the run has used {saved.num_processes} processes, now there are {fresh.num_processes}: resume with "
+                f"{saved.num_processes}, because the random numbers depend on their number"
             )
         self.checkpoints.load(checkpoint, self.state)
 
@@ -188,7 +188,7 @@ class TrainingRun:
             "images": self.num_images_seen,
             "epoch": round(self.num_images_seen / self.data.images_per_epoch, 4),
         }
-        finite = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON knows no others
+        finite = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no NaN
         try:
             self.accelerator.log(finite, step=self.progress.step)
             if self.accelerator.is_main_process:
@@ -200,10 +200,10 @@ class TrainingRun:
         self.callback.on_log(record)
 
     def describe_last_checkpoint(self) -> str:
-        """Describe the last checkpoint, for messages about the end of a run."""
+        """Return a sentence about the last checkpoint, for error messages."""
         saved = self.checkpoints.list()
         return (
-            f"The last checkpoint is {saved[-1]}: --resume auto goes on from it"
+            f"The last checkpoint is {saved[-1]}: resume from it with --resume auto"
             if saved
             else "There is no checkpoint yet"
         )
@@ -224,12 +224,12 @@ class TrainingRun:
                 results = self.training_loop()
                 self.export(results)
                 self.accelerator.end_training()
-        except RuntimeError as error:  # PyTorch raises it wherever the run is when a process of a loader dies
+        except RuntimeError as error:  # PyTorch raises it anywhere in the run if a worker of a loader dies
             if not str(error).startswith(WORKER_DIED):
                 raise
             raise UserError(
-                "a process that reads images was killed, as a system does that runs out of memory (fewer "
-                f"--num-workers need less): {str(error).rstrip(' .')}. {self.describe_last_checkpoint()}"
+                "a process that reads images was killed, probably because memory ran out, use fewer --num-workers: "
+                f"{str(error).rstrip(' .')}. {self.describe_last_checkpoint()}"
             ) from error
         return results
 
@@ -275,13 +275,13 @@ class TrainingRun:
                 self.checkpoints.save(self.state, self.accelerator.is_main_process)
                 self.accelerator.wait_for_everyone()
                 metrics = StepMetrics()  # the time was not spent on training
-        return results or self.evaluate()  # of a run that was complete already
+        return results or self.evaluate()  # a run that was already complete
 
     def training_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """Run one optimizer step. Return this process's loss, the gradient norm, and the unreadable images."""
         recipe, accelerator = self.recipe, self.accelerator
         step, process = self.progress.step, accelerator.process_index
-        # a run that goes on in the middle draws what an unbroken one draws
+        # a resumed run draws the same numbers as an uninterrupted one
         torch.manual_seed(create_rng(recipe.seed, STOCHASTIC_DEPTH, step, process).integers(2**63).item())
         losses, norm, unreadable = [], None, []
         for micro_batch in range(recipe.gradient_accumulation_steps):
@@ -294,7 +294,7 @@ class TrainingRun:
                 create_rng(recipe.seed, MIXING, *place),
             )
             with accelerator.accumulate(self.model):
-                with accelerator.autocast():  # which accelerate does for us only without FSDP
+                with accelerator.autocast():  # accelerate enters it only without FSDP
                     logits = self.model(pixel_values).logits.float()
                 loss = F.cross_entropy(logits, targets)
                 losses.append(loss.detach())
@@ -328,7 +328,7 @@ class TrainingRun:
             {
                 "loss": losses.mean().item(),
                 "learning_rate": self.optimizer.param_groups[-1]["lr"],
-                "gradient_norm": norms[norms.isfinite()].mean().item(),  # loss scaling skips steps with others
+                "gradient_norm": norms[norms.isfinite()].mean().item(),  # loss scaling skips the other steps
                 "images_per_second": len(losses) * self.recipe.batch_size / seconds,
             }
         )
@@ -338,13 +338,13 @@ class TrainingRun:
             raise UserError(f"{batch.error}. {self.describe_last_checkpoint()}")
         if batch.unreadable and self.recipe.on_unreadable == "stop":
             raise UserError(
-                f"{batch.unreadable[0]}. {self.describe_last_checkpoint()}; "
-                "--on-unreadable skip goes on without the image"
+                f"{batch.unreadable[0]}: replace the image, or skip it with --on-unreadable skip. "
+                f"{self.describe_last_checkpoint()}"
             )
         return batch
 
     def report_unreadable(self, names: list[str]) -> None:
-        """Record the unreadable images of all processes, and report the new ones."""
+        """Record the unreadable images of all processes, and report new ones."""
         names = set(gather_object(names)) - set(self.progress.unreadable)
         for name in sorted(names):
             self.callback.on_unreadable(name)
@@ -355,7 +355,7 @@ class TrainingRun:
         """Evaluate the averaged weights on the validation images. Each image counts once.
 
         Returns:
-            images, top1, top5 and loss; None without validation images.
+            `images`, `top1`, `top5` and `loss`, or None without validation images.
         """
         if self.data.validation is None:
             return None
@@ -367,7 +367,7 @@ class TrainingRun:
         self.callback.on_evaluate_begin(self.data.validation.num_images)
         with self.state.ema.applied_to(model):
             model.eval()
-            # weights that are spread over the processes need all of them, also those whose images are through
+            # sharded weights need every process, even one that has no images left
             while any(gather_object([(batch := next_batch(batches)) is not None])):
                 batch = EMPTY_BATCH if batch is None else self.check_batch(batch)
                 size = (3, self.recipe.image_size, self.recipe.image_size)
@@ -384,7 +384,7 @@ class TrainingRun:
         set_training_mode(self.model, self.recipe)
         self.report_unreadable(unreadable)
         if counts.num_images == 0:
-            raise UserError(f"{self.data.validation.name} holds no image to evaluate on that can be read")
+            raise UserError(f"{self.data.validation.name} holds no readable image to evaluate on")
         return counts.summarize()
 
     def export(self, results: dict[str, float | int] | None) -> None:
@@ -410,7 +410,7 @@ def next_batch(batches: Iterator[Batch]) -> Batch | None:
     """Return the next batch of a loader, or None after the last one.
 
     Raises:
-        RuntimeError: as PyTorch does where a process of the loader dies, also when it dies while handing over a batch.
+        RuntimeError: If a worker of the loader dies, also while it hands over a batch.
     """
     try:
         return next(batches, None)
@@ -419,7 +419,7 @@ def next_batch(batches: Iterator[Batch]) -> Batch | None:
 
 
 class StepMetrics:
-    """Collects what steps measure until a log line is due."""
+    """The measurements of steps since the last log line."""
 
     def __init__(self):
         self.losses: list[torch.Tensor] = []

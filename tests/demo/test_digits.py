@@ -1,4 +1,4 @@
-"""The committed demonstration checkpoint and the example images."""
+"""The bundled model and the example images."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_accuracy_is_what_the_card_states(held_out):
     correct = count_right(held_out.images, held_out.labels)
     assert correct / 599 >= 0.99
     assert stated.metric_value == round(correct / 599, 4)
-    assert f"On 599 images that were held out, {correct / 599:.2%} are recognized (top-1)" in card.text
+    assert f"On 599 held-out images, the top-1 accuracy is {correct / 599:.2%}, the top-5" in card.text
 
     assert count_right([ImageOps.invert(image) for image in held_out.images], held_out.labels) / 599 >= 0.985
 
@@ -85,7 +85,7 @@ def test_example_is_held_out_and_read_right(classifier, held_out, digit):
 
 
 def test_pictures_of_other_kinds(classifier):
-    """Another size, a shape that is not square, colors, light on dark."""
+    """Another size, a non-square shape, colors, and light digits on dark paper."""
     with Image.open(EXAMPLES[3]) as image:
         assert predicted_label(classifier, image.resize((47, 47))) == "3"
         assert predicted_label(classifier, ImageOps.expand(image, border=(40, 0), fill=255)) == "3"

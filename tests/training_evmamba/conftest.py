@@ -1,4 +1,4 @@
-"""The runs of the tests, and both libraries that augment images."""
+"""Fixtures for training runs, and for both augmentation libraries."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What is done to an image, by our operators and by timm. timm may be missing."""
+"""The augmentation of an image, with our operators and with timm. timm may be missing."""
 
 import math
 import pickle
@@ -28,7 +28,7 @@ def transformed(library, image: Image.Image, seed: int = 0, **changes) -> torch.
 def test_an_image_is_a_function_of_the_generator(library):
     image = picture()
     before = image.tobytes()
-    np.random.standard_normal()  # which keeps a second number for later
+    np.random.standard_normal()  # which caches a second number
     with UnchangedGenerators():
         first, again, other = (transformed(library, image, seed, random_invert=0.5) for seed in (1, 1, 2))
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -94,7 +94,7 @@ def test_crops_are_spread_over_area_ratio_and_place():
     area, log_ratio = width * height / 3000**2, np.log(width / height)
     assert 0.079 < area.min() < 0.09 and 0.9 < area.max() <= 1
     assert abs(log_ratio).max() < math.log(4 / 3) + 1e-3
-    # the median of an even distribution, but for large crops of a ratio that does not fit
+    # the median of a uniform distribution, except for large crops whose ratio does not fit
     assert 0.45 < np.median(area) < 0.54
     assert abs(np.median(log_ratio)) < 0.02
     for begin, side in ((left, width), (top, height)):
@@ -117,9 +117,9 @@ def test_where_no_random_crop_fits_it_is_central(size, box):
 
 
 def test_crops_do_not_see_what_is_around_them(library):
-    """The filter of the resizing ends at the crop's border."""
+    """The filter that resizes the crop ends at its border."""
     pixels = np.zeros((40, 120, 3), dtype="uint8")
-    pixels[:, 40:80] = 255  # white, exactly where the central crop is
+    pixels[:, 40:80] = 255  # white exactly inside the central crop
     options = {**PLAIN, "image_size": (16, 16)}
     assert transformed(library, Image.fromarray(pixels), **options).min() == 1
 
@@ -151,7 +151,7 @@ def test_flips_and_negatives_are_as_frequent_as_asked(library):
 
 
 def test_operations_follow_on_the_negative(library):
-    """A negative is taken before RandAugment alters the image, after which it would be another."""
+    """Inversion precedes RandAugment, since the order changes the result."""
     image = picture(40, 30)
     options = PLAIN | {"image_size": (30, 40), "crop_ratio": (4 / 3, 4 / 3), "rand_augment": "rand-m7-n3-p1"}
     always, never = (library.transform(**options | {"random_invert": probability}) for probability in (1.0, 0.0))
@@ -194,7 +194,7 @@ def test_operations_are_as_frequent_as_asked():
     never, half, always = (RandAugment.parse(f"rand-m9-n1-p{p}") for p in ("0", "0.5", "1"))
     assert all(never(image, FILL, rng).tobytes() == image.tobytes() for _ in range(100))
     results = [always(image, FILL, rng).tobytes() for _ in range(3000)]
-    # ten operations, and five in two directions
+    # ten unsigned operations, and five signed ones
     operations = {
         apply(image, sign * 0.9, FILL).tobytes(): 1 / len(OPERATIONS) / (1 + signed)
         for apply, signed in OPERATIONS.values()
@@ -236,7 +236,7 @@ def test_notation():
     ],
 )
 def test_other_notations_are_refused(library, text):
-    with pytest.raises(ValueError, match=r"is not understood\. Accepted are 'rand' and") as error:
+    with pytest.raises(ValueError, match=r"is invalid: give 'rand' and") as error:
         library.transform(**RECIPE | {"rand_augment": text})
     assert repr(text) in str(error.value)
 
@@ -261,11 +261,11 @@ def test_other_notations_are_refused(library, text):
     ],
 )
 def test_values_out_of_range_are_refused(library, name, value):
-    with pytest.raises(ValueError, match=f"^{name} is .* accepted"):
+    with pytest.raises(ValueError, match=f"^{name} is .*: give "):
         library.transform(**RECIPE | {name: value})
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_images_of_other_modes_are_refused(library, mode):
-    with pytest.raises(ValueError, match=f"mode {mode}: RGB is accepted"):
+    with pytest.raises(ValueError, match=f"mode {mode}: convert it to RGB"):
         transformed(library, Image.new(mode, (4, 4)))

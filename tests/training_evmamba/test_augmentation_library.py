@@ -1,4 +1,4 @@
-"""Which library augments: the choice where timm can be imported, where it is missing, and where it is broken."""
+"""The choice of the augmentation library if timm can be imported, is missing, or is broken."""
 
 import re
 import shutil
@@ -21,14 +21,14 @@ from training_runs import assert_same_models, read_losses, start, train
 
 
 def take_timm_modules() -> dict:
-    """Takes out what was imported of timm, and what imports it."""
+    """Remove the modules of timm, and those that import it, from `sys.modules`. Return them."""
     names = {"timm", "torchvision", "training_evmamba.augmentation_timm"}
     return {name: sys.modules.pop(name) for name in list(sys.modules) if {name, name.split(".")[0]} & names}
 
 
 @pytest.fixture
 def forget_timm():
-    """As if nothing of timm had been imported yet, until the end of the test."""
+    """Hide earlier imports of timm until the end of the test."""
     modules = take_timm_modules()
     yield
     take_timm_modules()
@@ -37,14 +37,14 @@ def forget_timm():
 
 @pytest.fixture
 def missing_timm(forget_timm) -> str:
-    """Python refuses to import timm, as where it is not installed. Gives what it says."""
+    """Block the import of timm, as if it were not installed. Return the message."""
     sys.modules["timm.data"] = sys.modules["timm"] = None
     return "ModuleNotFoundError: import of timm"
 
 
 @pytest.fixture
 def unfit_torchvision(forget_timm, monkeypatch, tmp_path) -> str:
-    """A torchvision that was built for another PyTorch. Gives what it says."""
+    """A torchvision that was built for another PyTorch. Return its message."""
     message = "operator torchvision::nms does not exist"
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").touch()
@@ -102,7 +102,9 @@ def test_timm_is_asked_for_where_it_cannot_be_imported(problem, make_recipe):
 @pytest.mark.parametrize("library", ["auto", "timm"])
 def test_a_run_that_began_with_timm_needs_it(problem, make_recipe, library):
     recipe = make_recipe(augmentation_library=library)
-    with pytest.raises(UserError, match=f"{re.escape(problem)}.*, or start anew elsewhere: a run goes on with"):
+    with pytest.raises(
+        UserError, match=f"{re.escape(problem)}.*, or choose another --output-dir: a resumed run keeps its library"
+    ):
         choose_augmentation_library(recipe, make_recipe(augmentation_library="timm"))
 
 
@@ -121,7 +123,7 @@ def test_batches_that_timm_does_not_mix(working_timm, make_recipe):
             create_augmentation(make_recipe(**options, **alphas), 2, 5)
         create_augmentation(make_recipe(**options, **alphas), 2, 6)
         create_augmentation(make_recipe(**options | {"augmentation_library": "pillow"}, **alphas), 2, 5)
-    create_augmentation(make_recipe(**options), 2, 5)  # which mixes nothing
+    create_augmentation(make_recipe(**options), 2, 5)  # without MixUp and CutMix
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, tmp_path):
@@ -133,7 +135,7 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, t
 
 
 def test_the_library_is_said_and_saved(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "training_evmamba.augmentation_timm", None)  # as where timm is missing
+    monkeypatch.setitem(sys.modules, "training_evmamba.augmentation_timm", None)  # as if timm were missing
     recipe = make_recipe(augmentation_library="auto", epochs=1)
     said = []
     for output, resume in ((tmp_path / "run", False), (tmp_path / "run", True)):
@@ -146,7 +148,7 @@ def test_the_library_is_said_and_saved(make_recipe, tmp_path, monkeypatch):
     assert read_values(str(tmp_path / "run" / "recipe.yaml"))["augmentation_library"] == "pillow"
     text = load_card(str(tmp_path / "run" / "model")).text
     assert words in text and "augmentation_library: pillow" in text
-    with pytest.raises(UserError, match="augmented by timm, which cannot be imported"):
+    with pytest.raises(UserError, match="augments images with timm, which cannot be imported"):
         train(make_recipe(augmentation_library="timm", epochs=1), tmp_path / "timm")
     assert not (tmp_path / "timm").exists()
 
@@ -174,7 +176,7 @@ def test_timm_augments_and_a_run_goes_on_with_it(make_recipe, tmp_path):
     assert_same_models(resumed, unbroken)
     assert read_losses(resumed) == read_losses(unbroken)
 
-    # images are the same in processes of their own, and others than those of our operators
+    # worker processes make the same images, and our operators make different ones
     train(make_recipe(**options, num_workers=2), tmp_path / "workers")
     assert_same_models(tmp_path / "workers", unbroken)
     ours = make_recipe(**options | {"augmentation_library": "pillow"})

@@ -1,4 +1,4 @@
-"""Our operators make the pixels that timm makes, where timm can be imported."""
+"""Our operators make the same pixels as timm, if timm can be imported."""
 
 import random
 from functools import partial
@@ -19,9 +19,9 @@ from training_evmamba.augmentation import (
 
 @pytest.fixture
 def timm(monkeypatch):
-    """timm.data, which needs torchvision, too."""
+    """Return `timm.data`, which also needs torchvision."""
     data = import_timm()
-    # timm relies on what Pillow up to version 12 does where no bit is kept: the image becomes black
+    # timm relies on Pillow up to version 12, where an image that keeps 0 bits becomes black
     posterize = ImageOps.posterize
     monkeypatch.setattr(
         ImageOps,
@@ -33,7 +33,7 @@ def timm(monkeypatch):
 
 @pytest.fixture
 def shared_draws(monkeypatch, timm):
-    """Makes timm draw from a generator of numpy, in place of the global ones of Python, numpy and PyTorch."""
+    """Make timm draw from one NumPy generator, instead of the global ones of Python, NumPy and PyTorch."""
 
     def share(rng: np.random.Generator) -> None:
         monkeypatch.setattr(random, "random", rng.random)
@@ -45,7 +45,7 @@ def shared_draws(monkeypatch, timm):
         )
         monkeypatch.setattr(np.random, "beta", rng.beta)
         monkeypatch.setattr(np.random, "randint", lambda low, high, size: rng.integers(low, high, size=size))
-        # for the flip; what ours draws next is for the negative, which timm does not have
+        # for the flip; ours then draws for the inversion, which timm does not have
         monkeypatch.setattr(torch, "rand", lambda size: torch.tensor([rng.random(), rng.random()])[:size])
         monkeypatch.setattr(
             timm.random_erasing,
@@ -130,7 +130,7 @@ def test_mixed_batches_are_those_of_timm(timm, shared_draws, monkeypatch, alphas
     labels = torch.tensor([3, 0, 6, 3])
     for seed in range(200):
         shared_draws(rng := np.random.default_rng(seed))
-        # timm draws whether to mix at all, which it always does here, then which of the kinds where there are both
+        # timm draws whether to mix (here always), then chooses between MixUp and CutMix if both are enabled
         draws = iter([0.0, rng.random()] if all(alphas) else [0.0])
         monkeypatch.setattr(np.random, "rand", partial(next, draws))
         expected = theirs(pixel_values.clone(), labels)
@@ -142,7 +142,7 @@ def test_mixed_batches_are_those_of_timm(timm, shared_draws, monkeypatch, alphas
     "changes", [{}, {"rand_augment": "rand-m7-mstd1-inc1", "image_size": (48, 80)}, {"random_erasing": 0.0}], ids=str
 )
 def test_timm_does_what_the_authors_call_it_for(changes):
-    """In one piece and with timm's defaults where the authors' recipe says nothing."""
+    """One transform, with timm's defaults for everything that the authors' recipe leaves out."""
     timm = import_timm()
     from training_evmamba.augmentation_timm import TimmTransform, seeded
 

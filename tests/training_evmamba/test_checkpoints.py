@@ -14,7 +14,7 @@ from weights import assert_same_weights
 
 
 class Training:
-    """A model with all that a checkpoint keeps, after a number of steps on random images."""
+    """Return a training state after some steps on random images."""
 
     def __init__(self, recipe, num_steps: int):
         recipe = complete_recipe(recipe, None)
@@ -75,7 +75,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_recipe, tmp_path):
     checkpoints.save(training.state(RunProgress(step=1)), is_main_process=True)
     with torch.no_grad():
         training.model.classifier.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="the weights are not finite any more at step 2"):
+    with pytest.raises(UserError, match="the weights are no longer finite at step 2"):
         checkpoints.save(training.state(RunProgress(step=2)), is_main_process=True)
     assert os.listdir(tmp_path) == ["step-0000001"]
 
@@ -98,7 +98,7 @@ def test_damaged_checkpoints(make_recipe, tmp_path, name, damage):
         (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:40])
     else:
         (checkpoint / name).unlink()
-    with pytest.raises(UserError, match="step-0000001 is damaged, remove it to go on from the one before"):
+    with pytest.raises(UserError, match="step-0000001 is damaged, remove it to resume from the one before"):
         if name == "state.json":
             checkpoints.read_progress(checkpoint)
         else:

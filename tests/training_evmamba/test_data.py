@@ -75,7 +75,7 @@ def test_training_images_depend_on_their_place_alone(make_recipe, num_workers):
     shares = [read_batches(make_recipe(num_workers=num_workers), 8, share=Share(process, 2)) for process in range(2)]
     for whole, *parts in zip(everything, *shares, strict=True):
         assert torch.equal(whole.pixel_values, torch.cat([part.pixel_values for part in parts]))
-    # the first image comes again in the second epoch, and looks different
+    # the second epoch repeats the first image, with another augmentation
     assert not torch.equal(everything[0].pixel_values, read_batches(make_recipe(seed=1), 1)[0].pixel_values)
 
 
@@ -92,7 +92,7 @@ def test_part_of_the_training_images_is_held_out_where_there_is_no_other_split(m
 
 @pytest.fixture
 def damaged(stripes, tmp_path):
-    """The stripes, three of them unreadable."""
+    """The stripes with three unreadable images."""
     folder = tmp_path / "damaged"
     shutil.copytree(stripes, folder)
     (folder / "train" / "vertical" / "01.png").write_bytes(b"")
@@ -226,7 +226,7 @@ def test_a_label_of_no_class(make_recipe, table, tmp_path):
 
 @pytest.fixture
 def stream(hub, table, tmp_path) -> str:
-    """The id of a dataset on the Hub, of four files, with an image that cannot be read."""
+    """The id of a dataset on the Hub with four files and one unreadable image."""
     images = [{"bytes": Path(row["image"]["path"]).read_bytes()} for row in to_rows(table)]
     images[20] = {"bytes": b"no image"}
     table = datasets.Dataset.from_dict({"image": images, "label": table["label"]}, features=table.features)
@@ -263,7 +263,7 @@ def test_processes_share_a_stream(make_recipe, stream):
     pixels = [
         {image.numpy()[:, 4:12, 4:12].tobytes() for image in chain(*(b.pixel_values for b in s))} for s in shares
     ]
-    assert all(len(share) >= 15 for share in pixels)  # one stands in for another
+    assert all(len(share) >= 15 for share in pixels)  # one image replaces another
     assert pixels[0].isdisjoint(pixels[1])
 
 

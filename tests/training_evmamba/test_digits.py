@@ -1,4 +1,4 @@
-"""The handwritten digits as a folder of images."""
+"""The handwritten digits as an image folder."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_examples_are_the_committed_ones(tmp_path):
 
 
 def test_nothing_half_written(tmp_path, monkeypatch, splits):
-    """A disk that is full after some of the images."""
+    """Simulate a disk that fills up after some images."""
     save, saved = Image.Image.save, []
 
     def fail_late(image, path):

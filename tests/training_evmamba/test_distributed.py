@@ -1,4 +1,4 @@
-"""Runs of several processes, which hold copies of the weights or share them."""
+"""Runs of several processes, with replicated or sharded weights."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ from training_runs import assert_same_models, go_back, read_log, read_losses, tr
 
 @pytest.mark.slow
 def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
-    """Without a launcher, which would end those that wait for the refused one."""
+    """Start them without a launcher, which would end those that wait for the rejected one."""
     (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()))
     output = tmp_path / "run"
     output.mkdir()
@@ -50,7 +50,7 @@ def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
 
 
 def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
-    """The command, on a number of processes."""
+    """Run the command on a number of processes."""
     path = output_dir.with_suffix(".yaml")
     path.write_text(dump_recipe(recipe))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
@@ -64,7 +64,7 @@ def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subpr
 
 
 def launch_fsdp(recipe, output_dir: Path) -> None:
-    """Trains, or goes on, on two processes that share the weights."""
+    """Start or resume training on two processes that shard the weights."""
     path = output_dir.with_suffix(".yaml")
     path.write_text(dump_recipe(recipe))
     spread = ["--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
@@ -92,7 +92,7 @@ def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path)
     assert (two["top1"], two["validation_images"], two["images"]) == (one["top1"], 10, one["images"])
     assert len(read_log(tmp_path / "two")) == len(read_log(tmp_path / "one"))
 
-    # with statistics of its own, each process normalizes its half of the batch otherwise
+    # each process normalizes its half of the batch with different statistics
     train(make_recipe(drop_path_rate=0.0), tmp_path / "one_live")
     assert launch(2, make_recipe(drop_path_rate=0.0), tmp_path / "two_live").returncode == 0
     assert read_losses(tmp_path / "two_live") == pytest.approx(read_losses(tmp_path / "one_live"), rel=0.1)
@@ -151,10 +151,10 @@ def test_two_processes_that_share_the_weights_resume_to_the_same(make_recipe, tm
 @pytest.mark.parametrize(
     "distributed_type, version, efficient, message",
     [
-        (DistributedType.NO, "2", "false", "for GPUs alone, and would leave it out here"),
+        (DistributedType.NO, "2", "false", "on GPUs only, and would ignore it here"),
         (DistributedType.MULTI_GPU, "1", "false", "give accelerate --fsdp_version 2"),
         (DistributedType.MULTI_GPU, "2", "true", "give it --fsdp_cpu_ram_efficient_loading false"),
-        (DistributedType.MULTI_GPU, "2", "false", "use one of --compile and --use_fsdp"),
+        (DistributedType.MULTI_GPU, "2", "false", "use either --compile or --use_fsdp"),
     ],
 )
 def test_sharing_of_weights_that_cannot_be(

@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of a checkpoint."""
+"""Runs that start from the weights of a checkpoint."""
 
 import shutil
 

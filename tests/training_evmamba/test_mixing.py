@@ -1,4 +1,4 @@
-"""What is done to a batch, by our operators and by timm. timm may be missing."""
+"""The augmentation of a batch, with our operators and with timm. timm may be missing."""
 
 import math
 
@@ -10,7 +10,7 @@ from augmentation_cases import MIXING, UnchangedGenerators
 
 
 def distinct_batch(batch_size: int, height: int = 12, width: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image b of label b is 1 in channel b and 0 elsewhere: means over pixels are shares of images."""
+    """Image b has label b, with 1 in channel b and 0 elsewhere. Means over pixels are then fractions of images."""
     return torch.eye(batch_size)[:, :, None, None].expand(-1, -1, height, width), torch.arange(batch_size)
 
 
@@ -30,7 +30,7 @@ def test_targets_are_the_shares_of_the_images(library, batch_size, alphas):
             middle = batch_size // 2
             torch.testing.assert_close(mixed[middle], pixel_values[middle])
             torch.testing.assert_close(targets[middle], torch.eye(batch_size)[middle])
-    assert torch.equal(pixel_values, distinct_batch(batch_size)[0])  # the batch itself stays
+    assert torch.equal(pixel_values, distinct_batch(batch_size)[0])  # the input batch is unchanged
 
 
 def test_both_kinds_are_mixed_and_as_frequent_as_asked(library):
@@ -84,5 +84,5 @@ def test_mixing_keeps_the_dtype_of_images(library, dtype):
     ],
 )
 def test_settings_of_mixing_out_of_range_are_refused(library, name, value):
-    with pytest.raises(ValueError, match=f"^{name} is .* accepted"):
+    with pytest.raises(ValueError, match=f"^{name} is .*: give "):
         library.mixing(**MIXING | {name: value})

@@ -105,7 +105,7 @@ def test_the_moving_average(model):
     moved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ema.update(model, 1)
     ema.update(model, 1000)
-    kept = 2 / 11 * 0.75  # of the start: the decay of an early step is less
+    kept = 2 / 11 * 0.75  # of the first weights: the decay of an early step is lower
     with ema.applied_to(model):
         for name, average in model.state_dict().items():
             torch.testing.assert_close(average, kept * start[name] + (1 - kept) * moved[name], check_dtype=False)

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time has it, and goes on from it."""
+"""The directory of a run: one run at a time owns it, and a later run resumes from it."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_weights(make_recipe,
         old = log.stat().st_ino if log.exists() else None
         process = context.Process(target=train_in_another_process, args=(recipe, killed, True))
         process.start()
-        # until it is on its way: it begins by replacing the log, and goes on with lines
+        # wait for progress: the run first replaces the log, then adds lines
         while process.is_alive() and (not log.exists() or log.stat().st_ino == old or not log.stat().st_size):
             time.sleep(0.001)
         if number < 6:
@@ -54,12 +54,12 @@ def test_a_folder_is_of_one_run_at_a_time(make_recipe, tmp_path):
     run = start(make_recipe(), output)
     written = read_values(str(output / "recipe.yaml"))
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"another run writes to .*run: wait for its end, or choose another"):
+        with pytest.raises(UserError, match=r"another run writes to .*run: wait until it ends, or choose another"):
             train(make_recipe(learning_rate=1e-3), output, resume=resume)
     assert read_values(str(output / "recipe.yaml")) == written
     run.train()
     assert not list(output.rglob(".*"))
-    (output / ".lock").touch()  # as a run leaves it that is killed
+    (output / ".lock").touch()  # as a killed run leaves it
     train(make_recipe(), output, resume=True)
     assert not list(output.rglob(".*"))
 
@@ -76,7 +76,7 @@ def test_resuming_needs_the_same_recipe_and_data(make_recipe, stripes, tmp_path)
     shutil.copytree(stripes, images)
     output = tmp_path / "run"
     train(make_recipe(dataset=str(images)), output)
-    with pytest.raises(UserError, match="holds a run: go on with it by --resume auto"):
+    with pytest.raises(UserError, match="holds a run: resume it with --resume auto"):
         train(make_recipe(dataset=str(images)), output)
     with pytest.raises(UserError, match=r"another recipe .*learning_rate was 0.003, is 0.001"):
         train(make_recipe(dataset=str(images), learning_rate=1e-3), output, resume=True)
@@ -87,7 +87,7 @@ def test_resuming_needs_the_same_recipe_and_data(make_recipe, stripes, tmp_path)
 
 def test_refuses_a_folder_with_other_files(make_recipe, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"thesis\.tex is a file, --output-dir is the folder of the run"):
+    with pytest.raises(UserError, match=r"thesis\.tex is a file: --output-dir takes a directory"):
         train(make_recipe(), tmp_path / "thesis.tex")
-    with pytest.raises(UserError, match="holds files that are of no run"):
+    with pytest.raises(UserError, match="holds files that do not belong to a run"):
         train(make_recipe(), tmp_path)

@@ -1,4 +1,4 @@
-"""Trains by accelerate's FSDP on CPUs, or goes on. A test gives it to `accelerate launch`, with recipe and folder."""
+"""Start or resume training with FSDP on CPUs. A test runs it with `accelerate launch`, a recipe and a directory."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from training_evmamba.trainer import TrainingRun
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Every weight is spread over both processes, and each block gathers its own."""
+    """Check that both processes shard every weight, and that each block gathers its own weights."""
     for name, weight in model.named_parameters():
         assert isinstance(weight, DTensor), name
         assert weight.placements == (Shard(0),), name
@@ -24,7 +24,7 @@ def check_sharding(model: nn.Module) -> None:
 
 
 def main(recipe: Path, output_dir: Path) -> None:
-    # accelerate asks for nothing else before it takes the processes for ones that FSDP is for
+    # this alone makes accelerate use FSDP
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     run = TrainingRun(create_recipe(read_values(str(recipe))), output_dir, resume=True)
     check_sharding(run.model)
