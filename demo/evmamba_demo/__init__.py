@@ -1,1 +1,1 @@
-"""The demonstration: what EfficientVMamba sees in an image and how, as functions and as a web page on top of them."""
+"""The demo: functions that explain a classification of EfficientVMamba, and a web page that shows them."""

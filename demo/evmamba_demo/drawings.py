@@ -1,4 +1,4 @@
-"""Draws maps and paths over what the network sees."""
+"""Drawings of maps and paths over the input image of the network."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 VIEW_SIDE = 448  # small images are enlarged to about this many pixels, by a whole factor
 
-FOR, AGAINST, REACH = (213, 94, 0), (0, 114, 178), (230, 159, 0)  # told apart by color-blind eyes (Okabe and Ito)
+FOR, AGAINST, REACH = (213, 94, 0), (0, 114, 178), (230, 159, 0)  # distinct for color-blind readers (Okabe and Ito)
 GROUP_COLORS = {"orange": (230, 159, 0), "blue": (86, 180, 233), "green": (0, 158, 115), "pink": (204, 121, 167)}
 
 DECADES = 4  # of influence, from the strongest pixel down, that a receptive field shows
@@ -54,10 +54,10 @@ def draw_scan(
     """Draws the paths of the groups over the picture, up to a fraction of their steps.
 
     Args:
-        picture: what the network sees.
+        picture: Input image of the network.
         paths: (row, column) pairs (N, 2) on a map of height x width cells, per group.
-        height, width: of the map.
-        progress: fraction of the steps to draw, from 0 to 1.
+        height, width: Sides of the map.
+        progress: Fraction of the steps to draw, from 0 to 1.
     """
     picture = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "black"), 0.5)
     draw = ImageDraw.Draw(picture)

@@ -1,4 +1,4 @@
-"""Explains a classification by the network itself: activation maps, scan paths and receptive fields.
+"""Explanations of a classification: activation maps, scan paths and receptive fields.
 
 Stages count from 1; stage 0 is the patch embedding. Images are batches of one, from an image processor.
 """

@@ -1,4 +1,4 @@
-"""The web page: a picture and what the network sees in it. Every function is an endpoint too."""
+"""The web page: a picture, its classification, and explanations. Every function is also an endpoint."""
 
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
@@ -24,7 +24,7 @@ MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 64  # requests in the queue; Gradio rejects further ones
 MAX_RUNNING = 2  # forward passes at a time; each one uses all cores
 CACHE_SECONDS = 3600  # uploads and pictures older than this are deleted
-PANEL_WIDTH = 220  # of "Look inside", at least, in pixels: three fit side by side on a laptop
+PANEL_WIDTH = 220  # minimum width of a panel of "Look inside" in pixels: three fit side by side on a laptop
 
 NO_PICTURE = "Give a picture first: upload, paste, photograph or draw one, or click an example."
 
@@ -70,7 +70,7 @@ def find_upload(payload: ImageData | None, folder: str) -> str | None:
 
 
 def guard_drawing(drawing: gr.Sketchpad) -> None:
-    """Makes a drawing reject files that were not uploaded, as `find_upload` does for a picture."""
+    """A drawing that rejects files that were not uploaded, as `find_upload` does for a picture."""
     preprocess = drawing.preprocess
 
     def check_and_preprocess(payload: EditorData | None) -> dict | None:
@@ -83,7 +83,7 @@ def guard_drawing(drawing: gr.Sketchpad) -> None:
 
 
 def own_file(view: Image.Image) -> Image.Image:
-    """Gives a picture a file of its own. Gradio would rewrite the file of equal pictures while others read it."""
+    """Save a picture to a separate file. Gradio would rewrite the file of equal pictures while others read it."""
     view.info["id"] = uuid4().hex
     return view
 
@@ -381,7 +381,7 @@ def create_app(models: Models) -> gr.Blocks:
         picked = field.select(pick_place, field, [across, down], api_visibility="private")
 
         def follow(function: Callable, triggers: list, after: list, inputs: list, outputs: list) -> None:
-            """Calls a function at events, for which it is an endpoint of its name, and after other functions."""
+            """Call a function at events and after other functions. It is also an endpoint of its name."""
             gr.on(
                 triggers,
                 function,
@@ -436,18 +436,18 @@ def create_app(models: Models) -> gr.Blocks:
 
 
 def launch(models: list[str], allow_any: bool, host: str | None, port: int | None) -> None:
-    """Shows models until it is stopped.
+    """Serve the page until it is stopped.
 
     Args:
-        models: directories and Hub ids. The first is shown, the others are offered for comparison.
-        allow_any: whether visitors may name other models.
-        host, port: where to listen; None for Gradio's environment variables or defaults.
+        models: Directories and Hub ids. The page shows the first, and offers the others for comparison.
+        allow_any: Whether visitors may name other models.
+        host, port: Address to listen on. None takes Gradio's environment variables or defaults.
 
     Raises:
         UserError: If a model cannot be shown or the port is taken.
     """
     shown = Models(models, allow_any)
-    predict(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels before the first visitor comes
+    predict(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels before the first request
     app = create_app(shown)
     try:
         app.launch(

@@ -45,9 +45,9 @@ class Models:
     """Classifiers by name, loaded on first use.
 
     Args:
-        models: directories and Hub ids. The first is shown.
-        allow_any: whether visitors may name other directories and Hub ids.
-        device: as `load_classifier` takes it.
+        models: Directories and Hub ids. The demo shows the first.
+        allow_any: Whether visitors may name other directories and Hub ids.
+        device: Device, as in `load_classifier`.
     """
 
     def __init__(self, models: list[str], allow_any: bool, device: str = "auto"):
@@ -71,7 +71,7 @@ class Models:
         """
         if name not in self.places and not self.allow_any:
             raise UserError(f"{name!r} is not among the models of this demonstration: {', '.join(self.names)}")
-        with self.lock:  # one download and one copy, however many ask for it
+        with self.lock:  # concurrent requests share one download and one copy
             return self.load_place(self.places.get(name, name))
 
 
@@ -94,7 +94,7 @@ def predict(classifier: ImageClassificationPipeline, image: Image.Image) -> Pred
     """Returns the most likely labels of an image and the time of the forward pass, without reading and scaling."""
     inputs = classifier.preprocess(image)
     start = time.perf_counter()
-    outputs = classifier.forward(inputs)  # on the CPU, so that the device is done
+    outputs = classifier.forward(inputs)  # the copy to the CPU waits for the device
     milliseconds = 1000 * (time.perf_counter() - start)
     predictions = classifier.postprocess(outputs, top_k=TOP_K)
     return Prediction(

@@ -1,4 +1,4 @@
-"""The demo as a Space: what `push-space` would upload, in a directory of its own, started by its `app.py`."""
+"""The demo as a Space: the files that `push-space` uploads, in a new directory, started by their `app.py`."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def space_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def python(space_folder, tmp_path_factory) -> Path:
-    """The Python of an environment with what the Space's requirements.txt names, and nothing of the repository."""
+    """The Python of an environment with the Space's requirements.txt alone, without the repository."""
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment)
     requirements = (space_folder / "requirements.txt").read_text().split()
@@ -55,7 +55,7 @@ def python(space_folder, tmp_path_factory) -> Path:
 
 @contextmanager
 def run_space(python: Path, folder: Path, model: Path, uploads: Path, **settings: str) -> Iterator[Space]:
-    """Runs a Space that shows a model, with settings as environment variables."""
+    """Run a Space that shows a model, with environment variables as settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,7 +74,7 @@ def run_space(python: Path, folder: Path, model: Path, uploads: Path, **settings
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 300  # for compiling the kernels on busy cores
+        deadline = time.monotonic() + 300  # enough to compile the kernels on busy cores
         while True:
             try:
                 if httpx.get(url, timeout=10).status_code == 200:
@@ -99,7 +99,7 @@ def space(python, space_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photograph_space(python, space_folder, tmp_path_factory):
-    """A Space as the Hub runs it, with a network of ImageNet's classes that has fresh weights."""
+    """A Space as the Hub runs it, with ImageNet's classes and fresh weights."""
     model = tmp_path_factory.mktemp("models") / "photographs"
     id2label = dict(enumerate(load_labels()))
     torch.manual_seed(0)

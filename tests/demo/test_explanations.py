@@ -1,4 +1,4 @@
-"""Properties that the explanations must have, on the bundled model and on a network with fresh weights."""
+"""Properties of the explanations, on the bundled model and on a network with fresh weights."""
 
 import copy
 
@@ -33,7 +33,7 @@ def fresh_model() -> EfficientVMambaForImageClassification:
 
 @pytest.fixture(scope="module")
 def pixel_values() -> torch.Tensor:
-    return torch.randn(1, 3, 90, 70, generator=torch.Generator().manual_seed(0))  # sides that are odd in some stage
+    return torch.randn(1, 3, 90, 70, generator=torch.Generator().manual_seed(0))  # odd in some stage
 
 
 @pytest.mark.parametrize("which", ["model", "fresh_model"])
@@ -54,7 +54,7 @@ def test_the_map_of_the_last_stage_is_the_exact_one(model, pixel_values):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_grad_cam_agrees_with_finite_differences(model, pixel_values, stage):
-    """Its channel weights are derivatives of the logit: adding a constant to a channel changes it accordingly."""
+    """Its channel weights are derivatives of the logit. A constant on a channel changes the logit likewise."""
     label, channel, step = 3, 5, 1e-5
     model, pixel_values = copy.deepcopy(model).double(), pixel_values.double()
     stages = model.efficientvmamba.encoder.stages
@@ -103,7 +103,7 @@ def test_scan_paths_have_the_order_of_the_paper():
 
 
 def test_the_patch_embedding_sees_one_patch(model, pixel_values):
-    """A convolution without overlap: influence is inside the patch of the cell and nowhere else."""
+    """In a convolution without overlap, only pixels of the cell's patch have influence."""
     field = effective_receptive_field(model, pixel_values, stage=0, row=4, column=7)
     patch = model.config.patch_size
     rows, columns = torch.nonzero(field, as_tuple=True)
@@ -117,7 +117,7 @@ def test_the_first_stage_sees_the_whole_image(model, pixel_values):
     height, width = hidden_states[1].shape[2:]
     field = effective_receptive_field(model, pixel_values, stage=1, row=height - 1, column=width - 1)
     assert (field > 0).float().mean() > 0.99
-    assert field[: field.shape[0] // 2].max() < field.max()  # and its own neighbourhood best
+    assert field[: field.shape[0] // 2].max() < field.max()  # and its neighborhood most
 
 
 def test_a_receptive_field_is_the_derivative(model, pixel_values):

@@ -1,4 +1,4 @@
-"""The pages of the running Space in headless Chromium. Screenshots of what was tested go to `.cache/screenshots`."""
+"""The pages of the running Space in headless Chromium. Screenshots go to `.cache/screenshots`."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ FLAGS = [
     "--disable-quic",
 ]
 
-expect.set_options(timeout=30_000)  # the first visitor of a slow machine
+expect.set_options(timeout=30_000)  # enough for the first visit on a slow machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (Debian, Ubuntu)")
 
@@ -38,7 +38,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, space):
-    """Opens the page; whatever it loads must come from the Space itself."""
+    """Open the page. All that it loads must come from the Space."""
     contexts, addresses = [], set()
 
     def open_page(width: int = 1280, height: int = 1000, dark: bool = False) -> Page:
@@ -66,15 +66,15 @@ def upload(page: Page, path: Path) -> None:
 
 
 def save_screenshot(page: Page, name: str) -> None:
-    page.wait_for_timeout(1500)  # so that what changed last is drawn
+    page.wait_for_timeout(1500)  # until the last change is drawn
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
 def settle(page: Page) -> None:
-    """Waits until nothing is being computed."""
+    """Wait until all computations end."""
     trackers = "[...document.querySelectorAll('[data-testid=status-tracker]')]"
-    page.wait_for_timeout(300)  # what was just done has to reach the page's program first
+    page.wait_for_timeout(300)  # until the last action reaches the page's program
     page.wait_for_function(f"{trackers}.every(each => each.classList.contains('hide'))", timeout=30_000)
 
 
@@ -83,7 +83,7 @@ def open_tab(page: Page, name: str) -> None:
 
 
 def open_narrow_tab(page: Page, name: str) -> None:
-    """On a narrow page, tabs that do not fit are in a menu."""
+    """On a narrow page, a menu holds the tabs that do not fit."""
     tab = page.locator(f"button[role=tab]:visible:has-text('{name}')")
     if tab.count() == 0:
         page.locator(".overflow-menu > button:visible").first.click()
@@ -186,7 +186,7 @@ def test_an_error_is_shown_and_the_next_picture_works(open_page, tmp_path):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_no_half_of_the_page_is_empty(open_page, dark):
-    """The first example is classified at the start, and the panels stand side by side."""
+    """The page classifies the first example at the start. The panels are side by side."""
     page = open_page(dark=dark)
     for shown in ("#picture img", "#preview img"):
         expect(page.locator(shown)).to_be_visible()

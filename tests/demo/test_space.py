@@ -1,4 +1,4 @@
-"""The endpoints of the running Space through `gradio_client`, and what it refuses."""
+"""The endpoints of the running Space through `gradio_client`, and rejected input."""
 
 import configparser
 import contextlib
@@ -40,7 +40,7 @@ def classify(client: Client, path: Path) -> list[str]:
     return [entry["label"] for entry in labels["confidences"]]
 
 
-# The program of the Space without its server. Prints as JSON where its modules lie, and what else could be imported.
+# The program of the Space without its server. It prints the paths of its modules, and other importable packages.
 ORIGINS = """
 import json, sys
 from importlib.metadata import distributions
@@ -157,7 +157,7 @@ def test_long_images_keep_their_middle(tmp_path):
 
 
 def png(width: int, height: int) -> bytes:
-    """A small file that claims to hold a large image."""
+    """Return a small file whose header states a large image."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -194,7 +194,7 @@ def test_large_uploads_are_refused(client, space, tmp_path):
 
 
 def call(space, endpoint: str, data: list) -> str:
-    """The raw answer of an endpoint, without the client's manners."""
+    """Return the raw response of an endpoint, without the client's processing."""
     answer = httpx.post(f"{space.url}/gradio_api/call/{endpoint}", json={"data": data}, timeout=60)
     if answer.status_code != 200:
         return f"event: error {answer.text}"
@@ -216,7 +216,7 @@ def test_files_outside_the_upload_cache_cannot_be_read(space, tmp_path):
 
 
 def test_drawings_cannot_name_files(space, tmp_path):
-    """The page's own function behind the button under the drawing, called as the page calls it."""
+    """Call the function of the button under the drawing, as the page does."""
     secret = tmp_path / "secret.png"
     secret.write_bytes(EXAMPLE.read_bytes())
     functions = httpx.get(f"{space.url}/config", timeout=60).json()["dependencies"]
@@ -252,7 +252,7 @@ def test_models_that_may_be_loaded(tmp_path):
 
 
 def resident(pid: int) -> int:
-    """Memory of a process in MB."""
+    """Return the memory of a process in MB."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) // 1024
 
