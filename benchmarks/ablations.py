@@ -36,9 +36,9 @@ MARGIN = 5  # pixels between wires and border
 BAR_WIDTH = 3
 NUM_WIRES = 4
 NUM_CUT = 2
-NUM_KNOTS = 4  # of a wire, straight between them
-SPACING = 9  # pixels between neighboring wires, at least
-EVENNESS = 6.0  # how evenly the other pixels are shared between wires: concentration of a Dirichlet distribution
+NUM_KNOTS = 4  # of a wire, which is straight between them
+SPACING = 9  # minimum number of pixels between neighboring wires
+EVENNESS = 6.0  # concentration of the Dirichlet distribution that shares the other pixels between wires
 CUT_LENGTH = 9
 CUT_RANGE = (0.2, 0.9)  # of the width
 MARK_RADIUS = 2.5
@@ -159,7 +159,7 @@ def create_model(network: Network) -> EfficientVMambaForImageClassification:
         block_types=network.block_types,
         state_size=8,
         drop_path_rate=0.0,
-        initializer_range=0.1,  # with the default of 0.02, so narrow a network takes long to start learning
+        initializer_range=0.1,  # with the default of 0.02, a network this narrow takes long to start learning
         num_labels=2,
     )
     model = EfficientVMambaForImageClassification(config)

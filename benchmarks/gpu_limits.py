@@ -69,7 +69,7 @@ def measure_limits(device: torch.device) -> Limits:
         "copy": lambda: target.copy_(source),
         "exponentials": lambda: exponentials_kernel[(num_blocks,)](values, EXPONENTIALS_PER_LANE, BLOCK, num_warps=4),
     }
-    with torch.cuda.device(device):  # on which Triton launches
+    with torch.cuda.device(device):  # Triton launches on the current device
         seconds = median_times(methods, REPEATS, "limits of the device")
     return Limits(
         bytes_per_second=2 * COPIED_BYTES / seconds["copy"],

@@ -28,7 +28,7 @@ error_console = Console(stderr=True, highlight=False)
 
 RESULTS_DIR = Path(__file__).parent / "results"
 WARM_UP_ROUNDS = 2  # the first call compiles
-CALLS_PER_ROUND = 3  # after one that is not timed: it finds caches and allocator as the method before left them
+CALLS_PER_ROUND = 3  # after one untimed call, since the previous method has changed caches and allocator
 
 
 def parse_device(text: str) -> torch.device:
@@ -49,7 +49,7 @@ def median_times(
 ) -> dict[Hashable, float]:
     """Returns the median time of a call of each method in steady state, in seconds.
 
-    Every round calls each method a few times in a row, so that a slow moment of the machine affects all methods.
+    Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods.
     """
     times = {name: [] for name in methods}
     rounds = range(WARM_UP_ROUNDS + repeats)
@@ -128,7 +128,7 @@ def write_csv(path: Path, rows: list[dict[str, object]], environment: dict[str, 
 
 
 def save_figure(draw: Callable[[], "Figure"], path: Path) -> None:
-    """Draws a figure for light and for dark pages, and saves it with `-light` and `-dark` in the name."""
+    """Draw a figure for light and for dark pages. Save it with `-light` and `-dark` in the name."""
     from matplotlib import pyplot as plt
 
     for theme, style in {"light": "default", "dark": "dark_background"}.items():

@@ -132,7 +132,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
             signature[parameter.name], constants[i,] = "constexpr", values[parameter.name]
         elif parameter.name in INTEGERS or "stride" in parameter.name:
             signature[parameter.name] = "i32"
-            if name in NORM_BLOCK_ELEMENTS and parameter.name != "num_rows":  # which alone is not specialized
+            if name in NORM_BLOCK_ELEMENTS and parameter.name != "num_rows":  # the only one that is not specialized
                 attributes[i,] = [["tt.divisibility", 16]]
         elif parameter.name == "eps":
             signature[parameter.name] = "fp32"
