@@ -14,7 +14,7 @@ hub_home = TemporaryDirectory(prefix="evmamba-hub-home-")
 os.environ |= {
     "HF_ENDPOINT": hub_server.endpoint,
     "HF_HOME": hub_home.name,
-    "HF_HUB_DISABLE_XET": "1",  # Xet has a protocol and server of its own; without it, the client speaks plain LFS
+    "HF_HUB_DISABLE_XET": "1",  # Xet has another protocol and server. Without it, the client speaks plain LFS.
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):

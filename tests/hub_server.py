@@ -117,7 +117,7 @@ class HubServer:
             server.server_close()
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, kind: str = "model", **fields) -> Repo:
-        """Create a repository with an initial commit of its owner."""
+        """Create a repository with an initial commit by its owner."""
         repo = self.repos[kind, repo_id] = Repo(repo_id.split("/")[0], **fields)
         blobs = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}
         for path, content in (files or {}).items():

@@ -1,6 +1,6 @@
 """README and the pages in docs/: their code runs, and what they name exists.
 
-Every page is followed as a reader would: its `evmamba` commands and its Python blocks run in their order, in a
+The tests follow every page as a reader would: its `evmamba` commands and its Python blocks run in their order, in a
 directory with a small model, small data and the Hub of the tests. Commands that cannot run here are parsed by the real
 program.
 `<!-- not run: reason -->` above a block leaves it out.
@@ -54,7 +54,7 @@ RESULTS = {"dataset": "imagenet/val", "top1": 0.9, "top5": 1.0, "loss": 0.3} | d
     ["dataset_id", "dataset_config", "dataset_split", "dataset_revision"]
 )
 
-# What makes a command small enough for a test.
+# Options that make a command small enough for a test.
 EXTRA_OPTIONS = {
     "train": "--epochs 1 --warmup-epochs 0 --num-workers 0 --batch-size 4 --augmentation-library pillow",
 }
@@ -112,7 +112,7 @@ COMMANDS = [command for block in BLOCKS if block.language == "" for command in f
 
 
 def find_mentions(page: Path) -> list[str]:
-    """The inline code of a page."""
+    """Return the inline code of a page."""
     return [
         child.content for token in read_tokens(page) for child in token.children or [] if child.type == "code_inline"
     ]
@@ -120,7 +120,7 @@ def find_mentions(page: Path) -> list[str]:
 
 @cache
 def list_options() -> dict[str, set[str]]:
-    """The options of every command."""
+    """Return the options of every command."""
     return {
         name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
         for name, command in PROGRAM.commands.items()
@@ -128,7 +128,7 @@ def list_options() -> dict[str, set[str]]:
 
 
 def parse_evmamba(words: list[str]) -> None:
-    """Raises what the program raises for unknown commands and options, and values that are out of bounds."""
+    """Parse a command. Raise the program's errors for unknown commands and options, and for invalid values."""
     with PROGRAM.make_context("evmamba", list(words)) as context:
         name, command, rest = PROGRAM.resolve_command(context, list(words))
         command.make_context(name, rest, parent=context)
@@ -207,7 +207,7 @@ def why_not_run(words: list[str]) -> str | None:
 
 
 def save_digits(folder: Path, names: list[str]) -> None:
-    """An image folder: the example digits, one after the other, in the classes."""
+    """Write an image folder that spreads the example digits over the classes."""
     for number, example in enumerate(find_examples()):
         path = folder / names[number % len(names)] / example.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def save_digits(folder: Path, names: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def parquet_file() -> bytes:
-    """A dataset of the example digits."""
+    """Return a dataset of the example digits."""
     names = [path.stem[-1] for path in find_examples()]
     rows = {"image": [str(path) for path in find_examples()], "label": list(range(len(names)))}
     buffer = io.BytesIO()
@@ -226,7 +226,7 @@ def parquet_file() -> bytes:
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint() -> bytes:
-    """A checkpoint of the size of the authors' smallest, with both kinds of weights."""
+    """Write a checkpoint of the authors' smallest size, with both kinds of weights."""
     buffer = io.BytesIO()
     state_dict = {name: tensor.half() for name, tensor in original_state_dict("tiny", 11).items()}
     torch.save({"state_dict": state_dict, "state_dict_ema": state_dict}, buffer)
@@ -235,7 +235,7 @@ def tiny_checkpoint() -> bytes:
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch, hub: HubServer, parquet_file, tiny_checkpoint) -> Path:
-    """The directory of a reader, who has what the pages name, and the Hub with the repositories that they name."""
+    """The directory of a reader, and the Hub, with all the files and repositories that the pages name."""
     shutil.copytree(find_bundled_model(), tmp_path / "demo" / "digits")
     shutil.copytree(find_examples()[0].parent, tmp_path / "demo" / "examples")
     shutil.copytree(find_bundled_model(), tmp_path / "efficientvmamba-tiny")
@@ -278,7 +278,7 @@ def test_a_reader_can_follow_the_page(page, desk):
                 if command.runs and why_not_run(command.words) is None:
                     run_command(desk, command.words)
         elif block.language == "python" and block.runs:
-            code = "\n" * (block.line - 1) + block.code  # so that a traceback names the line of the page
+            code = "\n" * (block.line - 1) + block.code  # a traceback then names the line of the page
             exec(compile(code, page, "exec"), namespace)
 
 
@@ -337,7 +337,7 @@ def test_versions_are_those_of_setup(page):
 
 @cache
 def read_messages() -> list[str]:
-    """The texts in the code of the packages, with `...` in place of values."""
+    """Return the strings in the code of the packages, with `...` in place of values."""
     texts = []
     for folder in ("modeling_evmamba", "kernels", "hub_scripts", "training_evmamba", "demo"):
         for path in (ROOT / folder).rglob("*.py"):

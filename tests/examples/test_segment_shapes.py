@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig
 
-# the name in `transformers` itself is a placeholder that raises where torchvision is missing (5.17)
+# the name in `transformers` itself is a placeholder that raises if torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from evmamba_demo.bundled import find_bundled_model
@@ -35,7 +35,7 @@ def test_scenes_come_from_the_seed_and_hold_every_class():
 
 
 def test_mask_lies_where_the_shapes_are():
-    """Pixels outside the shapes show the gray gradient and its noise alone."""
+    """Pixels outside the shapes show only the gray gradient and its noise."""
     for scene in segment_shapes.draw_scenes(np.random.default_rng(0), 8, (96, 96)):
         pixels = np.asarray(scene.image).astype(float)
         gradient = pixels[scene.mask == 0].reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""transformers' Trainer: training, evaluation, resuming, and the example of the README."""
+"""transformers' Trainer: training, evaluation, resuming, and the example of the documentation."""
 
 import os
 import re
@@ -127,7 +127,7 @@ def test_resumed_training_ends_at_the_same_weights(tmp_path, splits, image_proce
 
 
 def test_example_of_the_documentation(tmp_path):
-    """As it stands there, on a folder of images where the example looks for it."""
+    """The example runs unchanged, on an image folder where it expects one."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     [example] = [block for block in blocks if 'load_dataset("imagefolder"' in block]

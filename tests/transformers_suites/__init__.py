@@ -1,1 +1,1 @@
-"""transformers' own common test suites, run on this model as transformers runs them on the models it ships."""
+"""transformers' common test suites, run on this model as transformers runs them on its own models."""

@@ -1,6 +1,6 @@
-"""Fetches transformers' common test suites: its source distribution carries them, the installed package does not.
+"""Fetch transformers' common test suites from its source distribution. The installed package does not have them.
 
-The tests call this by themselves; `python tests/transformers_suites/fetch.py` does it ahead of time.
+The tests call this module. To download ahead of time, run `python tests/transformers_suites/fetch.py`.
 """
 
 import re
@@ -16,7 +16,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
 
 def fetch_suites() -> Path:
-    """The folder with the `tests/` of the installed transformers, downloaded where it is not there yet."""
+    """Return the directory with the `tests/` of the installed transformers. Download it if it is missing."""
     release = f"transformers-{version('transformers')}"
     folder = CACHE / release
     if folder.is_dir():
@@ -28,7 +28,7 @@ def fetch_suites() -> Path:
         partial = Path(temporary, release)
         extract(Path(temporary, f"{release}.tar.gz"), partial)
         try:
-            partial.rename(folder)  # at once, so that a folder of this name is always complete
+            partial.rename(folder)  # atomic, so a directory of this name is always complete
         except OSError:
             if not folder.is_dir():  # otherwise another process was faster
                 raise
@@ -52,7 +52,7 @@ def extract(archive: Path, folder: Path):
                 tests.mkdir(parents=True, exist_ok=True)
                 (tests / match[1]).write_bytes(tar.extractfile(member).read())
 
-    # the suites open these files when they are imported; empty, the two packages mean the installed transformers
+    # the suites open these files at import. Empty packages point them to the installed transformers.
     (tests / "__init__.py").touch()
     (folder / "src/transformers").mkdir(parents=True)
     (folder / "src/transformers/__init__.py").touch()

@@ -1,4 +1,4 @@
-"""What the suites import from parts of transformers' `tests/` that its source distribution leaves out."""
+"""Replacements for modules of transformers' `tests/` that its source distribution leaves out."""
 
 import copy
 
@@ -16,7 +16,7 @@ from transformers.testing_utils import (
 )
 
 
-# tests/utils/test_configuration_utils.py: every field that configurations share, with a value that is not its default
+# tests/utils/test_configuration_utils.py: a value other than the default for each common field
 config_common_kwargs = {
     "architectures": ["AnyModel"],
     "output_hidden_states": True,
@@ -31,13 +31,13 @@ config_common_kwargs = {
 
 
 class GenerationTesterMixin:
-    """tests/generation/test_utils.py: the tester of a model without `generate` must not inherit it."""
+    """tests/generation/test_utils.py. Models without `generate` must not inherit its tests."""
 
 
 class ExportTesterMixin:
-    """tests/exporters/test_export.py, of which the `torch.export` part needs no further package."""
+    """tests/exporters/test_export.py. Its part for `torch.export` needs no other package."""
 
-    # large enough to leave more than one pixel in every map: an exported graph takes sizes of 1 as constants
+    # more than one pixel in every feature map, since an exported graph treats sizes of 1 as constants
     @parameterized.expand([("static", [(2, 64, 64)]), ("dynamic", [(2, 64, 64), (3, 96, 72)])])
     @require_torch_greater_or_equal(DynamoExporter.min_versions["torch"])
     def test_torch_export(self, kind, sizes):
@@ -58,7 +58,7 @@ class ExportTesterMixin:
 
 
 def images() -> list[Image.Image]:
-    """One image of each kind that users load: color, color with transparency, gray with transparency, gray."""
+    """Return one image per kind: color, color with alpha, gray with alpha, gray."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     return [Image.fromarray(pixels).convert(mode) for mode in ("RGB", "RGBA", "LA", "L")]
 
@@ -97,7 +97,7 @@ class ImageFeatureExtractionPipelineTests:
 
 
 def __getattr__(name):
-    """The tests of the other pipelines: some versions import them all, none of them is run."""
+    """The tests of the other pipelines. Some versions import them, but none of them runs."""
     if name.endswith("PipelineTests"):
         return type(name, (), {})
     raise AttributeError(name)

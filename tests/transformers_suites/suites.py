@@ -1,4 +1,4 @@
-"""The fetched suites, importable. They take the parts that the source distribution leaves out from `missing`."""
+"""Make the fetched suites importable. `missing` replaces the parts that the source distribution leaves out."""
 
 import importlib.util
 import os
@@ -18,11 +18,11 @@ except ConnectionError as error:
     if os.environ.get("CI") == "true":
         raise
     pytest.skip(
-        f"`python tests/transformers_suites/fetch.py` has to download transformers' test suites once: {error}",
+        f"`python tests/transformers_suites/fetch.py` must download transformers' test suites once: {error}",
         allow_module_level=True,
     )
 
-# under a name of their own: this repository has a folder `tests` as well
+# under another name, since this repository also has a directory `tests`
 spec = importlib.util.spec_from_file_location("transformers_tests", folder / "tests/__init__.py")
 sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 
@@ -32,7 +32,7 @@ for module in ["exporters.test_export", "generation.test_utils", "utils.test_con
     sys.modules[f"tests.{module}"] = missing  # recent versions name the tests of pipelines by this path
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # marks that transformers' own conftest.py names
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # marks that transformers' conftest.py registers
     backbone_common = importlib.import_module("transformers_tests.test_backbone_common")
     configuration_common = importlib.import_module("transformers_tests.test_configuration_common")
     modeling_common = importlib.import_module("transformers_tests.test_modeling_common")

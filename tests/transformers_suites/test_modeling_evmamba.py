@@ -1,4 +1,4 @@
-"""The test module that a vision model has in transformers' own repository, for this one."""
+"""The test module of a vision model, as in transformers' repository."""
 
 import copy
 import tempfile
@@ -86,7 +86,7 @@ class EfficientVMambaModelTester:
         )
 
 
-# the suites look classes up by their names, and leave out what they do not find
+# the suites look up classes by name, and skip missing ones
 @mock.patch.dict(MODEL_MAPPING_NAMES, efficientvmamba="EfficientVMambaModel")
 @mock.patch.dict(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, efficientvmamba="EfficientVMambaForImageClassification")
 @mock.patch.dict(MODEL_FOR_BACKBONE_MAPPING_NAMES, efficientvmamba="EfficientVMambaBackbone")
@@ -143,7 +143,7 @@ class EfficientVMambaModelTest(ModelTesterMixin, PipelineTesterMixin, unittest.T
         pass
 
     def test_hidden_states_output(self):
-        """In place of the suite's own, which expects the states of a sequence."""
+        """Replace the suite's test, which expects hidden states of a sequence."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         asking_config = copy.deepcopy(config)
         asking_config.output_hidden_states = True
@@ -159,7 +159,7 @@ class EfficientVMambaModelTest(ModelTesterMixin, PipelineTesterMixin, unittest.T
             self.assertIsNone(model_class(config).to(torch_device).eval()(**inputs).hidden_states)
 
     def test_keep_in_fp32_modules(self):
-        """The suite of transformers 5.17 wants BatchNorm's step counters, which are integers, in half precision."""
+        """Adapt to transformers 5.17, whose suite expects BatchNorm's integer step counters in half precision."""
 
         def floating_point_state(model, *args, **kwargs):
             state = torch.nn.Module.state_dict(model, *args, **kwargs)
@@ -168,7 +168,7 @@ class EfficientVMambaModelTest(ModelTesterMixin, PipelineTesterMixin, unittest.T
         with mock.patch.object(EfficientVMambaPreTrainedModel, "state_dict", floating_point_state):
             super().test_keep_in_fp32_modules()
 
-    # the mixin runs these two only beside timm, which this model does not need
+    # the mixin runs these two only if timm is installed, which this model does not need
     def test_pipeline_image_feature_extraction(self):
         self.run_task_tests("image-feature-extraction")
 
@@ -176,7 +176,7 @@ class EfficientVMambaModelTest(ModelTesterMixin, PipelineTesterMixin, unittest.T
         self.run_task_tests("image-feature-extraction", dtype="float16")
 
     def run_pipeline_test(self, task, repo_name, model_architecture, **kwargs):
-        """Runs on a new checkpoint, not one of the Hub's, and fails where the mixin skips what it cannot load."""
+        """Run on a new checkpoint instead of one on the Hub. Fail if the mixin cannot load and skips it."""
         with (
             tempfile.TemporaryDirectory() as folder,
             mock.patch.object(pipeline_mixin, "TRANSFORMERS_TINY_MODEL_PATH", folder),

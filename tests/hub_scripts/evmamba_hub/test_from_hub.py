@@ -27,7 +27,7 @@ EXAMPLES = DIGITS.parent / "examples"
 
 @pytest.fixture
 def repo_id(hub: HubServer, tmp_path) -> str:
-    """A repository of two commits with a unique name, so that the cache holds nothing of it."""
+    """A repository of two commits. Its unique name keeps it out of the cache."""
     repo_id = f"someone/{uuid4().hex}"
     model = EfficientVMambaForImageClassification.from_pretrained(DIGITS)
     model.classifier.bias.data.fill_(1.0)

@@ -165,7 +165,7 @@ for shape in [(1, 57, 31, 100), (3, 5, 8, 33)]:
     arguments = make_arguments(*shape)
     run(arguments, arguments[0].detach())
 """
-    # PyTorch's own pool of memory would hide an access to the neighbor
+    # PyTorch's memory pool would hide an access to the neighbor
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
