@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer, make, and a network for the first run.
+# This file needs Python 3.11 or newer, and a network connection for the first run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ help:  ## Show this list.
 install: $(INSTALLED)  ## Create .venv and install the package into it.
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EfficientVMamba needs Python 3.11 or newer, and $(PYTHON) is Python %d.%d: name another one, as in make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EfficientVMamba needs Python 3.11 or newer, but $(PYTHON) is Python %d.%d: choose another one, as in make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
