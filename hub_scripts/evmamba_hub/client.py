@@ -235,7 +235,7 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
 
 
 def check_downloads(paths: Iterable[Path]) -> None:
-    """Compare files in the Hub's cache with the hashes in the names of their blobs. The client compares sizes alone.
+    """Compare files in the Hub's cache with the hashes in the names of their blobs. The client only compares sizes.
 
     Raises:
         UserError: If a file is damaged. Damaged files are removed from the cache.

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def require(*modules: str, extra: str) -> None:
-    """Import optional modules, so that a missing package is found before the work begins.
+    """Import optional modules, to find a missing package before the work begins.
 
     Args:
         modules: Import names.

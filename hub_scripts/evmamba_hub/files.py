@@ -76,5 +76,5 @@ def staged(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target} cannot be written: {error}") from error
     finally:
-        with suppress(OSError):  # where the old one cannot be put back now, the next call does it
+        with suppress(OSError):  # if the old one cannot be restored now, the next call restores it
             clean_up()

@@ -96,7 +96,7 @@ def choose_check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int
 
 
 def create_check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> torch.Tensor:
-    """Returns noise (B, C, H, W) on a different color for every image, so that their logits differ."""
+    """Returns noise `(B, C, H, W)` on a different color for every image, because their logits must differ."""
     batch_size, height, width = size
     generator = torch.Generator().manual_seed(0)
     colors = torch.randn(batch_size, config.num_channels, 1, 1, generator=generator)
@@ -293,7 +293,7 @@ def load_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def write_torch_export(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
-    # the scan in PyTorch operators, so that the file does not need this package
+    # with the scan in PyTorch operators, the file does not need this package
     program = trace(classifier.model, image_size, "torch")
     extra_files = {f"{name}.json": text for name, text in describe_inputs(classifier).items()}
     with quiet_exporters():

@@ -1,8 +1,8 @@
 """The atrous selective scan in ONNX's standard operators, for maps of any size: one `Scan` along the sequences.
 
-`kernels/README.md` defines symbols, sequences and recurrence. The groups have the order 0, 2, 1, 3 here, so that the
-two row-wise groups are adjacent, and the two column-wise groups. Channels are the last dimension of the states
-(B, K, N, D), so that every operator of a step runs along them. `benchmarks/NOTES.md` says why one loop runs over all
+`kernels/README.md` defines symbols, sequences and recurrence. The order of the groups is 0, 2, 1, 3 here: the two
+row-wise groups are adjacent, and so are the two column-wise groups. Channels are the last dimension of the states
+`(B, K, N, D)`, and every operator of a step runs along them. `benchmarks/NOTES.md` says why one loop runs over all
 steps.
 
 The functions are traced: their arguments are values of the graph, and sizes are tensors of one element.
