@@ -1,8 +1,7 @@
-"""README and the pages in docs/: their code runs, and what they name exists.
+"""README and the pages in docs/: their code runs, and everything that they name exists.
 
-The tests follow every page as a reader would: its `evmamba` commands and its Python blocks run in their order, in a
-directory with a small model, small data and the Hub of the tests. Commands that cannot run here are parsed by the real
-program.
+The tests follow every page as a reader would. They run its `evmamba` commands and Python blocks in order, in a
+directory with a small model, small data and the Hub of the tests. The program parses commands that cannot run here.
 `<!-- not run: reason -->` above a block leaves it out.
 """
 

@@ -1,4 +1,4 @@
-"""The atrous selective scan in ONNX's standard operators, for maps of any size: one `Scan` along the sequences.
+"""The atrous selective scan in ONNX's standard operators, for feature maps of any size: a `Scan` along the sequences.
 
 `kernels/README.md` defines symbols, sequences and recurrence. The order of the groups is 0, 2, 1, 3 here: the two
 row-wise groups are adjacent, and so are the two column-wise groups. Channels are the last dimension of the states
