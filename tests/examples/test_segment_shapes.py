@@ -51,6 +51,7 @@ def test_the_backbone_holds_the_weights_of_the_classifier():
             assert torch.equal(weights[f"backbone.{name}"], weight), name
 
 
+@pytest.mark.slow
 def test_learns_and_shows_masks_as_large_as_the_images(tmp_path, capsys):
     path = tmp_path / "pictures" / "shapes.png"
     losses = segment_shapes.main(steps=25, output=path)

@@ -239,7 +239,7 @@ def stream(hub, table, tmp_path) -> str:
     return "someone/stripes"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stream_goes_on_where_it_was(make_recipe, stream, num_workers):
     recipe = make_recipe(dataset=stream, streaming=True, images_per_epoch=37, num_workers=num_workers)
     everything = read_batches(recipe, 9)

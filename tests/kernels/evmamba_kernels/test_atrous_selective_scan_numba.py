@@ -203,6 +203,7 @@ def test_a_thread_that_cannot_start_is_tried_again(own_threads, monkeypatch):
     assert kernels.forward(*arguments()).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_form_for_processors_without_avx512():
     script = """
 import sys, torch
@@ -309,6 +310,7 @@ def use_cache(folder: Path) -> subprocess.CompletedProcess:
     return run
 
 
+@pytest.mark.slow
 def test_a_change_of_any_source_is_compiled(tmp_path):
     copy = tmp_path / "evmamba_kernels"
     shutil.copytree(Path(kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -318,6 +320,7 @@ def test_a_change_of_any_source_is_compiled(tmp_path):
     assert use_cache(tmp_path).stdout == "0\n"
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path):
     shutil.copytree(Path(kernels.__file__).parent, tmp_path / "evmamba_kernels")
     use_cache(tmp_path)

@@ -60,6 +60,7 @@ def test_what_the_card_of_the_digits_says(evmamba, digit_images, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
+@pytest.mark.slow
 def test_two_processes(evmamba, few_digits, tmp_path):
     """Two processes get 35 and 34 of 69 images. Other programs would pad these to batches of 8."""
     next(few_digits.glob("3/*.png")).unlink()

@@ -122,7 +122,7 @@ def repositories(hub) -> list[str]:
     "kind",
     [
         "linked",
-        "with_numba",
+        pytest.param("with_numba", marks=pytest.mark.slow),
         pytest.param("installed", marks=[pytest.mark.wheel, pytest.mark.timeout(1200)]),
     ],
 )
