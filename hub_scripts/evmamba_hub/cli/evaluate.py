@@ -81,7 +81,7 @@ def evaluate(
     from evmamba_hub.client import fetch_model
     from evmamba_hub.images.labeled_images import open_dataset
     from evmamba_hub.inference.evaluation import Evaluation, join_processes, read_label_map, save_results
-    from evmamba_hub.publish.card import load_card, to_eval_results, update_card
+    from evmamba_hub.publish.card import read_card, to_eval_results, update_card
 
     if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
         raise UserError(f"{output} is not a regular file: --output takes a file for the results")
@@ -90,7 +90,8 @@ def evaluate(
     processes = join_processes()
     with processes.main_process_first():
         folder = fetch_model(model, revision)
-        card = load_card(model) if updates_card and processes.is_main_process else None
+        if updates_card and processes.is_main_process:
+            read_card(model)  # finds a card that cannot be updated before the evaluation
         images = open_dataset(
             dataset,
             config=config,
@@ -126,8 +127,8 @@ def evaluate(
         show_results(results)
         if output is not None:
             save_results(output, results)
-        if card is not None:
-            update_card(model, card, to_eval_results(results))
+        if updates_card:
+            update_card(model, to_eval_results(results))
     evaluation.discard_progress()
 
 

@@ -1,6 +1,7 @@
 """Model cards: render them from `data/model_card.md`, and write evaluation results into their metadata."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,14 @@ from huggingface_hub import (
     constants,
     eval_result_entries_to_yaml,
 )
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from evmamba_hub.client import translate_hub_errors, upload
+from evmamba_hub.client import Files, check_downloads, translate_hub_errors, upload
 from evmamba_hub.errors import UserError
 from evmamba_hub.files import write_atomic
 from evmamba_hub.info import MACS_CONVENTION, find_variant, measure_size
+from evmamba_hub.publish.card_metadata import add_entries, add_results, read_metadata
+from evmamba_hub.yaml_core import dump_yaml
 from modeling_evmamba import (
     EfficientVMambaConfig,
     EfficientVMambaForImageClassification,
@@ -111,23 +115,56 @@ def render_card(
     )
 
 
-def load_card(model: str) -> ModelCard:
-    """Load the card of a model from its directory or its repository on the Hub.
+def load_card(model_dir: str) -> ModelCard:
+    """Load the card in the directory of a model.
 
     Raises:
-        UserError: If there is no card, or its metadata are damaged.
+        UserError: If its metadata are damaged.
     """
-    if not Path(model).is_dir():
-        with translate_hub_errors(model):
-            path = Path(HfApi().hf_hub_download(model, constants.REPOCARD_NAME))
-    elif not (path := Path(model) / constants.REPOCARD_NAME).is_file():
-        raise UserError(
-            f"{model} holds no {path.name}: run `evmamba push --results FILE` to render a card with results"
-        )
+    path = Path(model_dir) / constants.REPOCARD_NAME
     try:
         return ModelCard.load(path)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"the metadata of {path} cannot be read: {error}") from error
+
+
+def read_text(model: str, name: str) -> str | None:
+    """Returns a text file of a model with its line breaks, from its directory or the Hub. None if it does not exist.
+
+    Raises:
+        UserError: If the file is not UTF-8, or cannot be downloaded.
+    """
+    if Path(model).is_dir():
+        path = Path(model) / name
+        if not path.is_file():
+            return None
+    else:
+        with translate_hub_errors(model):
+            try:
+                path = Path(HfApi().hf_hub_download(model, name))
+            except RemoteEntryNotFoundError:
+                return None
+        check_downloads([path])
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} of {model} is not UTF-8: {error.reason} at byte {error.start + 1}") from error
+
+
+def read_card(model: str) -> str:
+    """Returns the text of a model's card, from its directory or its repository on the Hub.
+
+    Raises:
+        UserError: If there is no card, or its metadata are damaged.
+    """
+    card = read_text(model, constants.REPOCARD_NAME)
+    if card is None:
+        raise UserError(
+            f"{model} holds no {constants.REPOCARD_NAME}: run `evmamba push --results FILE` to render a card with "
+            "results"
+        )
+    read_metadata(card)
+    return card
 
 
 def to_eval_results(results: dict) -> list[EvalResult]:
@@ -165,24 +202,12 @@ def read_results(path: Path) -> list[EvalResult]:
         raise UserError(f"{path} holds no results, give a file that `evmamba evaluate` wrote: {error!r}") from error
 
 
-def add_results(card: ModelCard, results: Iterable[EvalResult], model_name: str) -> None:
-    """Write results into the metadata of a card. They replace older results of the same measurement."""
-    results = list(results)
-    kept = [
-        old
-        for old in card.data.get("eval_results") or []
-        if not any(new.is_equal_except_value(old) for new in results)
-    ]
-    card.data["model_name"] = card.data.get("model_name", model_name)
-    card.data["eval_results"] = [*kept, *results]
-
-
-def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
-    """Returns top-1 accuracies on datasets of the Hub in its newer format, as content by path in the repository.
+def list_entries(results: Iterable[EvalResult]) -> dict[str, list[dict]]:
+    """Returns top-1 accuracies on datasets of the Hub in its newer format, by their file in the repository.
 
     Values are percentages, as on the leaderboards of the Hub. The metadata of the card hold fractions.
     """
-    files = {}
+    files: dict[str, list[dict]] = defaultdict(list)
     for result in results:
         if result.metric_name != TOP1 or "/" not in result.dataset_type:
             continue
@@ -196,22 +221,29 @@ def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
             notes=", ".join(filter(None, [TOP1, result.dataset_split])),
         )
         path = f"{EVAL_RESULTS_FOLDER}/{result.dataset_type.rpartition('/')[2]}.yaml"
-        files[path] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False).encode()
+        files[path] += eval_result_entries_to_yaml([entry])
     return files
 
 
-def update_card(model: str, card: ModelCard, results: list[EvalResult]) -> None:
+def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
+    """Returns the files of `list_entries`, as content by path in the repository."""
+    return {path: dump_yaml(entries).encode() for path, entries in list_entries(results).items()}
+
+
+def update_card(model: str, results: list[EvalResult]) -> None:
     """Write results into the card of a model: in its directory, or in its repository on the Hub by one commit.
 
     Raises:
-        UserError: If the files cannot be written or uploaded.
+        UserError: If the metadata cannot be kept, or the files cannot be read, written or uploaded.
     """
     folder = Path(model)
-    is_local = folder.is_dir()
-    add_results(card, results, folder.resolve().name if is_local else model.rpartition("/")[2])
-    contents = {constants.REPOCARD_NAME: str(card).encode(), **result_entries(results)}
-    if not is_local:
-        upload(model, {**contents}, "Add evaluation results")
+    names = [folder.resolve().name] if folder.is_dir() else [model.rpartition("/")[2], model]
+    texts = {constants.REPOCARD_NAME: add_results(read_card(model), names, results)}
+    for name, entries in list_entries(results).items():
+        texts[name] = add_entries(read_text(model, name) or "", name, entries)
+    if not folder.is_dir():
+        contents: Files = {name: text.encode() for name, text in texts.items()}
+        upload(model, contents, "Add evaluation results")
         return
-    for path, content in contents.items():
-        write_atomic(folder / path, content)
+    for name, text in texts.items():
+        write_atomic(folder / name, text.encode())

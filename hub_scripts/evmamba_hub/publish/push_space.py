@@ -14,6 +14,7 @@ import modeling_evmamba
 from evmamba_hub.client import Files, Upload, check_repo_id, retry, translate_hub_errors, upload
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.bundle import find_package_folder
+from evmamba_hub.publish.card_metadata import add_model
 
 
 MODEL_VARIABLE = "EVMAMBA_MODEL"  # environment variable with the model that the app shows
@@ -51,6 +52,8 @@ def collect_space_files(own_files: dict[str, Path], repo_id: str, model: str) ->
         UserError: If an id is invalid, or the files are no Gradio Space.
     """
     check_repo_id(repo_id)
+    if Path(model).is_file():
+        raise UserError(f"{model} is a file: upload its model with `evmamba push`, and give the id of the repository")
     check_repo_id(model)
     for name, purpose in [("app.py", "its app"), (constants.REPOCARD_NAME, "its card")]:
         if name not in own_files:
@@ -62,8 +65,8 @@ def collect_space_files(own_files: dict[str, Path], repo_id: str, model: str) ->
         raise UserError(f"the metadata of {card_path} cannot be read: {error}") from error
     if card.data.get("sdk") != "gradio":
         raise UserError(f"the metadata of {card_path} must say `sdk: gradio`, got {card.data.get('sdk')!r}")
-    card.data["models"] = [model]
-    return find_packages() | own_files | {constants.REPOCARD_NAME: str(card).encode()}
+    text = add_model(card_path.read_bytes().decode(), model)
+    return find_packages() | own_files | {constants.REPOCARD_NAME: text.encode()}
 
 
 def upload_space(repo_id: str, files: Files, model: str, *, message: str, private: bool = False) -> Upload:

@@ -4,14 +4,13 @@ import re
 
 import pytest
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import (
     TOP1,
     UNKNOWN_TRAINING,
     CardDetails,
-    add_results,
     read_results,
     render_card,
     result_entries,
@@ -118,17 +117,6 @@ def test_a_fine_tuned_model():
     assert (data["license"], data["base_model"], data["datasets"]) == ("mit", "someone/tiny", ["someone/flowers"])
     assert "| someone/flowers | Top-1 accuracy | 0.8765 | measured by the package |" in card.text
     assert str(ModelCard(str(card))) == str(card)
-
-
-def test_results_replace_older_ones_of_the_same_measurement():
-    card = ModelCard("---\nlicense: mit\n---\nText\n")
-    other = EvalResult("image-classification", "digits", "Digits", "accuracy", 0.5)
-    add_results(card, [other, *to_eval_results(RESULTS)], "model")
-    add_results(card, to_eval_results({**RESULTS, "top1": 0.9}), "model")
-    values = [(result.dataset_type, result.metric_name, result.metric_value) for result in card.data.eval_results]
-    flowers = [(TOP1, 0.9), ("Top-5 accuracy", 0.98), ("Loss", 0.5)]
-    assert values == [("digits", None, 0.5), *(("someone/flowers", name, value) for name, value in flowers)]
-    assert str(card).endswith("---\nText\n") and metadata(card)["license"] == "mit"
 
 
 def test_results_in_the_newer_form():

@@ -346,7 +346,7 @@ def lose_a_shard(model_dir: Path) -> None:
     "spoil, fragments",
     [
         (shutil.rmtree, ["is not a directory", "`save_pretrained`"]),
-        (damage("config.json", None), ["config.json is missing or damaged"]),
+        (damage("config.json", None), ["holds no config.json", "`save_pretrained`"]),
         (damage("config.json", b"{"), ["config.json is missing or damaged"]),
         (damage("config.json", b'{"model_type": "resnet"}'), ["of the type 'resnet'"]),
         (damage("config.json", b'{"model_type": "efficientvmamba", "depths": [0]}'), ["missing or damaged", "depths"]),

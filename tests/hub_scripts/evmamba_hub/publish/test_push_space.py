@@ -63,6 +63,22 @@ def test_again_and_with_another_model(evmamba, hub, demo):
     assert len(repo.history) == 3 and repo.variables == {MODEL_VARIABLE: "else/model"}
 
 
+def test_metadata_of_an_own_card_stay(evmamba, hub, demo):
+    card = "---\nlanguage: no   # Norwegian\nsdk:  gradio\nmodels:\n-   else/model\n---\nText\n"
+    (demo / "README.md").write_text(card)
+    assert push_space(evmamba, demo)[0] == 0
+    repo = hub.repos["space", SPACE]
+    assert repo.files()["README.md"].decode() == card.replace("-   else/model\n", f"-   else/model\n- {MODEL}\n")
+    (demo / "README.md").write_text(card.replace("else/model", MODEL))
+    assert push_space(evmamba, demo)[0] == 0
+    assert repo.files()["README.md"] == (demo / "README.md").read_bytes()
+
+
+def test_a_file_in_the_place_of_the_model(evmamba, hub, demo):
+    code, _, err = push_space(evmamba, demo, model=str(demo / "app.py"))
+    assert code == 1 and "is a file: upload its model with `evmamba push`" in err
+
+
 def test_dry_run(evmamba, hub, demo, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     code, out, _ = push_space(evmamba, demo, "--dry-run")
