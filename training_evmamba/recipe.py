@@ -5,17 +5,18 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from evmamba_hub.errors import UserError
+from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, describe_yaml_error, dump_yaml
 
 
 # ruff: noqa: RUF009 (the defaults are what `dataclasses.field` returns)
@@ -236,18 +237,25 @@ def get_kinds(annotation: Any) -> set:
 
 
 def coerce(name: str, value: Any) -> Any:
-    """Convert a value to the type of its field. YAML reads 1e-3 as a string, and 1 as an int."""
+    """Convert a value to the type of its field. The command line gives text, and YAML may give an int for a float."""
     kinds = get_kinds(next(each.type for each in dataclasses.fields(Recipe) if each.name == name))
     if value in (NONE, [NONE]):
         if type(None) in kinds:
             return None
         if list[str] in kinds:
             return []
-    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if kinds & {int, float} and isinstance(value, str):
+        number, words = (float, "a number") if float in kinds else (int, "a whole number")
         try:
-            value = float(value)
+            value = number(value)
         except ValueError:
-            raise UserError(f"`{name}` is a number, got {value!r}") from None
+            raise UserError(f"`{name}` is {words}, got {value!r}") from None
+    if bool in kinds and isinstance(value, str):
+        raise UserError(f"`{name}` is true or false, got {value!r}")
+    if str in kinds and isinstance(value, (bool, int, float)):
+        raise UserError(f"`{name}` is text, got {value!r}: write it in quotes")
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"`{name}` must be finite, got {value}")
     if isinstance(value, (list, tuple)):
@@ -280,33 +288,42 @@ def list_presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def read_values(source: str) -> dict[str, Any]:
-    """Return the values of a preset or of a YAML file.
+def read_recipe_file(source: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the values of a preset or of a YAML file, and the line of each.
 
     Raises:
         UserError: If there is no such preset or file, or it holds no mapping.
     """
     path = PRESETS / f"{source}.yaml" if source in list_presets() else Path(source)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = CoreLoader(path.read_bytes())
+        root = loader.get_single_node()
+        values = None if root is None else loader.construct_document(root)
     except FileNotFoundError:
         raise UserError(
             f"there is no recipe {source}: give a YAML file or one of {', '.join(list_presets())}"
         ) from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
         raise UserError(f"the recipe {source} cannot be read: {error}") from error
+    except YAML_ERRORS as error:
+        raise UserError(f"the recipe {source} cannot be read: {describe_yaml_error(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"the recipe {source} must hold lines of the form `name: value`")
-    return values
+    return values, {key.value: key.start_mark.line + 1 for key, _ in root.value}
+
+
+def read_values(source: str) -> dict[str, Any]:
+    """Return the values of a preset or of a YAML file. See `read_recipe_file`."""
+    return read_recipe_file(source)[0]
 
 
 def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
     """Return a preset or YAML file with overrides. Overrides replace the fields of `network` one by one.
 
     Raises:
-        UserError: See `read_values` and `create_recipe`.
+        UserError: See `read_recipe_file` and `create_recipe`. The message names the line of a wrong value.
     """
-    values = read_values(source)
+    values, lines = read_recipe_file(source)
     network = values.get("network", {}), overrides.get("network", {})
     if not all(isinstance(fields, dict) for fields in network):
         raise UserError("`network` holds fields of EfficientVMambaConfig, like {depths: [1, 1, 1, 1]}")
@@ -314,7 +331,12 @@ def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
     for chosen, other in (("model", "variant"), ("variant", "model")):
         if overrides.get(chosen) not in (None, NONE) and other not in overrides:
             values.pop(other, None)
-    return create_recipe({**values, **overrides, "network": network[0] | network[1]})
+    try:
+        return create_recipe({**values, **overrides, "network": network[0] | network[1]})
+    except UserError as error:
+        named = re.findall(r"[`'](\w+)[`']", str(error))
+        line = next((lines[name] for name in named if name in lines and name not in overrides), None)
+        raise UserError(f"{error} ({source}, line {line})" if line else str(error)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -322,7 +344,7 @@ def dump_recipe(recipe: Recipe) -> str:
     values = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
     }
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 def find_changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -107,15 +107,108 @@ def test_refuses_what_no_run_can_have(values, message):
 
 
 @pytest.mark.parametrize(
+    "line, name, value",
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("mixed_precision: 'no'", "mixed_precision", "no"),
+        ("train_split: no", "train_split", "no"),
+        ("train_split: on", "train_split", "on"),
+        ("validation_split: off", "validation_split", "off"),
+        ("dataset_config: yes", "dataset_config", "yes"),
+        ("image_column: y", "image_column", "y"),
+        ("label_column: =", "label_column", "="),
+        ("dataset_config: 12:30", "dataset_config", "12:30"),
+        ("dataset_revision: 2024-01-02", "dataset_revision", "2024-01-02"),
+        ("dataset_revision: 0b11", "dataset_revision", "0b11"),
+        ("report_to: [no, on]", "report_to", ["no", "on"]),
+        ("compile: true", "compile", True),
+        ("compile: False", "compile", False),
+        ("learning_rate: 1e-3", "learning_rate", 0.001),
+        ("learning_rate: .5", "learning_rate", 0.5),
+        ("batch_size: 1_000", "batch_size", 1000),
+        ("epochs: 1_000", "epochs", 1000.0),
+        ("seed: 0o17", "seed", 15),
+        ("seed: 017", "seed", 17),
+        ("seed: 0x1F", "seed", 31),
+        ("license: ~", "license", None),
+        ("license:", "license", None),
+        ("license: null", "license", None),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_yaml_is_read_by_version_1_2(tmp_path, line, name, value, encoding):
+    (tmp_path / "mine.yaml").write_text(f"warmup_epochs: 0\n{line}\n", encoding=encoding)
+    recipe = load_recipe(str(tmp_path / "mine.yaml"), {})
+    assert getattr(recipe, name) == value and type(getattr(recipe, name)) is type(value)
+    (tmp_path / "saved.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "saved.yaml"), {}) == recipe
+
+
+TEXTS = [
+    "no", "On", "y", "1e5", "0o17", "017", "12:30", "2024-01-02", "1_000", "~", "null", "", ".5", "=", "<<",
+    "a: b", "# x", "- a", " lead", "tab\t", "two\nlines\n", "naïve 日本 😀", "\u2028", "'", '"', "&a", "*a", "{", "%x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_survive_a_file_for_readers_of_both_versions(tmp_path, text):
+    recipe = create_recipe({"name": text, "network": {"text": text, "texts": [text, 1e-7, None, False]}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path), {}) == recipe
+    assert yaml.safe_load(path.read_text())["network"] == recipe.network
+
+
+@pytest.mark.parametrize(
     "content, message",
-    [("epochs: [", "cannot be read"), ("- epochs", "must hold lines of the form"), (None, "there is no recipe")],
+    [
+        ("- epochs", "must hold lines of the form"),
+        ("", "must hold lines of the form"),
+        ("epochs", "must hold lines of the form"),
+        (None, "there is no recipe"),
+        ("seed: 1\nepochs: [", "cannot be read: line 2, column 10: "),
+        ("seed: 1\nepochs: 3\nseed: 2", "cannot be read: line 3, column 1: the key 'seed' stands here a second time"),
+        ("network: {depths: [1], depths: [2]}", "line 1, column 24: the key 'depths' stands here a second time"),
+        ("network:\n\tdepths: [1]", r"cannot be read: line 2, column 1: .*'\\t'"),
+        ("seed: 1\n---\nseed: 2", "cannot be read: line 2, column 1: expected a single document"),
+        ("seed: *x", "line 1, column 7: found undefined alias 'x'"),
+        ("model: !!python/object:os.system x", "line 1, column 8: could not determine a constructor"),
+        ("name: na\xefve".encode("latin-1"), "cannot be read: byte 9 is no text in UTF-8 or UTF-16: invalid"),
+        ("seed: 1".encode("utf-32"), "cannot be read: byte 2 is no text in UTF-8 or UTF-16"),
+        ("network: " + "[" * 3000, "cannot be read: maximum recursion depth"),
+        (f"seed: {'9' * 5000}", "cannot be read: Exceeds the limit"),
+        ("seed: 1\nepoch: 3", r"has no 'epoch': do you mean 'epochs'\? \(.*mine.yaml, line 2\)$"),
+        ("# note\n\nbatch_size: 0", r"`batch_size` must be at least 1, got 0 \(.*mine.yaml, line 3\)$"),
+        ("seed: 1\nbatch_size: 12:30", r"`batch_size` is a whole number, got '12:30' \(.*mine.yaml, line 2\)$"),
+        ("epochs: 12:30", r"`epochs` is a number, got '12:30' \(.*, line 1\)$"),
+        ("batch_size: 2.5", r"'batch_size' expected int, got float .*, line 1\)$"),
+        ("image_size: yes", r"`image_size` is a whole number, got 'yes' \(.*, line 1\)$"),
+        ("compile: yes", r"`compile` is true or false, got 'yes' \(.*, line 1\)$"),
+        ("compile: 1", r"'compile' expected bool, got int .*, line 1\)$"),
+        ("mixed_precision: off", r"'mixed_precision' expected one of .*got off \(.*, line 1\)$"),
+        ("mixed_precision: false", r"'mixed_precision' expected one of .*False \(.*, line 1\)$"),
+        ("dataset_config: 2018", r"`dataset_config` is text, got 2018: write it in quotes \(.*, line 1\)$"),
+        ("train_split: true", r"`train_split` is text, got True: write it in quotes \(.*, line 1\)$"),
+        ("epochs:", r"'epochs' expected float, got NoneType .*, line 1\)$"),
+        ("report_to: tensorboard", r"'report_to' expected a list, got str \(.*, line 1\)$"),
+        ("3: 4", r"a recipe has no 3: "),
+        ("seed: 1\nno: 3", r"a recipe has no 'no': .*, line 2\)$"),
+        ("seed: 1\nepochs: .inf", r"`epochs` must be finite, got inf \(.*, line 2\)$"),
+    ],
 )
 def test_damaged_and_missing_files(tmp_path, content, message):
     path = tmp_path / "mine.yaml"
     if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=message):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as error:
         load_recipe(str(path), {})
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_of_the_command_line_names_no_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("batch_size: 8")
+    with pytest.raises(UserError, match=r"got 0$"):
+        load_recipe(str(tmp_path / "mine.yaml"), {"batch_size": 0})
 
 
 def test_changes_that_matter():

@@ -15,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from evmamba_hub.cli.console import error_console
 from evmamba_hub.errors import UserError, require
+from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader
 from training_evmamba.callback import TrainingCallback
 from training_evmamba.recipe import NONE, Recipe, get_kinds, load_recipe
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 def parse_fields(text: str) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError:
+        fields = yaml.load(text, CoreLoader)
+    except YAML_ERRORS:
         fields = None
     if not isinstance(fields, dict):
         raise typer.BadParameter("give YAML, such as {depths: [1, 1, 1, 1]}")

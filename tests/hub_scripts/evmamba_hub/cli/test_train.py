@@ -82,10 +82,23 @@ def test_none_takes_back_what_a_recipe_says(tmp_path):
     assert recipe.report_to == []
 
 
+def test_words_of_yaml_are_words_on_the_command_line():
+    given = {}
+    app = typer.Typer()
+    app.command()(with_recipe_options(lambda **values: given.update(values)))
+    words = ["--mixed-precision=no", "--train-split=no", "--dataset-config=on", "--network={a: no, b: 12:30, c: 1e-3}"]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 0, ended.output
+    recipe = load_recipe("tiny", find_overrides(given))
+    assert (recipe.mixed_precision, recipe.train_split, recipe.dataset_config) == ("no", "no", "on")
+    assert recipe.network == {"a": "no", "b": "12:30", "c": 0.001}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--network=[1]"], "give YAML"),
+        (["--network={a: 1, a: 2}"], "give YAML"),
         (["--image-size=large"], "'large' is neither a valid int nor `none`"),
         (["--image-mean=none", "--image-mean=half"], "'half' is neither a valid float nor `none`"),
         (["--epochs=0"], "`epochs` must be positive"),
