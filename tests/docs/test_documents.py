@@ -244,6 +244,14 @@ def desk(tmp_path, monkeypatch, hub: HubServer, parquet_file, tiny_checkpoint) -
     save_digits(tmp_path / "flowers", ["daisy", "tulip"])
     save_digits(tmp_path / "imagenet" / "val", [path.stem[-1] for path in find_examples()])
     (tmp_path / "checkpoint.pth.tar").write_bytes(tiny_checkpoint)
+    small = original_state_dict("micro", seed=0)
+    norms = {f"outnorm3.{name}": torch.ones(128) for name in ("weight", "bias")}
+    backbone = {name: tensor for name, tensor in small.items() if not name.startswith("classifier.")} | norms
+    torch.save(
+        {"state_dict": {f"backbone.{name}": tensor for name, tensor in backbone.items()}}, tmp_path / "epoch_12.pth"
+    )
+    copies = {f"{copy}.{name}": tensor for copy in ("teacher", "student") for name, tensor in small.items()}
+    torch.save({"state_dict": copies}, tmp_path / "last.ckpt")
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     files = collect_model_files(find_bundled_model(), "someone/efficientvmamba-tiny")
     contents = {name: each if isinstance(each, bytes) else each.read_bytes() for name, each in files.items()}

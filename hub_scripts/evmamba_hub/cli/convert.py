@@ -15,7 +15,10 @@ from evmamba_hub.errors import UserError
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A `.pth`, `.pth.tar` or `.safetensors` file, or the id of a repository on the Hub.")
+        str,
+        typer.Argument(
+            help="A `.pth`, `.pth.tar`, `.ckpt` or `.safetensors` file, or the id of a repository on the Hub."
+        ),
     ],
     output_dir: Annotated[
         Path | None,
@@ -25,6 +28,13 @@ def convert(
         Literal["raw", "ema"] | None,
         typer.Option(
             help="Weights to convert, if the checkpoint has both.", show_default="ema, if the checkpoint has them"
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Beginning of the keys to convert, such as `student.`, if the checkpoint has several networks.",
+            show_default="the first network that fits",
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the converted weights.")] = "float32",
@@ -40,8 +50,10 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the authors for `from_pretrained`.
 
-    The tensors determine the variant and the number of classes. Pickles that would execute code are rejected. With
-    `--push-to`, upload the result to the Hub.
+    The tensors determine the variant and the number of classes. The network may be a part of the checkpoint, as in
+    files of Lightning, MMDetection and MMSegmentation. A backbone with output norms becomes an
+    `EfficientVMambaBackbone`. Pickles that would execute code are rejected. With `--push-to`, upload the result to the
+    Hub.
 
     Examples:
 
@@ -49,12 +61,15 @@ def convert(
 
         evmamba convert checkpoint.pth.tar efficientvmamba-tiny-fp16 --weights raw --dtype float16
 
+        evmamba convert epoch_12.pth backbone
+
         evmamba convert TerryPei/EfficientVMamba-Tiny --push-to someone/efficientvmamba-tiny
     """
     from transformers.utils import logging
 
     from evmamba_hub.client import check_repo_id
     from evmamba_hub.convert.convert import convert_checkpoint
+    from evmamba_hub.convert.original_checkpoint import shorten
     from evmamba_hub.publish.push import push_model
     from evmamba_hub.publish.republish import collect_converted_files
 
@@ -65,7 +80,7 @@ def convert(
     logging.disable_progress_bar()
     with TemporaryDirectory() as temporary_dir:
         model_dir = output_dir or Path(temporary_dir) / "model"
-        conversion = convert_checkpoint(source, model_dir, weights=weights, dtype=dtype, file_name=file)
+        conversion = convert_checkpoint(source, model_dir, weights=weights, dtype=dtype, file_name=file, prefix=prefix)
         console.print(f"[bold green]Converted[/] {escape(source)}")
         console.print(f"  variant     {conversion.variant or 'of no published size'}")
         console.print(f"  parameters  {conversion.num_parameters:,}")
@@ -73,6 +88,12 @@ def convert(
         console.print(
             f"  classes     {'none, a backbone' if conversion.num_labels is None else conversion.num_labels}"
         )
+        console.print(f"  keys        {escape(conversion.keys)}")
+        if conversion.not_taken:
+            console.print(f"  not taken   {escape(', '.join(conversion.not_taken))}: choose with --prefix")
+        if conversion.left_out:
+            left_out = [f"{module} (tensors: {number})" for module, number in conversion.left_out.items()]
+            console.print(f"  left out    {escape(shorten(left_out))}")
         if output_dir is not None:
             console.print(f"  written to  {escape(str(output_dir))}")
             if conversion.num_labels is not None:

@@ -27,6 +27,9 @@ class Conversion:
     num_parameters: int
     weights: str  # "ema" or "raw"
     num_labels: int | None  # None for a backbone
+    keys: str  # that were converted, such as "state_dict.backbone.*"
+    not_taken: list[str]  # the keys of other networks in the checkpoint
+    left_out: dict[str, int]  # other modules beside the network -> their number of tensors
 
 
 def choose_checkpoint(repo_id: str, file_names: list[str], wanted: str | None) -> str:
@@ -83,6 +86,7 @@ def convert_checkpoint(
     weights: str | None = None,
     dtype: str = "float32",
     file_name: str | None = None,
+    prefix: str | None = None,
 ) -> Conversion:
     """Convert a checkpoint of the authors to `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
@@ -92,13 +96,14 @@ def convert_checkpoint(
         weights: "ema" or "raw". None takes the averaged (EMA) weights if the file has them.
         dtype: "float32", "float16" or "bfloat16".
         file_name: The file to convert, if the repository holds several checkpoints.
+        prefix: The beginning of the keys to convert, if the checkpoint holds several networks.
 
     Raises:
         UserError: If the source cannot be found, read or trusted, or if its tensors do not fit the network.
     """
     output_dir = Path(output_dir).absolute()
     check_is_free(output_dir)
-    checkpoint = load_original_checkpoint(resolve_source(source, file_name), weights)
+    checkpoint = load_original_checkpoint(resolve_source(source, file_name), weights, prefix)
 
     config, torch_dtype = checkpoint.config, getattr(torch, dtype)
     for name, tensor in checkpoint.state_dict.items():
@@ -126,6 +131,9 @@ def convert_checkpoint(
     return Conversion(
         checkpoint.variant,
         model.num_parameters(),
-        checkpoint.weights,
+        checkpoint.source.weights,
         None if checkpoint.is_backbone else config.num_labels,
+        checkpoint.source.name,
+        checkpoint.not_taken,
+        checkpoint.source.left_out,
     )

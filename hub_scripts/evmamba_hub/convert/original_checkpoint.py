@@ -1,22 +1,21 @@
 """Read the authors' checkpoints into this package's names and shapes.
 
-The authors' code (https://github.com/TerryPei/EfficientVMamba) writes a pickled dictionary. Its weights are under one
-of several entries. Their keys may have prefixes of wrappers, and come in two generations of module names.
+The authors' code (https://github.com/TerryPei/EfficientVMamba) writes a pickled dictionary. Other programs save the
+network as a part of their own: Lightning, MMDetection, MMSegmentation, or a wrapper for averaging or compilation. So
+this module searches the whole checkpoint for the network's keys, below any entry and behind any prefix.
 
-This module renames the keys of the file to the newer generation. It translates the names of our network to that
-generation too. Both sets of names must agree.
+It renames these keys, which come in two generations of module names, to the newer generation. It translates the names
+of our network to that generation too. Both sets of names must agree.
 """
 
-import argparse
 import re
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -25,11 +24,20 @@ from evmamba_hub.info import find_variant
 from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
-WEIGHT_ENTRIES = {"ema": ("ema_model", "model_ema", "state_dict_ema"), "raw": ("model", "state_dict")}
+# Modules around modules: DataParallel, torch.compile, DeepSpeed, FSDP, activation checkpointing.
+WRAPPERS = r"(?:(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)"
 
-# Prefixes of wrappers (DataParallel, torch.compile), and the names of older runs.
+# A key of the first stage. The group is the prefix of the network's keys.
+NETWORK_KEY = re.compile(rf"((?:[^.]+\.)*?)layers\.0\.{WRAPPERS}*blocks\.\d+\.")
+
+# Words in the names of entries and prefixes that averaged weights have.
+EMA_NAME = re.compile(r"(?:^|[._])(?:ema|swa|averaged)[._]", re.IGNORECASE)
+
+MAX_DEPTH = 4  # of the dictionaries in a checkpoint that are searched
+
+# The spellings of older runs, and of modules in wrappers.
 SPELLINGS = [
-    (r"^(?:module\.|_orig_mod\.)+", ""),
+    (rf"(?:^|(?<=\.)){WRAPPERS}+", ""),
     (r"^patch_embed\.proj\.", "patch_embed.0."),
     (r"^patch_embed\.norm\.", "patch_embed.2."),
     (r"^(norm|head)\.", r"classifier.\1."),
@@ -75,20 +83,63 @@ BLOCK_TENSORS = {
     "inverted_residual": r"(\d+)\.conv_pw2\.\d\.(?:weight|bias)$",
 }
 
-NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
 
-# Types that training scripts pickle beside the weights, and that `weights_only` rejects. They execute nothing. numpy
-# moved `core` to `_core`. The settings of yacs are a dictionary: reading them as one needs no yacs.
-HARMLESS_GLOBALS: list[Callable | tuple[Callable, str]] = [
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")),
-    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (OrderedDict, "yacs.config.CfgNode"),
+class Inert:
+    """Stands for a pickled object that is not needed. Its class is not imported, and nothing of it runs."""
+
+    def __init__(self, *arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts pickle beside the weights, and `weights_only` rejects. numpy moved `core` to `_core`, and
+# Python moved the classes of `pathlib`. MMEngine's logs hold functions, which are pickled by `getattr`.
+INERT_NAMES = [
+    "argparse.Namespace",
+    "builtins.getattr",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"pathlib{local}.{system}Path" for local in ("", "._local") for system in ("Posix", "Windows")),
 ]
+DICTIONARY_NAMES = [
+    "yacs.config.CfgNode",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+]
+HARMLESS_GLOBALS: list = [(Inert, name) for name in INERT_NAMES] + [(OrderedDict, name) for name in DICTIONARY_NAMES]
 
 MAX_NAMES_IN_MESSAGE = 5
+
+
+class Misfit(UserError):
+    """Says why tensors are not those of an EfficientVMamba."""
+
+    def __init__(self, message: str, num_problems: int):
+        super().__init__(message)
+        self.num_problems = num_problems
+
+
+@dataclass
+class StoredNetwork:
+    """A network in a checkpoint: the keys of one dictionary that begin with a prefix."""
+
+    entries: str  # that lead to the dictionary, such as "state_dict.", or "" for the checkpoint itself
+    prefix: str  # such as "model.backbone.", or ""
+    content: dict[str, Any]  # by the keys without the prefix
+    left_out: dict[str, int]  # modules of the dictionary outside of all networks -> their number of tensors
+
+    @property
+    def name(self) -> str:
+        return f"{self.entries}{self.prefix}*"
+
+    @property
+    def weights(self) -> str:
+        return "ema" if EMA_NAME.search(self.name) else "raw"
 
 
 @dataclass
@@ -98,7 +149,8 @@ class OriginalCheckpoint:
     model_class: type[EfficientVMambaForImageClassification] | type[EfficientVMambaBackbone]
     config: EfficientVMambaConfig
     state_dict: dict[str, torch.Tensor]
-    weights: str  # "ema" or "raw"
+    source: StoredNetwork
+    not_taken: list[str]  # names of the other networks in the file
 
     @property
     def is_backbone(self) -> bool:
@@ -130,35 +182,95 @@ def read_file(path: Path):
         raise UserError(f"{path.name} cannot be read: it is truncated, damaged, or no PyTorch checkpoint") from error
 
 
-def select_weights(content, weights: str | None) -> tuple[str, dict[str, torch.Tensor]]:
-    """Returns the kind of the weights, "ema" or "raw", and their state dict.
+def find_dictionaries(content: Any, entries: str = "") -> Iterator[tuple[str, dict]]:
+    """Yields the dictionaries in a checkpoint, with the entries that lead to them."""
+    if isinstance(content, dict) and entries.count(".") < MAX_DEPTH:
+        yield entries, content
+        for name, value in content.items():
+            yield from find_dictionaries(value, f"{entries}{name}.")
 
-    Args:
-        content: The content of the checkpoint.
-        weights: "ema" or "raw". None prefers "ema".
+
+def find_networks(content: Any) -> list[StoredNetwork]:
+    """Returns the networks in a checkpoint, in the order of the file.
 
     Raises:
-        UserError: If the checkpoint lacks these weights, or holds something other than tensors in their place.
+        UserError: If there is none.
     """
+    networks = []
+    for entries, dictionary in find_dictionaries(content):
+        matches = [NETWORK_KEY.match(key) for key, value in dictionary.items() if is_named_tensor(key, value)]
+        prefixes = list(dict.fromkeys(match[1] for match in matches if match))
+        members: dict[str, dict] = {prefix: {} for prefix in prefixes}
+        others = []
+        for key, value in dictionary.items():
+            # of nested networks, such as a model and its average inside of it, the inner one owns the key
+            owner = max((prefix for prefix in prefixes if str(key).startswith(prefix)), key=len, default=None)
+            if owner is not None:
+                members[owner][str(key).removeprefix(owner) if owner else key] = value
+            elif is_named_tensor(key, value):
+                others.append(key)
+        networks += [
+            StoredNetwork(entries, prefix, members[prefix], count_modules(others, prefix)) for prefix in prefixes
+        ]
+    if not networks:
+        raise explain_absence(content)
+    return networks
+
+
+def is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
+
+
+def count_modules(keys: list[str], prefix: str) -> dict[str, int]:
+    """Returns the modules beside a network, such as the neck beside a backbone, with their numbers of tensors."""
+    parent = re.sub(r"[^.]+\.$", "", prefix)
+    names = [(parent if key.startswith(parent) else "", key) for key in keys]
+    return dict(Counter(start + key.removeprefix(start).partition(".")[0] for start, key in names))
+
+
+def explain_absence(content: Any) -> UserError:
+    """Returns the error for a checkpoint without the network."""
     if not isinstance(content, dict):
-        raise UserError(f"the checkpoint must hold a dictionary of tensors, got a {type(content).__name__}")
-    found = {
-        kind: content[entry]
-        for kind, entries in WEIGHT_ENTRIES.items()
-        for entry in reversed(entries)
-        if isinstance(content.get(entry), dict)
-    }
-    found = found or {"raw": content}
-    kind = weights or next(iter(found))
-    if kind not in found:
+        return UserError(f"the checkpoint must hold a dictionary of tensors, got a {type(content).__name__}")
+    weights = max((each for _, each in find_dictionaries(content)), key=count_tensors)
+    for name, value in weights.items():
+        if isinstance(name, str) and "encoder.stages.0." in name:
+            return UserError(
+                "the checkpoint has this package's names already and needs no conversion: give its directory to the "
+                "other commands"
+            )
+        if isinstance(value, torch.Tensor) and not isinstance(name, str):
+            return UserError(f"the weights of the checkpoint hold {name!r}, which is not a named tensor")
+    return UserError("the checkpoint holds no EfficientVMamba: it lacks the blocks 'layers.0.*'")
+
+
+def count_tensors(dictionary: dict) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in dictionary.values())
+
+
+def select_networks(networks: list[StoredNetwork], weights: str | None, prefix: str | None) -> list[StoredNetwork]:
+    """Returns the networks that are asked for.
+
+    Args:
+        networks: Those of the checkpoint.
+        weights: "ema" or "raw". None prefers "ema".
+        prefix: The beginning of the name of a network.
+
+    Raises:
+        UserError: If there is none.
+    """
+    names = ", ".join(network.name for network in networks)
+    if prefix is not None:
+        networks = [network for network in networks if network.name.startswith(prefix)]
+        if not networks:
+            raise UserError(f"the checkpoint holds no network at {prefix!r}: choose one of {names} with --prefix")
+    kinds = {network.weights for network in networks}
+    kind = weights or ("ema" if "ema" in kinds else "raw")
+    if kind not in kinds:
         raise UserError(
-            f"the checkpoint holds no {kind} weights (none of the entries {', '.join(WEIGHT_ENTRIES[kind])}): choose "
-            f"--weights {next(iter(found))}"
+            f"the checkpoint holds no {kind} weights (its networks are {names}): choose --weights {next(iter(kinds))}"
         )
-    for name, value in found[kind].items():
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise UserError(f"the weights of the checkpoint hold {name!r}, which is not a named tensor")
-    return kind, found[kind]
+    return [network for network in networks if network.weights == kind]
 
 
 def modern_name(name: str) -> str:
@@ -198,7 +310,7 @@ def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
         state_dict: The tensors under the authors' names (newer generation).
 
     Raises:
-        UserError: If a stage has no blocks.
+        Misfit: If a stage has no blocks.
     """
     fields: dict[str, Any] = {"hidden_sizes": [], "depths": []}
     for stage, block_type in enumerate(EfficientVMambaConfig().block_types):
@@ -206,7 +318,8 @@ def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
         blocks = [(match, tensor) for name, tensor in state_dict.items() if (match := re.match(pattern, name))]
         sizes = [tensor.shape[0] for _, tensor in blocks if tensor.ndim > 0]
         if not sizes:
-            raise UserError(f"the checkpoint holds no EfficientVMamba: it lacks the blocks 'layers.{stage}.*'")
+            message = f"the checkpoint holds no EfficientVMamba: it lacks the blocks 'layers.{stage}.*'"
+            raise Misfit(message, len(state_dict))
         fields["hidden_sizes"].append(mode(sizes))  # the mode, so that a single wrong shape is reported as such
         last_block = max(int(match[1]) for match, _ in blocks)
         fields["depths"].append(last_block + 1 if block_type == "evss" else last_block)
@@ -219,24 +332,47 @@ def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
     return EfficientVMambaConfig(**fields)
 
 
-def load_original_checkpoint(path: Path, weights: str | None = None) -> OriginalCheckpoint:
-    """Read a `.pth`, `.pth.tar` or `.safetensors` file of the authors.
+def load_original_checkpoint(path: Path, weights: str | None = None, prefix: str | None = None) -> OriginalCheckpoint:
+    """Read a `.pth`, `.pth.tar`, `.ckpt` or `.safetensors` file that holds a network of the authors.
 
     Args:
         path: The file.
         weights: "ema" or "raw". None takes the averaged (EMA) weights if the file has them.
+        prefix: The beginning of the keys, with the entries above them, if the file holds several networks. None takes
+            the first one that fits.
 
     Raises:
         UserError: If the file is damaged, would execute code, or does not hold exactly the tensors of an
             EfficientVMamba.
     """
-    kind, content = select_weights(read_file(path), weights)
+    networks = find_networks(read_file(path))
+    misfits = []
+    for network in select_networks(networks, weights, prefix):
+        try:
+            model_class, config, state_dict = translate(network)
+        except Misfit as error:
+            misfits.append(error)
+        else:
+            not_taken = [other.name for other in networks if other is not network]
+            return OriginalCheckpoint(model_class, config, state_dict, network, not_taken)
+    closest = min(misfits, key=lambda error: error.num_problems)
+    raise UserError(f"{path.name} does not fit the network: {closest}")
+
+
+def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict[str, torch.Tensor]]:
+    """Returns the class, the configuration and the tensors under our names of a network.
+
+    Raises:
+        Misfit: If the tensors are not exactly those of an EfficientVMamba.
+    """
     names_in_file: dict[str, str] = {}
     original: dict[str, torch.Tensor] = {}
-    for name, tensor in content.items():
-        modern = modern_name(name)
+    for name, tensor in network.content.items():
+        if not is_named_tensor(name, tensor):
+            raise Misfit(f"it holds {name!r}, which is not a named tensor", 1)
+        modern, name = modern_name(name), network.prefix + name
         if modern in original:
-            raise UserError(f"the keys {names_in_file[modern]!r} and {name!r} of the checkpoint name the same tensor")
+            raise Misfit(f"the keys {names_in_file[modern]!r} and {name!r} name the same tensor", 1)
         names_in_file[modern], original[modern] = name, tensor
 
     config = infer_config(original)
@@ -254,7 +390,7 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
         is_flat = theirs.endswith((".A_logs", ".Ds"))
         expected_shape = tuple((expected_tensor.flatten(0, 1) if is_flat else expected_tensor).shape)
         if theirs not in original:
-            missing.append(theirs)
+            missing.append(network.prefix + theirs)
             continue
         tensor = original.pop(theirs)
         if tuple(tensor.shape) != expected_shape:
@@ -266,17 +402,17 @@ def load_original_checkpoint(path: Path, weights: str | None = None) -> Original
         "extra key": [names_in_file[name] for name in original],
         "wrong shape": wrong,
     }
-    if any(problems.values()):
-        raise UserError(f"{path.name} does not fit the network: " + "; ".join(list_problems(problems)))
-    return OriginalCheckpoint(model_class, config, state_dict, kind)
+    if num_problems := sum(map(len, problems.values())):
+        raise Misfit("; ".join(list_problems(problems)), num_problems)
+    return model_class, config, state_dict
+
+
+def shorten(names: list[str]) -> str:
+    """Returns the first names, and the number of the others."""
+    others = len(names) - MAX_NAMES_IN_MESSAGE
+    return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + (f" and {others} more" if others > 0 else "")
 
 
 def list_problems(problems: dict[str, list[str]]) -> list[str]:
-    """Returns one phrase per kind of problem, with the first names and the number of the others."""
-    phrases = []
-    for kind, names in problems.items():
-        if names:
-            others = len(names) - MAX_NAMES_IN_MESSAGE
-            shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + (f" and {others} more" if others > 0 else "")
-            phrases.append(f"{kind}: {shown}")
-    return phrases
+    """Returns one phrase per kind of problem."""
+    return [f"{kind}: {shorten(names)}" for kind, names in problems.items() if names]
