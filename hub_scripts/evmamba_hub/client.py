@@ -27,8 +27,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import CONFIG_NAME
 
 from evmamba_hub.errors import UserError
+from evmamba_hub.model_folder import check_model_dir
 
 
 Files = dict[str, Path | bytes]  # path in the repository -> local file or content
@@ -218,20 +220,29 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
     """Returns the directory of a model: `model` itself, or the verified download of the repository with this id.
 
     Raises:
-        UserError: If neither exists, the Hub cannot be reached, or a file was damaged during the download.
+        UserError: If neither exists, the Hub cannot be reached, or a file was damaged during the download. Also if
+            `model` is a file, or a directory or a repository without a configuration.
     """
-    if Path(model).is_dir():
+    if Path(model).exists():
+        check_model_dir(Path(model))
         if revision is not None:
             raise UserError(
                 f"{model} is a directory, only repositories on the Hub have revisions: leave the revision out"
             )
         return Path(model)
     with translate_hub_errors(model):
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]
+        folder = Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]
+            )
         )
-    check_downloads(Path(folder).iterdir())
-    return Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(
+            f"{model} holds no {CONFIG_NAME}: give a repository of a model, or convert its checkpoint with "
+            "`evmamba convert` first"
+        )
+    check_downloads(folder.iterdir())
+    return folder
 
 
 def check_downloads(paths: Iterable[Path]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from evmamba_hub.errors import UserError
+from evmamba_hub.model_folder import check_model_dir
 from evmamba_kernels import choose_backend
 from modeling_evmamba import (
     VARIANTS,
@@ -133,6 +134,8 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
             f"EfficientVMamba-{variant.capitalize()}": EfficientVMambaConfig(**{**fields, "num_labels": 1000})
             for variant, fields in VARIANTS.items()
         }
+    if Path(model).exists():
+        check_model_dir(Path(model))
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

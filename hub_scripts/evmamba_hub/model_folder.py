@@ -12,6 +12,50 @@ from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
 
 
+WRITERS = "`save_pretrained`, `evmamba convert` or `evmamba train`"
+
+# What to do with a file in the place of a model, by its suffix.
+ADVICE = {
+    (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors"): "convert a checkpoint with `evmamba convert` first",
+    (".onnx", ".pt2"): "give the directory of the model that it was exported from",
+    (".zip", ".gz", ".tgz", ".7z", ".rar"): "unpack it first",
+}
+
+
+def check_model_dir(path: Path) -> None:
+    """Check that a path is the directory of a model.
+
+    Raises:
+        UserError: If the path is a file, does not exist, or is a directory without a configuration.
+    """
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise UserError(f"{path} {describe_lack(path)}")
+    elif path.exists():
+        raise UserError(f"{path} is a file, and a model is a directory: {describe_way_out(path)}")
+    else:
+        raise UserError(f"{path} is not a directory: give one that {WRITERS} wrote")
+
+
+def describe_lack(model_dir: Path) -> str:
+    """Returns what is wrong with a directory without a configuration, and which one may be meant."""
+    inside = sorted(file.parent for file in model_dir.glob(f"*/{CONFIG_NAME}"))
+    if inside:
+        return f"holds no {CONFIG_NAME}: give a directory in it, {' or '.join(map(str, inside))}"
+    state = f"holds no {CONFIG_NAME}" if any(model_dir.iterdir()) else "is empty"
+    return f"{state}: give a directory that {WRITERS} wrote"
+
+
+def describe_way_out(file: Path) -> str:
+    """Returns what to do with a file that was given as a model."""
+    if (file.parent / CONFIG_NAME).is_file():
+        return f"give the directory of the file, {file.parent}"
+    for suffixes, advice in ADVICE.items():
+        if file.suffix.lower() in suffixes:
+            return advice
+    return f"give one that {WRITERS} wrote"
+
+
 def find_model_class(model_dir: Path, config: EfficientVMambaConfig) -> type[EfficientVMambaPreTrainedModel]:
     """Returns the class that `architectures` in the configuration names.
 
@@ -33,8 +77,7 @@ def load_config(model_dir: Path) -> EfficientVMambaConfig:
     Raises:
         UserError: If the configuration is missing, damaged, or that of another network.
     """
-    if not model_dir.is_dir():
-        raise UserError(f"{model_dir} is not a directory: give one that `save_pretrained` or `evmamba convert` wrote")
+    check_model_dir(model_dir)
     try:
         fields = json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8"))
         if fields["model_type"] != EfficientVMambaConfig.model_type:

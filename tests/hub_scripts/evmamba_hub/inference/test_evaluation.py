@@ -405,7 +405,7 @@ def test_a_model_and_a_dataset_of_the_hub(evmamba, hub, hub_data, tmp_path):
         ([DIGITS, "--dataset", "no/such/data"], "nor a valid repository id"),
         ([DIGITS, "--dataset", "DATA", "--revision", "main"], "only repositories on the Hub have revisions"),
         ([DIGITS, "--dataset", "DATA", "--label-map", "missing.json"], "missing.json cannot be read as JSON"),
-        ([DIGITS.parent, "--dataset", "DATA"], "cannot be loaded as an image classifier"),
+        ([DIGITS.parent, "--dataset", "DATA"], f"holds no config.json: give a directory in it, {DIGITS}"),
         (["MODEL", "--dataset", "DATA", "--update-card"], "holds no README.md"),
         ([DIGITS, "--dataset", "DATA", "--output", "DATA"], "is not a regular file: --output takes a file"),
         ([DIGITS, "--dataset", "DATA", "--output", os.devnull], "is not a regular file: --output takes a file"),
