@@ -1,5 +1,7 @@
 """The web page: a picture, its classification, and explanations. Every function is also an endpoint."""
 
+import errno
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from html import escape
@@ -435,6 +437,26 @@ def create_app(models: Models) -> gr.Blocks:
     return app.queue(max_size=MAX_WAITING)
 
 
+def check_address(host: str, port: int) -> None:
+    """Checks that the demonstration can listen on a port of an address.
+
+    Raises:
+        UserError: If the port is taken, in which case the message names a free one, or the address does not exist.
+    """
+    bare_host = host.strip("[]")  # of IPv6, as in URLs
+    listen = partial(socket.create_server, family=socket.AF_INET6 if ":" in bare_host else socket.AF_INET)
+    try:
+        listen((bare_host, port)).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise UserError(f"the demonstration cannot listen on port {port} of {host!r}: {error.strerror}") from error
+        with listen((bare_host, 0)) as free:
+            raise UserError(
+                f"another program listens on port {port} of {host}: choose a free one, such as --port "
+                f"{free.getsockname()[1]}"
+            ) from error
+
+
 def launch(models: list[str], allow_any: bool, host: str | None, port: int | None) -> None:
     """Serve the page until it is stopped.
 
@@ -444,8 +466,10 @@ def launch(models: list[str], allow_any: bool, host: str | None, port: int | Non
         host, port: Address to listen on. None takes Gradio's environment variables or defaults.
 
     Raises:
-        UserError: If a model cannot be shown or the port is taken.
+        UserError: If a model cannot be shown, the port is taken, or the address does not exist.
     """
+    if host is not None and port is not None:
+        check_address(host, port)
     shown = Models(models, allow_any)
     predict(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels before the first request
     app = create_app(shown)

@@ -294,19 +294,24 @@ def test_requirements_are_those_of_the_package():
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py"
 
 
-def test_the_command_starts_the_demo(tmp_path):
+def test_the_command_starts_the_demo_where_options_and_variables_say(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path / "log.txt"
+    variables = {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "nowhere", "GRADIO_ROOT_PATH": "/behind/proxy"}
     with log.open("w") as output:
-        command = [sys.executable, "-m", "evmamba_hub.cli", "demo", "--port", str(port)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-m", "evmamba_hub.cli", "demo", "--host", "127.0.0.1"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ | variables
+        )
     try:
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}", timeout=10).status_code == 200:
+                answer = httpx.get(f"http://127.0.0.1:{port}/config", timeout=10)
+                if answer.status_code == 200:
+                    assert answer.json()["root"].endswith("/behind/proxy")
                     break
             time.sleep(0.2)
         else:

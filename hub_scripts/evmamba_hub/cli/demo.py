@@ -1,5 +1,6 @@
 """`evmamba demo`"""
 
+import os
 from typing import Annotated
 
 import typer
@@ -23,14 +24,18 @@ def demo(
         ),
     ] = False,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Use `0.0.0.0` for the whole network.")
+        str,
+        typer.Option(help="Address to listen on. Use `0.0.0.0` for the whole network.", envvar="GRADIO_SERVER_NAME"),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port to listen on.", envvar="GRADIO_SERVER_PORT")
+    ] = 7860,
 ) -> None:
     """Show a model in the browser: classify, look inside, compare, measure.
 
-    The bundled model of handwritten digits is always offered. The command needs the extra `demo`: run
-    `pip install ".[demo]"` in a clone of the repository.
+    The bundled model of handwritten digits is always offered. Other variables of Gradio hold too, such as
+    `GRADIO_ROOT_PATH` behind a proxy. The command needs the extra `demo`: run `pip install ".[demo]"` in a clone of
+    the repository.
 
     Examples:
 
@@ -38,6 +43,8 @@ def demo(
 
         evmamba demo --model efficientvmamba-tiny --model someone/efficientvmamba-small --port 8000
     """
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        os.environ.pop(name, None)  # the options hold them; Gradio's import would fail at wrong ones
     require("gradio", extra="demo")
     from evmamba_demo.bundled import find_bundled_model
     from evmamba_demo.interface import launch
