@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# what .venv holds, in addition to the one before: the core, the extra `demo`, all that the tests need
+CORE := $(VENV)/.core
+DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel bench-gpu digits docs quality style \
 	clean
@@ -10,18 +14,26 @@ INSTALLED := $(VENV)/.installed
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(INSTALLED)  ## Create .venv and install the package into it.
+install: $(INSTALLED)  ## Create .venv, and install the package with all that its tests need.
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(CORE): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EfficientVMamba needs Python 3.11 or newer, but $(PYTHON) is Python %d.%d: choose another one, as in make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(PIP_INSTALL) -e .
 	touch $@
 
-classify: $(INSTALLED)  ## Classify the example images with the bundled model.
+$(DEMO): $(CORE)
+	$(PIP_INSTALL) -e ".[demo]"
+	touch $@
+
+$(INSTALLED): $(CORE)
+	$(PIP_INSTALL) -e ".[test]"
+	touch $@
+
+classify: $(CORE)  ## Classify the example images with the bundled model.
 	$(BIN)/evmamba classify demo/examples --top-k 3
 
-demo: $(INSTALLED)  ## Serve the demo of the bundled model on http://127.0.0.1:7860.
+demo: $(DEMO)  ## Serve the demo of the bundled model on http://127.0.0.1:7860.
 	$(BIN)/evmamba demo
 
 test: $(INSTALLED)  ## Run all tests except the slow ones and the test of the wheel.
@@ -47,7 +59,7 @@ test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environmen
 MAPS := 56,56,96 28,28,192 56,56,128 28,28,256 56,56,192 28,28,384
 
 bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmarks]"
+	$(PIP_INSTALL) -e ".[benchmarks]"
 	$(BIN)/python benchmarks/triton_report.py
 	$(BIN)/python benchmarks/bench_triton_configs.py
 	for dtype in float32 bfloat16; do \
@@ -57,7 +69,7 @@ bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU
 	done
 
 docs: $(INSTALLED)  ## Build the documentation into build/site, with all links checked.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(PIP_INSTALL) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.

@@ -1,6 +1,7 @@
 """The metadata of the package: its layers, its version, and the Python that it needs."""
 
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -49,3 +50,14 @@ def test_make_says_which_python_it_wants(tmp_path):
     assert completed.returncode != 0
     assert f"needs Python {metadata('efficientvmamba')['Requires-Python'].strip('>=')} or newer" in completed.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    "target, wanted", [("classify", ["."]), ("demo", [".", ".[demo]"]), ("test", [".", ".[test]"])]
+)
+def test_make_installs_what_a_target_needs(tmp_path, target, wanted):
+    """The first command of the README needs the core alone. Later ones add to the same environment."""
+    arguments = ["make", "--dry-run", target, f"PYTHON={sys.executable}", f"VENV={tmp_path / 'venv'}"]
+    plan = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installed = [shlex.split(line)[-1] for line in plan.splitlines() if "pip install" in line]
+    assert installed == wanted
