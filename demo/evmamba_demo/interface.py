@@ -61,6 +61,11 @@ def readable(function: Callable) -> Callable:
     return wrapper
 
 
+def warn(notice: str) -> None:
+    """Shows what the visitor should know of a picture."""
+    gr.Warning(escape(f"About this picture: {notice}."))
+
+
 def find_upload(payload: ImageData | None, folder: str) -> str | None:
     """Returns the path of a file in Gradio's cache of uploads. A request may name any file: others are rejected."""
     if payload is None or payload.path is None:
@@ -129,7 +134,7 @@ class Demonstration:
         """Returns labels with scores, what the network saw, and the latency."""
         if picture is None:
             return None, None, NO_PICTURE
-        found = predict(self.models.shown, read_picture(picture))
+        found = predict(self.models.shown, read_picture(picture, warn))
         _, _, height, width = found.pixel_values.shape
         described = (
             f"The network saw {width} x {height} pixels. The forward pass took {found.milliseconds:.1f} ms "

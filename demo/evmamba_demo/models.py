@@ -1,7 +1,7 @@
 """The models that the demo shows: loading, prediction and latency."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -75,14 +75,22 @@ class Models:
             return self.load_place(self.places.get(name, name))
 
 
-def read_picture(path: str) -> Image.Image:
+def ignore_notice(notice: str) -> None:
+    """Takes a notice about a picture of which the visitor was told before."""
+
+
+def read_picture(path: str, announce: Callable[[str], None] = ignore_notice) -> Image.Image:
     """Reads an uploaded file as an image for `predict`.
+
+    Args:
+        path: the file.
+        announce: takes a sentence about a picture that is probably read too dark.
 
     Raises:
         UserError: If the file is not an image or too large.
     """
     try:
-        image = read_image(Path(path), MAX_PIXELS)
+        image = read_image(Path(path), MAX_PIXELS, announce)
     except UserError as error:
         raise UserError(f"This file cannot be shown to the network: {error}.") from error
     longest = MAX_SQUARES * min(image.size)

@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 
 
+class Notice(UserWarning):
+    """A guess or a doubt that the user should know of. A command prints its message as one line, and continues."""
+
+
 class UserError(Exception):
     """An error that the user can fix. Its message says what is wrong and what to do. A command prints nothing else."""
 
