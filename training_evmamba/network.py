@@ -119,7 +119,10 @@ def create_model(
     except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"the network cannot be built: {error.__cause__ or error}") from error
     if model.config.num_channels != 3:
-        raise UserError(f"images have 3 channels, the network takes {model.config.num_channels}")
+        raise UserError(
+            f"images have 3 channels, the network takes {model.config.num_channels}: `evmamba train` trains networks "
+            "of 3 channels, transformers' Trainer trains others"
+        )
     if recipe.frozen_stages > model.config.num_stages:
         raise UserError(f"`frozen_stages` is {recipe.frozen_stages}, the network has {model.config.num_stages} stages")
     return model

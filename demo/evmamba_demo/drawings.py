@@ -17,6 +17,7 @@ DECADES = 4  # of influence, from the strongest pixel down, that a receptive fie
 def to_picture(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> Image.Image:
     """Undoes the normalization of (1, C, H, W), and enlarges the image without smoothing."""
     colors = pixel_values[0].permute(1, 2, 0).cpu() * torch.tensor(std) + torch.tensor(mean)  # (H, W, C)
+    colors = colors.expand(-1, -1, 3)  # gray or RGB to RGB
     image = Image.fromarray((colors * 255).round().clamp(0, 255).to(torch.uint8).numpy())
     scale = max(1, round(VIEW_SIDE / max(image.size)))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor
 
 from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import staged
-from evmamba_hub.inference.classify import load_classifier
+from evmamba_hub.inference.classify import load_pipeline
 from evmamba_kernels import use_backend
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba.inference_evmamba import fold_batch_norms
@@ -66,7 +66,7 @@ def load_exportable(model: str, dtype: str, revision: str | None = None) -> Expo
     Raises:
         UserError: If the model cannot be found, or is another network.
     """
-    classifier = load_classifier(model, "cpu", dtype, revision)
+    classifier = load_pipeline(model, "cpu", dtype, revision)
     if not isinstance(classifier.model, EfficientVMambaForImageClassification):
         raise UserError(f"{model!r} is another kind of network: only EfficientVMamba can be exported")
     assert classifier.image_processor is not None  # the pipeline requires one

@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import ImageClassificationPipeline, pipeline
+from transformers.image_utils import load_image
 
 import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
 from evmamba_hub.client import fetch_model
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
+from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
 from evmamba_hub.info import check_backend
 
 
@@ -27,8 +30,35 @@ class ClassifiedFile:
         return {"image": str(self.path), **found}
 
 
+class GrayImageClassificationPipeline(ImageClassificationPipeline):
+    """A pipeline for a network of one channel. That of transformers converts all images to RGB."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as in its base
+        assert self.image_processor is not None  # the pipeline requires one
+        gray = load_image(image, timeout=timeout).convert("L")
+        return self.image_processor(gray, return_tensors="pt").to(self.dtype)
+
+
 def load_classifier(model: str, device: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
-    """Load an image-classification pipeline.
+    """Load an image-classification pipeline that takes images in RGB. A network of one channel sees them in gray.
+
+    `load_pipeline` describes the arguments.
+
+    Raises:
+        UserError: As `load_pipeline`, and if the network takes another number of channels.
+    """
+    classifier = load_pipeline(model, device, dtype, revision)
+    mode = find_color_mode(classifier.model.config)
+    if mode == "L":
+        classifier = GrayImageClassificationPipeline(
+            classifier.model, image_processor=classifier.image_processor, device=classifier.device
+        )
+    fit_image_processor(classifier.image_processor, mode)
+    return classifier
+
+
+def load_pipeline(model: str, device: str, dtype: str, revision: str | None = None) -> ImageClassificationPipeline:
+    """Load an image-classification pipeline of transformers, whatever number of channels its network takes.
 
     Args:
         model: Directory or Hub id.

@@ -30,6 +30,7 @@ from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images import imagenet
 from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages, Share
+from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
 from evmamba_hub.info import check_backend
 
 
@@ -116,11 +117,14 @@ class Preprocessor:
     transformers by one pixel.
     """
 
-    def __init__(self, image_processor: BitImageProcessorPil):
-        self.image_processor = image_processor
+    def __init__(self, image_processor: BitImageProcessorPil, mode: str = "RGB"):
+        self.image_processor, self.mode = image_processor, mode
+        fit_image_processor(image_processor, mode)
 
     def __call__(self, image: LabeledImage) -> torch.Tensor:  # (C, H, W)
         processor, pixels = self.image_processor, image.read()
+        if self.mode != pixels.mode:
+            pixels = pixels.convert(self.mode)
         if processor.do_center_crop:
             uncropped = processor(pixels, do_center_crop=False, return_tensors="pt").pixel_values[0]
             height, width = processor.crop_size["height"], processor.crop_size["width"]
@@ -245,9 +249,10 @@ class Evaluation:
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
             # the same pixels with and without torchvision
-            self.preprocess = Preprocessor(AutoImageProcessor.from_pretrained(folder, backend="pil"))
+            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
+        self.preprocess = Preprocessor(image_processor, find_color_mode(self.model.config))
         check_backend(self.processes.device, self.model.dtype)
         self.model = self.model.to(self.processes.device).eval()
         self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
