@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from evmamba_hub.errors import UserError
+from evmamba_hub.images.image_files import list_directories
 from evmamba_hub.images.labeled_images import (
-    EVALUATION_SPLITS,
     ImageFolder,
     IndexedImages,
     LabeledImage,
@@ -29,8 +29,9 @@ from evmamba_hub.images.labeled_images import (
     StreamedImages,
     open_splits,
 )
+from evmamba_hub.images.layouts import choose_evaluation_split, choose_split, shorten
 from evmamba_hub.inference.evaluation import Preprocessor
-from training_evmamba.recipe import Recipe
+from training_evmamba.recipe import TRAIN_SPLIT, Recipe
 
 
 MAX_UNREADABLE_IN_A_ROW = 100
@@ -57,6 +58,7 @@ class TrainingData:
     validation: LabeledImages | None
     class_names: list[str]
     images_per_epoch: int
+    notes: list[str]  # sentences for the user about how the dataset was read
 
 
 def find_class_names(images: LabeledImages) -> list[str]:
@@ -66,9 +68,9 @@ def find_class_names(images: LabeledImages) -> list[str]:
         UserError: If the classes are unknown, or there are fewer than two.
     """
     if isinstance(images, ImageFolder):
-        folders = {path.name for path in images.folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-        if empty := sorted(folders - set(images.class_names)):
-            raise UserError(f"the class folder {images.folder / empty[0]} holds no image: fill it, or remove it")
+        used = {images.find_class(file) for file in images.files}
+        if empty := [path for path in list_directories(images.folder) if images.find_class(path) not in used]:
+            raise UserError(f"the class folder {empty[0]} holds no image: fill it, or remove it")
     if images.num_images == 0:
         raise UserError(f"{images.name} holds no images")
     if isinstance(images, IndexedImages):
@@ -118,28 +120,17 @@ def open_data(recipe: Recipe) -> TrainingData:
         image_column=recipe.image_column,
         label_column=recipe.label_column,
         streaming=recipe.streaming,
+        wanted_splits=[
+            name for name in (recipe.train_split, recipe.validation_split) if name not in (TRAIN_SPLIT, None)
+        ],
     )
-    if None in splits:
-        if recipe.validation_split is not None:
-            raise UserError(f"{recipe.dataset} has no splits, leave --validation-split out")
-        train_split, held_out = None, []
-    else:
-        if recipe.train_split not in splits:
-            raise UserError(
-                f"{recipe.dataset} has no split {recipe.train_split!r}: --train-split takes {', '.join(splits)}"
-            )
-        train_split = recipe.train_split
-        held_out = [name for name in EVALUATION_SPLITS if name in splits and name != train_split]
-    training, validation = splits[train_split](), None
-    if recipe.validation_split is not None:
-        if recipe.validation_split not in splits:
-            known = ", ".join(splits)
-            raise UserError(
-                f"{recipe.dataset} has no split {recipe.validation_split!r}: --validation-split takes {known}"
-            )
-        validation = splits[recipe.validation_split]()
-    elif held_out:
-        validation = splits[held_out[0]]()
+    train_split, validation_split = choose_splits(recipe, splits)
+    training = splits[train_split]()
+    validation = None if validation_split is None else splits[validation_split]()
+    notes = list(training.notes)
+    if train_split is not None:
+        evaluation = "" if validation_split is None else f", evaluating on {validation_split}"
+        notes.append(f"Training on the split {train_split}{evaluation}")
 
     class_names = find_class_names(training)
     if validation is not None and validation.class_names not in (None, training.class_names):
@@ -148,17 +139,103 @@ def open_data(recipe: Recipe) -> TrainingData:
             f"training and evaluation know different classes, {len(class_names)} and {len(validation.class_names)}: "
             f"{', '.join(odd[:5])}. Each needs images of all"
         )
+    if validation is not None:
+        notes += validation.notes
     if isinstance(validation, IndexedImages):
         check_known_labels(validation, class_names)
     if validation is None and recipe.validation_fraction > 0 and isinstance(training, IndexedImages):
-        num_held_out = round(recipe.validation_fraction * training.num_images)
-        shuffled = create_rng(recipe.seed, HOLD_OUT).permutation(training.num_images).tolist()
-        validation = SelectedImages(training, sorted(shuffled[:num_held_out])) if num_held_out else None
-        training = SelectedImages(training, sorted(shuffled[num_held_out:]))
+        training, validation = hold_out(training, class_names, recipe)
+        notes += describe_hold_out(validation, class_names)
     images_per_epoch = recipe.images_per_epoch or training.num_images
     if images_per_epoch is None:
         raise UserError(f"the stream {training.name} does not tell its length: give --images-per-epoch")
-    return TrainingData(training, validation, class_names, images_per_epoch)
+    return TrainingData(training, validation, class_names, images_per_epoch, notes)
+
+
+def choose_splits(recipe: Recipe, splits: dict[str | None, Callable]) -> tuple[str | None, str | None]:
+    """Return the splits for training and for evaluation. A dataset without splits has None for both.
+
+    Raises:
+        UserError: If a split is missing, or several may be meant.
+    """
+    dataset = recipe.dataset
+    if None in splits:
+        if recipe.train_split != TRAIN_SPLIT:
+            raise UserError(f"{dataset} has no splits, leave --train-split out")
+        if recipe.validation_split is not None:
+            raise UserError(f"{dataset} has no splits, leave --validation-split out")
+        return None, None
+    train_split = choose_split(splits, recipe.train_split, dataset, "--train-split")
+    if recipe.validation_split is not None:
+        return train_split, choose_split(splits, recipe.validation_split, dataset, "--validation-split")
+    others = [name for name in splits if name != train_split]
+    return train_split, choose_evaluation_split(others, dataset, "--validation-split")
+
+
+def find_labels(images: IndexedImages, class_names: list[str]) -> np.ndarray:
+    """Return the class indices of all images, (images,). All labels must be known."""
+    labels_of_names = {name: label for label, name in enumerate(class_names)}
+    return np.array([labels_of_names.get(label, label) for label in images.labels], dtype=np.int64)
+
+
+def choose_held_out(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Choose images of each class at random.
+
+    Each class gives the fraction of its images, rounded down or up so that the whole gives the fraction too. One image
+    of each class is left in any case.
+
+    Args:
+        labels: The class index of each image, (images,).
+        fraction: The fraction to choose.
+
+    Returns:
+        Whether each image is chosen, (images,).
+    """
+    counts = np.bincount(labels)
+    quotas = fraction * counts
+    num_chosen = np.floor(quotas).astype(np.int64)
+    num_missing = round(fraction * len(labels)) - num_chosen.sum()
+    # round up where most is cut off, by lot among equals
+    by_lot = rng.permutation(len(counts))
+    by_remainder = by_lot[np.argsort((num_chosen - quotas)[by_lot], kind="stable")]
+    can_give = by_remainder[num_chosen[by_remainder] + 1 < counts[by_remainder]]
+    num_chosen[can_give[:num_missing]] += 1
+
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    places = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the images in their class
+    is_chosen = np.zeros(len(labels), dtype=bool)
+    is_chosen[by_class] = places < np.repeat(num_chosen, counts)
+    return is_chosen
+
+
+def hold_out(
+    images: IndexedImages, class_names: list[str], recipe: Recipe
+) -> tuple[IndexedImages, SelectedImages | None]:
+    """Divide the images of each class between training and validation. The seed determines the choice.
+
+    Returns:
+        The images for training and for validation. The latter is None if no image is held out.
+    """
+    labels = find_labels(images, class_names)
+    is_held_out = choose_held_out(labels, recipe.validation_fraction, create_rng(recipe.seed, HOLD_OUT))
+    training, validation = (
+        SelectedImages(images, np.flatnonzero(mask).tolist()) for mask in (~is_held_out, is_held_out)
+    )
+    return training, validation if validation.num_images else None
+
+
+def describe_hold_out(validation: SelectedImages | None, class_names: list[str]) -> list[str]:
+    """Return sentences for the user about the images that are held out."""
+    if validation is None:
+        return ["No image is held out for evaluation, because the classes have too few"]
+    held_out = set(find_labels(validation, class_names).tolist())
+    missing = [name for label, name in enumerate(class_names) if label not in held_out]
+    notes = [f"Held out {validation.num_images:,} images for evaluation"]
+    if missing:
+        classes = "1 class has" if len(missing) == 1 else f"{len(missing):,} classes have"
+        notes.append(f"{classes} no held-out image: {shorten(missing)}")
+    return notes
 
 
 class LabelError(Exception):

@@ -22,6 +22,7 @@ from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, describe_yaml_error, 
 # ruff: noqa: RUF009 (the defaults are what `dataclasses.field` returns)
 
 PRESETS = Path(__file__).parent / "recipes"
+TRAIN_SPLIT = "train"
 NONE = "none"  # resets a value that a preset sets
 
 
@@ -67,19 +68,25 @@ class Recipe:
 
     dataset: str | None = option(
         "Data",
-        "Image folder with a directory per class, optionally below `train` and `validation`; a directory of "
-        "`datasets`; or the Hub id of a dataset.",
+        "Image folder with a directory per class, optionally below a directory per split; a directory of `datasets`; "
+        "or the Hub id of a dataset.",
         None,
     )
     dataset_config: str | None = option("Data", "Configuration of the dataset.", None)
     dataset_revision: str | None = option("Data", "Branch, tag or commit of the dataset on the Hub.", None)
     streaming: bool = option("Data", "Stream a dataset of the Hub instead of downloading it first.", False)
-    train_split: str = option("Data", "Split to train on.", "train")
+    train_split: str = option(
+        "Data", "Split to train on, by this name or another usual one for the same.", TRAIN_SPLIT
+    )
     validation_split: str | None = option(
-        "Data", "Split to evaluate on. Default: validation, val or test, if the dataset has one of them.", None
+        "Data",
+        "Split to evaluate on. Default: validation or test, or another usual name for it, if the dataset has one.",
+        None,
     )
     validation_fraction: float = option(
-        "Data", "Fraction of the training images to hold out if the dataset has no evaluation split.", 0.1
+        "Data",
+        "Fraction of the training images of each class to hold out if the dataset has no evaluation split.",
+        0.1,
     )
     image_column: str | None = option("Data", "Column of the images. Default: the only one of this type.", None)
     label_column: str | None = option("Data", "Column of the labels. Default: the only one of this type.", None)

@@ -1,3 +1,4 @@
+import re
 import shutil
 from collections import Counter
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from training_evmamba.data import (
     MAX_UNREADABLE_IN_A_ROW,
     UNREADABLE_LABEL,
     ShuffledBatchSampler,
+    choose_held_out,
     create_training_loader,
     create_validation_loader,
     find_class_names,
@@ -88,6 +90,143 @@ def test_part_of_the_training_images_is_held_out_where_there_is_no_other_split(m
     assert data.validation.labels == [image.label for image in data.validation.read(WHOLE)]
     everything = open_data(make_recipe(dataset=str(stripes / "train"), validation_fraction=0.0))
     assert (everything.training.num_images, everything.validation) == (37, None)
+
+
+def create_classes(folder: Path, **counts: int) -> Path:
+    """Create empty images: so many of each class."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            (folder / name / f"{index}.png").touch()
+    return folder
+
+
+def count_labels(images) -> Counter:
+    return Counter(images.labels)
+
+
+def test_images_are_held_out_by_class(make_recipe, tmp_path):
+    counts = {"many": 40, "some": 14, "few": 3, "pair": 2, "single": 1}
+    recipe = make_recipe(dataset=str(create_classes(tmp_path, **counts)))
+    data = open_data(recipe)
+    training, held_out = (
+        {data.class_names[label]: number for label, number in count_labels(images).items()}
+        for images in (data.training, data.validation)
+    )
+    assert held_out == {"many": 4, "some": 2}  # a tenth of all 60 is 6; the 14 lose most by rounding
+    assert training == {name: count - held_out.get(name, 0) for name, count in counts.items()}
+    assert data.notes == [
+        "Held out 6 images for evaluation",
+        "3 classes have no held-out image: few, pair, single",
+    ]
+
+    again, other = open_data(recipe), open_data(make_recipe(dataset=str(tmp_path), seed=1))
+    assert data.validation.indices == again.validation.indices != other.validation.indices
+    assert sorted(data.training.indices + data.validation.indices) == list(range(60))
+
+
+def test_training_goes_on_where_it_was_with_images_held_out(make_recipe, stripes):
+    recipe = make_recipe(dataset=str(stripes / "train"))
+    assert_same(read_batches(recipe, 3, start=5), read_batches(recipe, 8)[5:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_training_image_of_each_class_is_left(make_recipe, tmp_path, seed):
+    """Of twenty classes of one image, and of twenty of two."""
+    singles = {f"single{index:02}": 1 for index in range(20)}
+    pairs = {f"pair{index:02}": 2 for index in range(20)}
+    create_classes(tmp_path, **singles, **pairs)
+    data = open_data(make_recipe(dataset=str(tmp_path), validation_fraction=0.2, seed=seed))
+    assert len(count_labels(data.training)) == 40
+    assert set(count_labels(data.validation).values()) == {1}
+    assert data.validation.num_images == 12  # a fifth
+    assert re.fullmatch(r"28 classes have no held-out image: (pair\d\d, ){4}pair\d\d and 23 more", data.notes[-1])
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.29, 0.5, 0.9, 0.99])
+def test_the_fraction_is_held_out_of_the_whole_and_of_each_class(fraction):
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(30), rng.integers(0, 60, 30)))
+    is_held_out = choose_held_out(labels, fraction, rng)
+    counts, held_out = (np.bincount(each, minlength=30) for each in (labels, labels[is_held_out]))
+    assert (held_out <= np.maximum(counts - 1, 0)).all()
+    assert (np.abs(held_out - fraction * counts) < 1 + 1e-9).all()
+    if fraction < 0.9:
+        assert is_held_out.sum() == round(fraction * len(labels))
+
+
+def test_classes_too_small_to_hold_out_anything(make_recipe, tmp_path):
+    data = open_data(make_recipe(dataset=str(create_classes(tmp_path, a=1, b=1)), validation_fraction=0.5))
+    assert (data.training.num_images, data.validation) == (2, None)
+    assert data.notes == ["No image is held out for evaluation, because the classes have too few"]
+
+
+def test_tables_hold_out_by_class(make_recipe, table, tmp_path):
+    names = ["lying"] * 30 + ["standing"] * 6 + ["leaning"]
+    table.remove_columns("label").add_column("label", names).save_to_disk(tmp_path)
+    data = open_data(make_recipe(dataset=str(tmp_path)))
+    assert count_labels(data.validation) == {"lying": 3, "standing": 1}
+    assert data.notes == ["Held out 4 images for evaluation", "1 class has no held-out image: leaning"]
+
+
+@pytest.mark.parametrize(
+    "names, options, expected",
+    [
+        (["train", "valid", "test"], {}, ("train", "valid")),
+        (["Train", "Val"], {}, ("Train", "Val")),
+        (["training", "testing"], {}, ("training", "testing")),
+        (["train", "test", "dev"], {"validation_split": "TEST"}, ("train", "test")),
+        (["train", "val", "valid"], {"validation_split": "valid"}, ("train", "valid")),
+        (["train", "val"], {"train_split": "VAL"}, ("val", None)),
+        (["fold1", "fold2", "fold3"], {"train_split": "fold1", "validation_split": "Fold3"}, ("fold1", "fold3")),
+        (["train", "val", "extra"], {"validation_split": "val"}, ("train", "val")),
+        (["TRAIN"], {}, ("TRAIN", None)),
+    ],
+)
+def test_splits_are_directories(make_recipe, stripes, tmp_path, names, options, expected):
+    for name in names:
+        (tmp_path / name).symlink_to(stripes / "train", target_is_directory=True)
+    data = open_data(make_recipe(dataset=str(tmp_path), **options))
+    assert data.class_names == ["horizontal", "vertical"]
+    assert data.training.split == expected[0]
+    assert expected[1] is None or data.validation.split == expected[1]
+    evaluation = "" if expected[1] is None else f", evaluating on {expected[1]}"
+    assert f"Training on the split {expected[0]}{evaluation}" in data.notes
+
+
+@pytest.mark.parametrize(
+    "names, options, message",
+    [
+        (["train", "val", "valid"], {}, "several splits of this kind: choose val or valid with --validation-split"),
+        (["valid", "test"], {}, "has no split 'train': --train-split takes test, valid"),
+        (["train", "val", "extra"], {}, r"holds splits \(train, val\) beside extra"),
+        (["fold1", "fold2"], {"validation_split": "fold2"}, "has no split 'train': --train-split takes fold1, fold2"),
+        (["horizontal", "vertical"], {"train_split": "training"}, "has no splits, leave --train-split out"),
+        (["horizontal", "vertical"], {"validation_split": "val"}, "has no splits, leave --validation-split out"),
+    ],
+)
+def test_unclear_splits(make_recipe, stripes, tmp_path, names, options, message):
+    for name in names:
+        (tmp_path / name).symlink_to(stripes / "train", target_is_directory=True)
+    with pytest.raises(UserError, match=message):
+        open_data(make_recipe(dataset=str(tmp_path), **options))
+
+
+def test_classes_are_links_and_ignored_files_are_counted(make_recipe, stripes, tmp_path):
+    for name in ("horizontal", "vertical"):
+        (tmp_path / name).symlink_to(stripes / "train" / name, target_is_directory=True)
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        shutil.copytree(stripes / "train" / "vertical", tmp_path / name)
+    (tmp_path / "labels.csv").write_text("path,label\n")
+    data = open_data(make_recipe(dataset=str(tmp_path)))
+    assert (data.class_names, data.images_per_epoch) == (["horizontal", "vertical"], 33)
+    assert data.notes[0].startswith("Ignored 55 files that are hidden or no image by name")
+
+
+def test_a_file_is_no_dataset(make_recipe, tmp_path):
+    (tmp_path / "flowers.zip").touch()
+    with pytest.raises(UserError, match=r"flowers\.zip is an archive: unpack it"):
+        open_data(make_recipe(dataset=str(tmp_path / "flowers.zip")))
 
 
 @pytest.fixture

@@ -48,10 +48,12 @@ def classify(
         evmamba classify photos --model efficientvmamba-tiny --json > labels.json
     """
     from evmamba_demo.bundled import find_bundled_model
-    from evmamba_hub.images.image_files import find_images
+    from evmamba_hub.images.image_files import describe_ignored, find_images
     from evmamba_hub.inference.classify import classify_files, load_classifier
 
-    paths = find_images(images)
+    paths, ignored = find_images(images)
+    if ignored:
+        error_console.print(escape(describe_ignored(ignored)))
     classifier = load_classifier(model or str(find_bundled_model()), device, dtype, revision)
     results = classify_files(classifier, paths, top_k)
     shows_results = not as_json and console.is_terminal  # which a bar on the same terminal would tear apart

@@ -20,7 +20,8 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Directory with a directory of images per class, directory of a dataset, or Hub id of a dataset."
+            help="Directory with a directory of images per class, or with such a directory per split; directory of a "
+            "dataset; or Hub id of a dataset."
         ),
     ],
     revision: RevisionOption = None,
@@ -28,7 +29,7 @@ def evaluate(
         str | None, typer.Option(help="Configuration of the dataset.", show_default="the only one")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of the dataset.", show_default="validation, val, test, or the only one")
+        str | None, typer.Option(help="Split of the dataset.", show_default="validation, test, or the only one")
     ] = None,
     dataset_revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the dataset on the Hub.", show_default="main")
@@ -100,6 +101,9 @@ def evaluate(
             image_column=image_column,
             label_column=label_column,
         )
+    if processes.is_main_process:
+        for note in images.notes:
+            error_console.print(escape(note))
     evaluation = Evaluation(
         processes,
         model,

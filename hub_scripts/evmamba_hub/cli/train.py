@@ -119,7 +119,8 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
     """Train, with progress on the console of the main process. Return the results."""
     is_main_process = run.accelerator.is_main_process
     if is_main_process:
-        console.print(f"Images are augmented by {escape(run.augmentation)}")
+        for note in [*run.data.notes, f"Images are augmented by {run.augmentation}"]:
+            console.print(escape(note))
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
     with Progress(*columns, console=console, disable=not is_main_process) as progress:
         return run.train(ProgressCallback(progress))

@@ -1,8 +1,12 @@
 """One interface for datasets of labeled images: from directories, from the Hub, and from the package `datasets`."""
 
+import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from glob import has_magic
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,18 +17,31 @@ from PIL import Image
 
 from evmamba_hub.client import translate_hub_errors
 from evmamba_hub.errors import UserError, require
-from evmamba_hub.images.image_files import find_images
+from evmamba_hub.images.image_files import describe_ignored, find_images, walk_files
 from evmamba_hub.images.images import read_image
+from evmamba_hub.images.layouts import (
+    FILE_NAME,
+    TABLE_SUFFIXES,
+    Metadata,
+    check_class_folders,
+    choose_evaluation_split,
+    choose_split,
+    describe_file,
+    find_split_folders,
+    find_split_kind,
+    is_image_folder,
+    is_saved_dataset,
+    list_class_folders,
+    read_metadata,
+    shorten,
+)
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` of `datasets` writes
-DATA_FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
-TRAIN_SPLIT = "train"
-EVALUATION_SPLITS = ("validation", "val", "test")
+NO_TABLE = "is a directory of images: it has neither configurations, revisions nor columns"
 SHUFFLE_BUFFER = 4096  # encoded images in the shuffle buffer of a stream, about 500 MB for ImageNet
 
 
@@ -67,6 +84,7 @@ class LabeledImages:
     revision: str | None = None
     config: str | None = None
     split: str | None = None
+    notes: tuple[str, ...] = ()  # sentences for the user about how the dataset was read
 
     def read(self, share: Share) -> Iterator[LabeledImage]:
         """Yield the images of one process. Sizes of shares differ by at most one image."""
@@ -113,23 +131,49 @@ class ImageFolder(IndexedImages):
     """An image folder: a directory with a directory of images per class."""
 
     def __init__(self, folder: Path, split: str | None = None):
-        self.folder, self.files = folder, find_images([folder])
+        check_class_folders(folder)
+        self.folder = folder
+        self.files, ignored = find_images([folder])
         if misplaced := next((file for file in self.files if file.parent == folder), None):
-            raise UserError(f"{misplaced} lies in no class: {folder} must hold a directory of images per class")
-        class_names = sorted({self.find_class(file) for file in self.files})
-        super().__init__(name=str(folder), class_names=class_names, num_images=len(self.files), split=split)
-        self.indices = {name: label for label, name in enumerate(class_names)}
+            raise UserError(
+                f"{misplaced} lies in no class: {folder} must hold a directory of images per class, or a metadata.csv "
+                "with the columns file_name and label"
+            )
+        names = [self.find_class(file) for file in self.files]
+        class_names = sorted(set(names))
+        super().__init__(
+            name=str(folder),
+            class_names=class_names,
+            num_images=len(self.files),
+            split=split,
+            notes=describe_folder(class_names, ignored),
+        )
+        indices = {name: label for label, name in enumerate(class_names)}
+        self.class_indices = [indices[name] for name in names]
 
     def find_class(self, file: Path) -> str:
-        return file.relative_to(self.folder).parts[0]
+        """Returns the class of a file. Systems differ in the Unicode form of the same name."""
+        return unicodedata.normalize("NFC", file.relative_to(self.folder).parts[0])
 
     def __getitem__(self, index: int) -> LabeledImage:
         file = self.files[index]
-        return LabeledImage(str(file), file, self.indices[self.find_class(file)])
+        return LabeledImage(str(file), file, self.class_indices[index])
 
     @property
     def labels(self) -> list[int]:
-        return [self.indices[self.find_class(file)] for file in self.files]
+        return self.class_indices
+
+
+def describe_folder(class_names: list[str], ignored: list[Path]) -> tuple[str, ...]:
+    """Returns what the user should know about an image folder: names taken as classes, and ignored files."""
+    notes = []
+    if all(find_split_kind(name) for name in class_names):
+        notes.append(f"Took {shorten(class_names)} as classes, because images lie directly in them")
+    if table := next((file for file in ignored if file.suffix.lower() in TABLE_SUFFIXES), None):
+        notes.append(f"Read images in directories of classes instead of {table}")
+    if ignored:
+        notes.append(describe_ignored(ignored))
+    return tuple(notes)
 
 
 @dataclass
@@ -190,22 +234,6 @@ class StreamedImages(LabeledImages):
         return replace(self, stream=self.stream.shuffle(rng.integers(2**32).item(), buffer_size=SHUFFLE_BUFFER))
 
 
-def find_split_folders(folder: Path) -> dict[str, Path]:
-    """Returns the directories of the splits by name, or nothing if the directory holds other directories too."""
-    inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
-    return inside if TRAIN_SPLIT in inside and inside.keys() <= {TRAIN_SPLIT, *EVALUATION_SPLITS} else {}
-
-
-def choose_split(names: list[str], wanted: str | None, dataset: str) -> str:
-    candidates = [wanted] if wanted is not None else EVALUATION_SPLITS
-    for name in candidates:
-        if name in names:
-            return name
-    if wanted is None and len(names) == 1:
-        return names[0]
-    raise UserError(f"choose a split of {dataset} with --split: it has {', '.join(names)}")
-
-
 def choose_column(candidates: list[str], wanted: str | None, columns: list[str], kind: str, dataset: str) -> str:
     if wanted is not None and wanted not in columns:
         raise UserError(f"{dataset} has no column {wanted}: choose one of {', '.join(columns)}")
@@ -227,9 +255,130 @@ def choose_columns(features: dict, image_column: str | None, label_column: str |
         raise UserError(
             f"the column {image_column} of {dataset} holds no images: choose the column with --image-column"
         )
+    if label_column == image_column:
+        raise UserError(f"the column {label_column} of {dataset} holds images: choose another --label-column")
     label_feature = features[label_column]
     class_names = label_feature.names if isinstance(label_feature, datasets.ClassLabel) else None
     return Columns(image_column, label_column, class_names)
+
+
+def resolve_file_names(file: Path, names: list[str | None]) -> list[dict | None]:
+    """Returns the images that a metadata file names, as `datasets.Image` stores them.
+
+    Raises:
+        UserError: If an image lies outside of the directory.
+    """
+    images = []
+    for name in names:
+        path = Path(os.path.normpath((name or ".").replace("\\", "/")))
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{file} names the image {name}, which lies outside of {file.parent}: move it there")
+        images.append(None if name is None else {"path": str(file.parent / path), "bytes": None})
+    return images
+
+
+def open_metadata(
+    metadata: Metadata, image_column: str | None, label_column: str | None, split: str | None
+) -> TableImages:
+    """Open the images that a metadata file lists.
+
+    Raises:
+        UserError: If a column is missing, or an image lies outside of the directory.
+    """
+    import datasets
+
+    file, rows = metadata
+    name = str(file.parent)
+    splits = [path.name for path in list_class_folders(file.parent)]
+    if len(splits) > 1 and all(map(find_split_kind, splits)):
+        raise UserError(f"{file} lists images of several splits, {' and '.join(splits)}: put one file into each split")
+    image_feature = datasets.Image(decode=False)
+    columns = choose_columns(
+        {**dict.fromkeys(rows.columns), FILE_NAME: image_feature}, image_column, label_column, name
+    )
+    try:
+        cells = datasets.Dataset.from_pandas(rows[[FILE_NAME, columns.label]].astype({FILE_NAME: "string"}))
+    except ValueError as error:
+        raise UserError(f"the column {columns.label} of {file} cannot be read: {error}") from error
+    table = datasets.Dataset.from_dict(
+        {FILE_NAME: resolve_file_names(file, cells[FILE_NAME][:]), columns.label: cells[columns.label][:]},
+        features=datasets.Features({**cells.features, FILE_NAME: image_feature}),
+    )
+    return TableImages(
+        name=name,
+        class_names=None,
+        num_images=len(table),
+        split=split,
+        notes=(f"Read the labels in the column {columns.label} of {file}",),
+        table=table,
+        columns=columns,
+    )
+
+
+def open_folder(folder: Path, split: str | None, image_column: str | None, label_column: str | None) -> IndexedImages:
+    """Open the images in a directory by its metadata file, or by its directories of classes.
+
+    A metadata file holds if it has labels, or if there are no classes.
+
+    Raises:
+        UserError: If the directory holds neither, or the user names columns of classes.
+    """
+    metadata = read_metadata(folder)
+    if metadata is not None:
+        has_labels = (label_column or "label") in metadata.rows.columns
+        if has_labels or label_column is not None or len(list_class_folders(folder)) < 2:
+            return open_metadata(metadata, image_column, label_column, split)
+    if (image_column, label_column) != (None, None):
+        raise UserError(f"{folder} {NO_TABLE}")
+    images = ImageFolder(folder, split)
+    if metadata is not None:
+        images.notes += (f"Took the directories as classes, because {metadata.file} has no column label",)
+    return images
+
+
+def link_for_datasets(directory: Path) -> Path:
+    """Returns a directory that `datasets` reads as the given one.
+
+    `datasets` expands wildcards in the path of a directory, and enters no link to a directory. So such a directory
+    gets a twin of links to its files, in the cache of `datasets`.
+    """
+    import datasets
+
+    real = Path(os.path.realpath(directory))
+    files = list(walk_files(real))
+    has_links = any(str(parent) != os.path.realpath(parent) for parent in {file.parent for file in files})
+    if not has_links and not has_magic(str(real)):
+        return real
+    twin = Path(datasets.config.HF_DATASETS_CACHE) / "links" / sha256(os.fsencode(real)).hexdigest()
+    wanted = {twin / file.relative_to(real): file for file in files}
+    for link in [path for path in twin.rglob("*") if path.is_symlink() and path not in wanted]:
+        link.unlink(missing_ok=True)
+    for link, file in wanted.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(file)
+    return twin
+
+
+def load_with_datasets(
+    dataset: str, path: Path, config: str | None, revision: str | None, streaming: bool
+) -> "datasets.Dataset | datasets.DatasetDict | datasets.IterableDatasetDict":
+    """Load a dataset of the package `datasets`, from a directory or from the Hub.
+
+    Raises:
+        UserError: If there is no such dataset, or it cannot be read.
+    """
+    import datasets
+
+    try:
+        with translate_hub_errors(dataset):
+            if not path.is_dir():
+                return datasets.load_dataset(dataset, config, revision=revision, streaming=streaming)
+            if is_saved_dataset(path):
+                return datasets.load_from_disk(dataset)
+            return datasets.load_dataset(str(link_for_datasets(path)), config, streaming=streaming)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the dataset {dataset} cannot be opened: {error}") from error
 
 
 def open_splits(
@@ -240,52 +389,49 @@ def open_splits(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool = True,
+    wanted_splits: Sequence[str] = (),
 ) -> dict[str | None, Callable[[], LabeledImages]]:
     """Open a dataset.
 
     Args:
         dataset: One of these sources:
 
-            - an image folder, or a directory with an image folder for `train` and for other splits
+            - an image folder, or a directory with an image folder for each split
             - a directory that `datasets` wrote or reads
             - the id of a dataset on the Hub
         config: The configuration of a dataset of `datasets`.
         revision: Branch, tag or commit on the Hub.
         image_column, label_column: The columns. The default is the only column of the type.
         streaming: Whether to read a dataset on the Hub during the download instead of after it.
+        wanted_splits: The splits that the user names. They may be directories of any name.
 
     Returns:
         A function per split that opens it. A dataset without splits has the split None.
 
     Raises:
-        UserError: If there is no such dataset. Opening a split raises it if there is no such column.
+        UserError: If there is no such dataset, or its layout is unclear. Opening a split raises it if there is no such
+            column, or the directories are no classes.
     """
     path = Path(dataset)
-    is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
-    if path.is_dir() and not is_saved and not any(file.suffix in DATA_FILE_SUFFIXES for file in path.rglob("*")):
-        if (config, revision, image_column, label_column) != (None,) * 4:
-            raise UserError(
-                f"{dataset} is a directory of images: it has neither configurations, revisions nor columns"
-            )
-        if split_folders := find_split_folders(path):
-            return {split: partial(ImageFolder, folder, split) for split, folder in split_folders.items()}
-        return {None: partial(ImageFolder, path, None)}
+    is_local = os.path.lexists(path)
+    if is_local and not os.path.isdir(path):
+        raise UserError(describe_file(path))
+    if is_local and is_image_folder(path, (config, image_column, label_column) != (None, None, None)):
+        if (config, revision) != (None, None):
+            raise UserError(f"{dataset} {NO_TABLE}")
+        open_images = partial(open_folder, image_column=image_column, label_column=label_column)
+        if split_folders := find_split_folders(path, wanted_splits):
+            return {split: partial(open_images, folder, split) for split, folder in split_folders.items()}
+        return {None: partial(open_images, path, None)}
 
     require("datasets", extra="evaluate")
     import datasets
 
-    hub_id = None if path.is_dir() else dataset
+    hub_id = None if is_local else dataset
     if hub_id is not None:
         with translate_hub_errors(dataset):
             revision = HfApi().dataset_info(hub_id, revision=revision).sha
-    try:
-        with translate_hub_errors(dataset):
-            if is_saved:
-                loaded = datasets.load_from_disk(dataset)
-            else:
-                loaded = datasets.load_dataset(dataset, config, revision=revision, streaming=streaming)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the dataset {dataset} cannot be opened: {error}") from error
+    loaded = load_with_datasets(dataset, path, config, revision, streaming)
 
     def open_split(split: str | None) -> LabeledImages:
         rows = loaded if split is None else loaded[split]
@@ -318,14 +464,24 @@ def open_dataset(dataset: str, *, split: str | None = None, **options: Any) -> L
 
     Args:
         dataset: The source of the dataset. `open_splits` describes it, and the other options.
-        split: The name of the split. The default is validation, val, test, or the only split.
+        split: The name of the split, in any case. The default is that for validation, that for tests, or the only one.
 
     Raises:
         UserError: If there is no such dataset, split or column.
     """
-    splits = open_splits(dataset, **options)
-    if None not in splits:
-        split = choose_split([name for name in splits if name is not None], split, dataset)
-    elif split is not None:
-        raise UserError(f"{dataset} has no splits: leave --split out")
-    return splits[split]()
+    splits = open_splits(dataset, wanted_splits=[] if split is None else [split], **options)
+    if None in splits:
+        if split is not None:
+            raise UserError(f"{dataset} has no splits: leave --split out")
+        return splits[None]()
+    names = [name for name in splits if name is not None]
+    if split is not None:
+        return splits[choose_split(names, split, dataset, "--split")]()
+    if len(names) == 1:
+        return splits[names[0]]()
+    chosen = choose_evaluation_split(names, dataset, "--split")
+    if chosen is None:
+        raise UserError(f"choose a split of {dataset} with --split: it has {', '.join(names)}")
+    images = splits[chosen]()
+    images.notes += (f"Took the split {chosen} of {', '.join(names)}",)
+    return images

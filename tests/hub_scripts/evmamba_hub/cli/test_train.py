@@ -1,15 +1,18 @@
 import dataclasses
 import re
+import shutil
+from io import StringIO
 
 import pytest
 import torch
 import typer
 import yaml
 from accelerate.state import AcceleratorState
+from rich.console import Console
 from typer.testing import CliRunner
 
 from evmamba_hub.cli.main import app
-from evmamba_hub.cli.train import find_overrides, with_recipe_options
+from evmamba_hub.cli.train import find_overrides, train_with_progress, with_recipe_options
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from modeling_evmamba import EfficientVMambaForImageClassification
@@ -57,6 +60,20 @@ def test_options_replace_values_of_the_recipe(run):
     assert saved.image_mean == [0.1, 0.2, 0.3]
     assert saved.network["state_size"] == 3
     assert EfficientVMambaForImageClassification.from_pretrained(output / "model").config.state_size == 3
+
+
+def test_the_choice_of_images_is_told(make_recipe, stripes, tmp_path):
+    shutil.copytree(stripes / "train", tmp_path / "stripes")
+    shutil.copytree(stripes / "train" / "vertical", tmp_path / "stripes" / "vertical" / ".hidden")
+    (tmp_path / "stripes" / "dotted").mkdir()
+    shutil.copy(stripes / "train" / "vertical" / "01.png", tmp_path / "stripes" / "dotted")
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in this process
+    recipe = make_recipe(dataset=str(tmp_path / "stripes"), epochs=0.2, warmup_epochs=0)
+    console = Console(file=StringIO(), width=300)
+    train_with_progress(TrainingRun(recipe, tmp_path / "run", resume=False), console)
+    text = console.file.getvalue()
+    assert "Ignored 18 files that are hidden or no image by name, such as" in text
+    assert "Held out 4 images for evaluation\n1 class has no held-out image: dotted\n" in text
 
 
 def test_options_that_are_not_given_change_nothing():

@@ -6,7 +6,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
+from PIL import Image
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.labeled_images import (
@@ -140,7 +142,7 @@ def test_a_stream_that_breaks_off(hub, digits, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"split": "train"}, "choose a split of .* with --split: it has a, b"),
+        ({"split": "train"}, "has no split 'train': --split takes a, b"),
         ({}, "choose a split of .* with --split: it has a, b"),
         ({"split": "a", "image_column": "photo"}, "has no column photo: choose one of image, label"),
         ({"split": "a", "image_column": "label"}, "the column label of .* holds no images"),
@@ -178,8 +180,164 @@ def test_a_folder_of_splits(digit_images, tmp_path):
     }
     opened = open_dataset(str(tmp_path))
     assert (opened.split, opened.class_names) == ("val", ["3"])
-    shutil.copytree(digit_images / "7", tmp_path / "car")  # now `train` is a class too
-    assert open_dataset(str(tmp_path)).class_names == ["car", "train", "val"]
+    shutil.copytree(digit_images / "7", tmp_path / "car")  # is `train` a class now?
+    with pytest.raises(UserError, match=r"holds splits \(train, val\) beside car"):
+        open_dataset(str(tmp_path))
+
+
+def write_metadata(folder: Path, suffix: str, rows: dict[str, list]) -> None:
+    frame = pandas.DataFrame(rows)
+    if suffix == ".csv":
+        frame.to_csv(folder / "metadata.csv", index=False)
+    elif suffix == ".jsonl":
+        frame.to_json(folder / "metadata.jsonl", orient="records", lines=True)
+    else:
+        frame.to_parquet(folder / "metadata.parquet")
+
+
+@pytest.fixture(params=["digits", "digits[0-9]*?"])
+def flat(request, digit_images, tmp_path) -> Path:
+    """A directory of digits without classes: 0.png ... 9.png in `images`."""
+    folder = tmp_path / request.param
+    (folder / "images").mkdir(parents=True)
+    for digit in NAMES:
+        shutil.copy(min((digit_images / digit).iterdir()), folder / "images" / f"{digit}.png")
+    return folder
+
+
+FILE_NAMES = [f"images/{digit}.png" for digit in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "labels", [list(range(10)), [f"no. {digit}" for digit in range(10)]], ids=["numbers", "names"]
+)
+def test_a_metadata_file_names_images_and_labels(flat, suffix, labels):
+    write_metadata(flat, suffix, {"file_name": FILE_NAMES[::-1], "label": labels[::-1], "remark": [None] * 10})
+    opened = open_dataset(str(flat))
+    assert (opened.name, opened.class_names, opened.labels) == (str(flat), None, labels[::-1])
+    images = list(opened.read(Share(0, 1)))
+    assert [image.label for image in images] == labels[::-1]
+    assert images[0].read().tobytes() == Image.open(flat / FILE_NAMES[9]).convert("RGB").tobytes()
+    assert opened.notes == (f"Read the labels in the column label of {flat / 'metadata'}{suffix}",)
+
+
+def test_the_label_column_of_a_metadata_file(flat):
+    write_metadata(flat, ".csv", {"file_name": FILE_NAMES, "kind": NAMES, "image": NAMES})
+    with pytest.raises(
+        UserError, match=r"choose the label column of .* with --label-column: it has file_name, kind, image"
+    ):
+        open_dataset(str(flat))
+    assert open_dataset(str(flat), label_column="kind").labels == list(range(10))
+    with pytest.raises(UserError, match="has no column color: choose one of file_name, kind, image"):
+        open_dataset(str(flat), label_column="color")
+    with pytest.raises(UserError, match="neither configurations, revisions nor columns"):
+        open_dataset(str(flat), label_column="kind", config="default")
+
+
+def test_gaps_in_a_metadata_file(flat):
+    write_metadata(flat, ".csv", {"file_name": [*FILE_NAMES[:9], None], "label": [None, *range(1, 10)]})
+    opened = open_dataset(str(flat))
+    assert opened.labels == [None, *range(1, 10)]
+    with pytest.raises(UserError, match=r"image 9 of .*: it is not an image"):
+        opened[9].read()
+    (flat / "metadata.csv").write_text("file_name,label\nimages/0.png,NA\nimages/1.png,None\n")
+    assert open_dataset(str(flat)).labels == ["NA", "None"]
+
+
+@pytest.mark.parametrize("name", ["../images/0.png", "/etc/passwd", "images/../../x.png"])
+def test_metadata_files_stay_in_their_directory(flat, name):
+    write_metadata(flat, ".csv", {"file_name": [*FILE_NAMES[:9], name], "label": NAMES})
+    with pytest.raises(UserError, match=r"metadata\.csv names the image .*, which lies outside of"):
+        open_dataset(str(flat))
+
+
+def test_metadata_files_of_splits(flat, tmp_path):
+    write_metadata(flat, ".csv", {"file_name": FILE_NAMES, "label": NAMES})
+    for split in ("Train", "valid"):
+        shutil.copytree(flat, tmp_path / "splits" / split)
+    opened = open_dataset(str(tmp_path / "splits"))
+    assert (opened.split, opened.labels) == ("valid", list(range(10)))
+    write_metadata(
+        tmp_path / "splits", ".csv", {"file_name": [f"Train/{name}" for name in FILE_NAMES], "label": NAMES}
+    )
+    assert open_dataset(str(tmp_path / "splits")).split == "valid"
+    for split in ("Train", "valid"):
+        (tmp_path / "splits" / split / "metadata.csv").unlink()
+        shutil.move(tmp_path / "splits" / split / "images" / "0.png", tmp_path / "splits" / split)
+        shutil.rmtree(tmp_path / "splits" / split / "images")
+    with pytest.raises(UserError, match=r"metadata\.csv lists images of several splits, Train and valid"):
+        open_dataset(str(tmp_path / "splits"))
+
+
+def test_a_metadata_file_beside_classes(digit_images, tmp_path):
+    for digit in "35":
+        shutil.copytree(digit_images / digit, tmp_path / digit)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    write_metadata(tmp_path, ".csv", {"file_name": names, "text": ["a digit"] * len(names)})
+    opened = open_dataset(str(tmp_path))
+    assert (opened.class_names, opened.num_images) == (["3", "5"], len(names))
+    assert any("metadata.csv has no column label" in note for note in opened.notes)
+    write_metadata(tmp_path, ".csv", {"file_name": names[:5], "label": ["three"] * 5})
+    opened = open_dataset(str(tmp_path))
+    assert (opened.labels, opened.num_images) == (["three"] * 5, 5)
+    assert any("Read the labels in the column label of" in note for note in opened.notes)
+
+
+@pytest.fixture(params=["brackets", "a linked directory", "both"])
+def odd_directory(request, digits, tmp_path) -> Path:
+    """A directory of Parquet files that `datasets` itself does not find."""
+    folder = tmp_path / ("digits" if request.param == "a linked directory" else "digits[1]*?")
+    target = folder / "data" if request.param == "brackets" else tmp_path / "elsewhere"
+    target.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    for name, content in parquet_files(digits, tmp_path, 2).items():
+        (target / Path(name).name).write_bytes(content)
+    if request.param != "brackets":
+        (folder / "data").symlink_to(target, target_is_directory=True)
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_parquet_files_at_any_path(odd_directory, digits, streaming):
+    opened = open_dataset(str(odd_directory), streaming=streaming)
+    assert (opened.name, opened.split, opened.class_names) == (str(odd_directory), "test", NAMES)
+    assert [image.label for image in opened.read(Share(0, 1))] == digits["label"][:]
+    # the directory changes
+    files = sorted(path for path in (odd_directory / "data").iterdir())
+    files[0].unlink()
+    opened = open_dataset(str(odd_directory), streaming=streaming)
+    assert [image.label for image in opened.read(Share(0, 1))] == digits["label"][31:]
+
+
+def test_saved_datasets_at_any_path(digits, tmp_path, monkeypatch):
+    digits.save_to_disk(tmp_path / "digits[1]*?")
+    assert open_dataset(str(tmp_path / "digits[1]*?")).labels == digits["label"][:]
+    monkeypatch.chdir(tmp_path / "digits[1]*?")
+    assert open_dataset(".").labels == digits["label"][:]
+
+
+def test_a_directory_with_the_name_of_a_format(digits, tmp_path, monkeypatch):
+    (tmp_path / "parquet/data").mkdir(parents=True)
+    for name, content in parquet_files(digits, tmp_path, 1).items():
+        (tmp_path / "parquet" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset("parquet").class_names == NAMES
+
+
+def test_pictures_beside_parquet_files(digits, tmp_path):
+    for name, content in parquet_files(digits, tmp_path, 1).items():
+        for place in ("one", "two"):
+            (tmp_path / place / name).parent.mkdir(parents=True)
+            (tmp_path / place / name).write_bytes(content)
+    for name in ("one/assets/banner.png", "two/assets/banner.png", "two/docs/plot.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (2, 2)).save(tmp_path / name)
+    assert open_dataset(str(tmp_path / "one")).class_names == NAMES
+    opened = open_dataset(str(tmp_path / "two"))  # two directories of images may be classes
+    assert opened.class_names == ["assets", "docs"]
+    assert any("instead of" in note and ".parquet" in note for note in opened.notes)
+    assert open_dataset(str(tmp_path / "two"), label_column="label").class_names == NAMES
 
 
 def test_images_beside_the_classes(tmp_path, digit_images):

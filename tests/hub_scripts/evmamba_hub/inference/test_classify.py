@@ -30,6 +30,19 @@ def test_examples_are_classified_right(evmamba):
         assert 1 >= first["score"] >= second["score"] >= 0
 
 
+def test_links_are_followed_and_other_files_are_ignored_and_counted(evmamba, tmp_path):
+    folder = tmp_path / "photos [1]"
+    (folder / ".thumbnails").mkdir(parents=True)
+    (folder / "linked").symlink_to(EXAMPLES, target_is_directory=True)
+    for name in (".thumbnails/a.png", "._b.png", "notes.pdf"):
+        (folder / name).touch()
+    exit_code, stdout, stderr = evmamba("classify", folder, "--json", "--top-k", 1)
+    assert exit_code == 0, stderr
+    assert len(json.loads(stdout)) == len(list(EXAMPLES.glob("*.png")))
+    ignored = 3 + len([path for path in EXAMPLES.iterdir() if path.suffix != ".png"])
+    assert f"Ignored {ignored} files that are hidden or no image by name, such as {folder}" in stderr
+
+
 def test_tables_name_image_and_label(evmamba):
     image = sorted(EXAMPLES.glob("*.png"))[3]
     exit_code, stdout, stderr = evmamba("classify", image)

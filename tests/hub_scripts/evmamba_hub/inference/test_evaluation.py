@@ -60,6 +60,21 @@ def test_what_the_card_of_the_digits_says(evmamba, digit_images, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
+def test_links_are_followed_and_the_choice_of_images_is_told(evmamba, few_digits, tmp_path):
+    for split in ("Train", "Valid"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for folder in few_digits.iterdir():
+            (tmp_path / "data" / split / folder.name).symlink_to(folder, target_is_directory=True)
+    shutil.copytree(few_digits / "3", few_digits / "3" / ".ipynb_checkpoints")
+    arguments = ["--dataset", tmp_path / "data", "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", DIGITS, *arguments)
+    assert code == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["images"], results["dataset_split"]) == (70, "Valid")
+    assert "Took the split Valid of Train, Valid" in err
+    assert "Ignored 7 files that are hidden or no image by name, such as" in err
+
+
 @pytest.mark.slow
 def test_two_processes(evmamba, few_digits, tmp_path):
     """Two processes get 35 and 34 of 69 images. Other programs would pad these to batches of 8."""
