@@ -119,7 +119,7 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
     """Train, with progress on the console of the main process. Return the results."""
     is_main_process = run.accelerator.is_main_process
     if is_main_process:
-        for note in [*run.data.notes, f"Images are augmented by {run.augmentation}"]:
+        for note in [f"Images are augmented by {run.augmentation}", *run.data.notes]:
             console.print(escape(note))
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
     with Progress(*columns, console=console, disable=not is_main_process) as progress:

@@ -168,7 +168,7 @@ def describe_folder(class_names: list[str], ignored: list[Path]) -> tuple[str, .
     """Returns what the user should know about an image folder: names taken as classes, and ignored files."""
     notes = []
     if all(find_split_kind(name) for name in class_names):
-        notes.append(f"Took {shorten(class_names)} as classes, because images lie directly in them")
+        notes.append(f"Took {shorten(class_names)} as classes, not as splits, because images lie directly in them")
     if table := next((file for file in ignored if file.suffix.lower() in TABLE_SUFFIXES), None):
         notes.append(f"Read images in directories of classes instead of {table}")
     if ignored:

@@ -116,7 +116,7 @@ def read_metadata(folder: Path) -> Metadata | None:
                 rows = pandas.read_parquet(file)
         except (OSError, ValueError):  # another file of this name
             continue
-        if FILE_NAME in rows.columns:
+        if FILE_NAME in rows.columns and len(rows) > 0:
             return Metadata(file, rows.convert_dtypes())  # a gap among integers makes no fractions of them
     return None
 

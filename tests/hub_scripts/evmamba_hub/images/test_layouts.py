@@ -111,7 +111,7 @@ def test_classes_with_names_of_splits(tmp_path, names):
     create(tmp_path, *(f"{name}/{number}.png" for name in names for number in range(2)))
     opened = open_dataset(str(tmp_path))
     assert describe(opened) == (None, sorted(names), 2 * len(names))
-    taken = [note for note in opened.notes if "as classes, because images lie directly in them" in note]
+    taken = [note for note in opened.notes if "as classes, not as splits, because images lie directly in them" in note]
     assert len(taken) == (not {"bus", "car"} & set(names))
 
 
@@ -182,7 +182,8 @@ def test_classes_and_splits_may_be_links(tmp_path):
 def test_tables_change_no_classes(tmp_path, name, split, place):
     """Whatever they hold, unless a metadata file names images."""
     create(tmp_path, *(["cat/1.png", "dog/1.png"] if split is None else classes("train", "val")))
-    for content in (b"path,label\ncat/1.png,3\n", b'{"path": "cat/1.png"}\n', b"[1]\n2\n", b"", b"\x89PNG\0\xff\xfe"):
+    texts = [b"path,label\ncat/1.png,3\n", b"file_name,label\n", b'{"path": "cat/1.png"}\n', b"[1]\n2\n"]
+    for content in (*texts, b"", b"\x89PNG\0\xff\xfe"):
         (tmp_path / place / name).write_bytes(content)
         assert describe(open_dataset(str(tmp_path))) == (split, ["cat", "dog"], 2)
 
