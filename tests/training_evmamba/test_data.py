@@ -1,6 +1,7 @@
 import re
 import shutil
 from collections import Counter
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.labeled_images import ImageFolder, SelectedImages, Share
@@ -255,6 +257,20 @@ def test_unreadable_images_are_reported_and_others_stand_in(make_recipe, damaged
     assert batch.labels.tolist().count(UNREADABLE_LABEL) == 1
     assert len(batch.labels) == len(batch.pixel_values) == 10
     assert len(batch.unreadable) == 1
+
+
+def test_an_image_whose_decoder_fails_is_skipped(make_recipe, stripes, tmp_path):
+    """Pillow raises an IndexError for a cut QOI file."""
+    shutil.copytree(stripes, tmp_path / "damaged")
+    Image.new("RGB", (32, 32)).save(cut := BytesIO(), "QOI")
+    for split in ("train", "validation"):
+        (tmp_path / "damaged" / split / "vertical" / "01.png").write_bytes(cut.getvalue()[:15])
+    recipe = make_recipe(dataset=str(tmp_path / "damaged"))
+    (message,) = {name for batch in read_batches(recipe, 5) for name in batch.unreadable}
+    assert "01.png: it cannot be decoded: " in message
+    preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
+    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64, WHOLE)
+    assert batch.labels.tolist().count(UNREADABLE_LABEL) == len(batch.unreadable) == 1 and batch.error is None
 
 
 def test_a_dataset_without_any_readable_image(make_recipe, tmp_path):

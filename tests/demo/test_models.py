@@ -1,0 +1,72 @@
+"""What the demo shows of networks and pictures that are not usual."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evmamba_demo.bundled import find_bundled_model, find_examples
+from evmamba_demo.interface import Demonstration
+from evmamba_demo.models import Models, predict
+from evmamba_hub.errors import UserError
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
+
+
+def save_model(folder: Path, num_channels: int) -> Path:
+    """Save a network of ten classes with the image processor of the digits."""
+    torch.manual_seed(0)
+    config = EfficientVMambaConfig(
+        num_channels=num_channels, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_labels=10
+    )
+    EfficientVMambaForImageClassification(config).save_pretrained(folder)
+    shutil.copyfile(find_bundled_model() / "preprocessor_config.json", folder / "preprocessor_config.json")
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    Image.open(find_examples()[3]).convert("RGB").save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+def test_a_network_of_one_channel_is_shown(tmp_path, picture):
+    models = Models([str(save_model(tmp_path / "gray", 1)), str(find_bundled_model())], allow_any=False)
+    demonstration = Demonstration(models)
+    predict(models.shown, Image.new("RGB", (64, 64)))  # as before the first visitor
+    scores, view, _ = demonstration.classify(picture)
+    assert len(scores) == 5
+    assert view.mode == "RGB" and (np.asarray(view) == np.asarray(view)[..., :1]).all()
+    label = next(iter(scores))
+    for view, _ in (
+        demonstration.activation_map(picture, label, 4, 60),
+        demonstration.scan_paths(picture, 1, 50),
+        demonstration.receptive_field(picture, 2, 50, 50),
+    ):
+        assert view.size == (448, 448)
+    assert "They took" in demonstration.compare(picture, "gray", models.names[1])[2]
+
+
+@pytest.mark.parametrize("num_channels", [2, 4])
+def test_a_network_of_other_channels_is_refused(tmp_path, num_channels):
+    with pytest.raises(UserError, match=f"the network takes {num_channels} channels, image files are read as gray"):
+        Models([str(save_model(tmp_path / "model", num_channels))], allow_any=False)
+
+
+def test_a_dark_picture_is_announced_each_time_without_its_path(tmp_path):
+    Image.fromarray(np.full((32, 32), 4095, dtype=np.uint16)).save(tmp_path / "dark.png")
+    demonstration = Demonstration(Models([str(find_bundled_model())], allow_any=False))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="it uses 12 of its 16 bits and is read as dark") as notices:
+            demonstration.classify(str(tmp_path / "dark.png"))
+        assert not any(str(tmp_path) in str(notice.message) for notice in notices)
+
+
+def test_a_damaged_picture_is_explained(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "damaged.qoi")
+    (tmp_path / "damaged.qoi").write_bytes((tmp_path / "damaged.qoi").read_bytes()[:15])
+    demonstration = Demonstration(Models([str(find_bundled_model())], allow_any=False))
+    with pytest.raises(Exception, match="This file cannot be shown to the network: it cannot be decoded"):
+        demonstration.classify(str(tmp_path / "damaged.qoi"))
