@@ -77,9 +77,6 @@ class EfficientVMambaPointwiseConv(nn.Conv2d):
     On CPUs, PyTorch's convolution takes a slow path for small feature maps (benchmarks/NOTES.md).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H, W)
         hidden_states = hidden_states.permute(0, 2, 3, 1)
         return F.linear(hidden_states, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -192,6 +189,23 @@ class EfficientVMambaES2D(nn.Module):
         return self.out_proj(hidden_states)
 
 
+def normalize_batch(batch_norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Apply a batch norm. Its running statistics count each batch once, also with gradient checkpointing.
+
+    Gradient checkpointing computes the feature maps again in the backward pass, which then updates copies of the
+    statistics. Without any update, autograd would save other tensors than in the forward pass, which is an error.
+
+    Args:
+        batch_norm: A batch norm, or a module that wraps one, such as PEFT's.
+        hidden_states: `(B, C, H, W)`.
+    """
+    # compiled graphs update the statistics once by themselves; the id is -1 outside of backward passes
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return batch_norm(hidden_states)
+    copies = {name: buffer.clone() for name, buffer in batch_norm.named_buffers()}
+    return torch.func.functional_call(batch_norm, copies, hidden_states)
+
+
 class EfficientVMambaLocalBranch(nn.Module):
     """Convolutional branch in parallel to the scan, with the channels of the block."""
 
@@ -200,10 +214,10 @@ class EfficientVMambaLocalBranch(nn.Module):
         self.depthwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
         self.batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
         self.activation = nn.GELU()
-        self.pointwise_conv = EfficientVMambaPointwiseConv(hidden_size, hidden_size)
+        self.pointwise_conv = EfficientVMambaPointwiseConv(hidden_size, hidden_size, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        hidden_states = self.batch_norm(self.depthwise_conv(hidden_states.permute(0, 3, 1, 2)))
+        hidden_states = normalize_batch(self.batch_norm, self.depthwise_conv(hidden_states.permute(0, 3, 1, 2)))
         return self.pointwise_conv(self.activation(hidden_states)).permute(0, 2, 3, 1)
 
 
@@ -248,8 +262,8 @@ class EfficientVMambaSqueezeExcitation(nn.Module):
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
         squeezed_size = max(1, int(hidden_size * config.squeeze_expansion_ratio))
-        self.squeeze = EfficientVMambaPointwiseConv(hidden_size, squeezed_size)
-        self.expand = EfficientVMambaPointwiseConv(squeezed_size, hidden_size)
+        self.squeeze = EfficientVMambaPointwiseConv(hidden_size, squeezed_size, kernel_size=1)
+        self.expand = EfficientVMambaPointwiseConv(squeezed_size, hidden_size, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, M, H, W) -> (B, M, H, W)
         mean = hidden_states.mean(dim=(2, 3), keepdim=True)  # (B, M, 1, 1)
@@ -262,7 +276,7 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int, drop_path_rate: float):
         super().__init__()
         expanded_size = config.expand_ratio * hidden_size  # M
-        self.expand_conv = EfficientVMambaPointwiseConv(hidden_size, expanded_size, bias=False)
+        self.expand_conv = EfficientVMambaPointwiseConv(hidden_size, expanded_size, kernel_size=1, bias=False)
         self.expand_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
         self.depthwise_conv = nn.Conv2d(
             expanded_size, expanded_size, kernel_size=3, padding=1, groups=expanded_size, bias=False
@@ -270,15 +284,15 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
         self.depthwise_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
         self.activation = nn.ReLU()
         self.squeeze_excitation = EfficientVMambaSqueezeExcitation(config, expanded_size)
-        self.project_conv = EfficientVMambaPointwiseConv(expanded_size, hidden_size, bias=False)
+        self.project_conv = EfficientVMambaPointwiseConv(expanded_size, hidden_size, kernel_size=1, bias=False)
         self.project_batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
         self.drop_path = EfficientVMambaDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        update = self.activation(self.expand_batch_norm(self.expand_conv(hidden_states)))  # (B, M, H, W)
-        update = self.activation(self.depthwise_batch_norm(self.depthwise_conv(update)))
-        update = self.squeeze_excitation(update)
-        update = self.project_batch_norm(self.project_conv(update))  # (B, C, H, W)
+        update = normalize_batch(self.expand_batch_norm, self.expand_conv(hidden_states))  # (B, M, H, W)
+        update = normalize_batch(self.depthwise_batch_norm, self.depthwise_conv(self.activation(update)))
+        update = self.squeeze_excitation(self.activation(update))
+        update = normalize_batch(self.project_batch_norm, self.project_conv(update))  # (B, C, H, W)
         return hidden_states + self.drop_path(update)
 
 

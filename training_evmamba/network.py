@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -126,21 +124,3 @@ def create_model(
     if recipe.frozen_stages > model.config.num_stages:
         raise UserError(f"`frozen_stages` is {recipe.frozen_stages}, the network has {model.config.num_stages} stages")
     return model
-
-
-@contextmanager
-def no_statistics_updates(model: nn.Module) -> Iterator[None]:
-    """Freeze the running statistics of batch norms, which still normalize by the batch.
-
-    Gradient checkpointing recomputes activations, but the statistics must count each batch once. Both computations
-    must save the same tensors for the backward pass, so `track_running_stats` stays.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    counts = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches) in zip(norms, counts, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from training_evmamba.data import (
     open_data,
 )
 from training_evmamba.distributed import create_accelerator
-from training_evmamba.network import complete_recipe, create_image_processor, create_model, no_statistics_updates
+from training_evmamba.network import complete_recipe, create_image_processor, create_model
 from training_evmamba.optimization import (
     ExponentialMovingAverage,
     create_optimizer,
@@ -119,9 +119,7 @@ class TrainingRun:
         recipe, accelerator = self.recipe, self.accelerator
         freeze(model, recipe)
         if recipe.gradient_checkpointing:
-            # torch.compile supports no contexts, and updates the statistics once without them
-            contexts = {} if recipe.compile else {"context_fn": lambda: (nullcontext(), no_statistics_updates(model))}
-            model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
         # Three warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but

@@ -112,6 +112,21 @@ def test_trains_evaluates_and_saves(tmp_path, splits, image_processor):
         assert classifier(draw_pattern(label, generator), top_k=1)[0]["label"] == name
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, splits, image_processor, use_reentrant):
+    # AdamW would scale up the rounding of gradients that are zero, such as those of biases before a batch norm
+    usual = {"max_steps": 3, "save_strategy": "no", "optim": "sgd"}
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    states = []
+    for name, options in (("plain", {}), ("checkpointed", checkpointing)):
+        trainer = create_trainer(tmp_path / name, splits, image_processor, **usual, **options)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    expected, actual = states
+    assert expected["efficientvmamba.encoder.stages.0.layers.0.local_branch.batch_norm.num_batches_tracked"] == 3
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_resumed_training_ends_at_the_same_weights(tmp_path, splits, image_processor):
     """Training resumes in the middle of the second epoch, with stochastic depth."""
     options = {"max_steps": 24, "save_steps": 18}
