@@ -10,7 +10,14 @@ which consists of PyTorch operators: compilers trace through it.
 import torch
 
 from .atrous_selective_scan_torch import NUM_GROUPS, atrous_selective_scan_torch
-from .backends import BACKENDS, NAMESPACE, choose_backend_once, in_forward_mode, register_gradient
+from .backends import (
+    BACKENDS,
+    NAMESPACE,
+    choose_backend_once,
+    in_forward_mode,
+    in_function_transform,
+    register_gradient,
+)
 
 
 def atrous_selective_scan(
@@ -47,10 +54,11 @@ def atrous_selective_scan(
 
     Returns:
         The feature map y, `(B, H, W, D)`, in the dtype of `hidden_states`. The recurrence runs in float32, or in
-        float64 if `hidden_states` is float64. Forward-mode differentiation always uses the backend "torch".
+        float64 if `hidden_states` is float64. Forward-mode differentiation, transforms of `torch.func`, and second
+        derivatives always use the backend "torch".
 
     Raises:
-        ValueError: If shapes do not match, the feature map is empty, or the tensors are on several devices. Also if
+        ValueError: If shapes do not match, a feature map is empty, or the tensors are on several devices. Also if
             the backend is unknown, or does not support the device and dtype.
         TypeError: If a tensor is not floating-point.
         ImportError: If the requested backend needs a missing package.
@@ -58,7 +66,7 @@ def atrous_selective_scan(
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     check_arguments(*arguments)
     choice = choose_backend_once(hidden_states.device.type, hidden_states.dtype, backend)
-    if choice.backend == "torch" or in_forward_mode():
+    if choice.backend == "torch" or in_forward_mode() or in_function_transform():
         return atrous_selective_scan_torch(*arguments)
     return scan_operator(*arguments, choice.backend)
 
@@ -93,8 +101,10 @@ def check_arguments(
 
     if hidden_states.ndim != 4:
         raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
-    if hidden_states.numel() == 0:
-        raise ValueError(f"hidden_states must not be empty, got the shape {tuple(hidden_states.shape)}")
+    if 0 in hidden_states.shape[1:]:
+        raise ValueError(
+            f"feature maps in hidden_states must not be empty, got the shape {tuple(hidden_states.shape)}"
+        )
     if A_log.ndim != 3 or dt_proj_weight.ndim != 3:
         raise ValueError(
             "A_log must have the shape (K, D, N) and dt_proj_weight the shape (K, D, R), "
@@ -128,6 +138,8 @@ def scan_operator(
     D: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
+    if len(hidden_states) == 0:  # kernels take at least one feature map
+        return hidden_states.new_empty(hidden_states.shape)
     forward, _ = BACKENDS[backend].load()
     return forward(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
 
@@ -143,8 +155,11 @@ def scan_bwd_operator(
     D: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    if len(hidden_states) == 0:
+        return tuple(argument.new_zeros(argument.shape) for argument in arguments)  # type: ignore[return-value]  # six
     _, backward = BACKENDS[backend].load()
-    return backward(grad, hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    return backward(grad, *arguments)
 
 
 @scan_operator.register_fake
@@ -152,4 +167,4 @@ def fake_scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log,
     return hidden_states.new_empty(hidden_states.shape)
 
 
-register_gradient(scan_operator, scan_bwd_operator)
+register_gradient(scan_operator, scan_bwd_operator, lambda *arguments: atrous_selective_scan_torch(*arguments[:-1]))

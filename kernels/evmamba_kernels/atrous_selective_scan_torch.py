@@ -137,4 +137,4 @@ def atrous_selective_scan_torch(
 
         y = torch.stack(outputs, dim=3) + D.to(dtype)[:, None, None] * u  # (B, K, G, T, D)
         places = steps_of_pixels(height, width, num_steps, device)
-        return y.reshape(batch_size, -1, channels)[:, places].to(hidden_states.dtype)
+        return y.flatten(1, 3)[:, places].to(hidden_states.dtype)

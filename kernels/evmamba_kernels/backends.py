@@ -196,8 +196,11 @@ def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def in_function_transform() -> bool:
-    """Returns whether a `torch.func` transform is active. Under `vmap`, `requires_grad` is unreliable."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Returns whether a `torch.func` transform is active, which most custom operators do not support.
+
+    Under `vmap`, `requires_grad` is unreliable.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,15 +227,18 @@ def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor,
         raise ValueError(f"{name} must be on {hidden_states.device}, like hidden_states, got {tensor.device}")
 
 
-def register_gradient(operator: torch.library.CustomOpDef, bwd_operator: torch.library.CustomOpDef) -> None:
-    """Register `bwd_operator` as the backward pass of `operator`, and its fake implementation.
+def register_gradient(
+    operator: torch.library.CustomOpDef, bwd_operator: torch.library.CustomOpDef, in_pytorch: Callable
+) -> None:
+    """Register `bwd_operator` as the backward pass of `operator`, its fake implementation, and its own gradient.
 
-    Autograd saves nothing but the arguments of `operator`.
+    Autograd saves nothing but the arguments of an operator.
 
     Args:
         operator: Its arguments are tensors, except for the last one.
         bwd_operator: Takes the gradient of the output and all arguments of `operator`. Returns the gradients of the
             tensors.
+        in_pytorch: Computes `operator` from the same arguments in PyTorch operators, for higher derivatives.
     """
 
     def keep_arguments(ctx, inputs, output) -> None:
@@ -242,7 +248,16 @@ def register_gradient(operator: torch.library.CustomOpDef, bwd_operator: torch.l
     def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *bwd_operator(grad, *ctx.saved_tensors, ctx.last), None
 
+    def differentiate_twice(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        def backward(grad, *tensors):
+            pull_back = torch.func.vjp(lambda *tensors: in_pytorch(*tensors, ctx.last), *tensors)[1]
+            return pull_back(grad)
+
+        pull_back = torch.func.vjp(backward, *ctx.saved_tensors)[1]
+        return *pull_back(grads), None
+
     operator.register_autograd(differentiate, setup_context=keep_arguments)
+    bwd_operator.register_autograd(differentiate_twice, setup_context=keep_arguments)
 
     @bwd_operator.register_fake
     def fake_backward(grad, *arguments):

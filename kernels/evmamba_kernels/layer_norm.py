@@ -31,7 +31,7 @@ def layer_norm_gated(
         eps: Epsilon that is added to the variance.
 
     Returns:
-        `(..., D)`, in the dtype of `hidden_states`. On GPUs, large feature maps have no second derivative.
+        `(..., D)`, in the dtype of `hidden_states`.
 
     Raises:
         ValueError: If shapes do not match, or the tensors are on several devices.
@@ -46,6 +46,12 @@ def layer_norm_gated(
         return gated_operator(*tensors, eps)
     if gate.dtype == hidden_states.dtype and len(weight) <= LARGEST_CHANNELS_ON_GPU and is_for_gpu_kernel(tensors):
         return gated_on_gpu_operator(*tensors, eps)
+    return gated_in_pytorch(*tensors, eps)
+
+
+def gated_in_pytorch(
+    hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps) * F.silu(gate)
 
 
@@ -117,7 +123,7 @@ def fake_gated_on_gpu(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
 
 
-register_gradient(gated_on_gpu_operator, gated_on_gpu_bwd_operator)
+register_gradient(gated_on_gpu_operator, gated_on_gpu_bwd_operator, gated_in_pytorch)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean", mutates_args=(), device_types="cpu")

@@ -49,6 +49,14 @@ def test_logits_stay_the_same(shape):
         assert relative_error(optimized(images).logits, model(images).logits) < 3e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_empty_batches(dtype):
+    model = EfficientVMambaForImageClassification(small_config()).to(dtype)
+    with torch.no_grad():
+        logits = optimize_for_inference(model)(torch.randn(0, 3, 40, 37, dtype=dtype)).logits
+    assert logits.shape == (0, 10) and logits.dtype == dtype
+
+
 def test_large_batches_are_taken_in_parts(monkeypatch):
     """Hidden states are still those of the whole batch."""
     model = with_statistics(EfficientVMambaForImageClassification(small_config()))

@@ -314,16 +314,60 @@ def test_problem_types(problem_type, num_labels, labels):
     assert torch.allclose(outputs.loss, expected)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batches(backend, training):
+    """As in ResNet: outputs without images, gradients of 0, and statistics of batch norms as before."""
+    config = EfficientVMambaConfig(**MICRO, num_labels=5, out_features=["stage1", "stage4"])
+    images = torch.randn(0, 3, 40, 37, device=DEVICE, requires_grad=True)
+    for model_class, shapes in [
+        (EfficientVMambaForImageClassification, {"logits": [(0, 5)]}),
+        (EfficientVMambaModel, {"last_hidden_state": [(0, 128, 2, 2)], "pooler_output": [(0, 128)]}),
+        (EfficientVMambaBackbone, {"feature_maps": [(0, 16, 10, 9), (0, 128, 2, 2)]}),
+    ]:
+        model = model_class(config).to(DEVICE).train(training)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+        with use_backend(backend):
+            outputs = model(images)
+            maps = {name: outputs[name] if name == "feature_maps" else [outputs[name]] for name in shapes}
+            assert {name: [tuple(each.shape) for each in maps[name]] for name in shapes} == shapes
+            sum(each.sum() for name in shapes for each in maps[name]).backward()
+        assert images.grad.shape == images.shape
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+        after = dict(model.named_buffers())
+        assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_penalty(backend):
+    """The gradient of the norm of a gradient, through every operator of the network in training."""
     torch.manual_seed(0)
-    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO, drop_path_rate=0.0)).train()
-    checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable()
-    pixel_values, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
-    for network in (model, checkpointed):
-        network(pixel_values, labels=labels).loss.backward()
-    for (name, parameter), other in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
-        assert torch.allclose(parameter.grad, other.grad, atol=1e-6), name
+    fields = {"patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "block_types": ["evss", "inverted_residual"]}
+    config = EfficientVMambaConfig(**fields, num_labels=3, drop_path_rate=0.0)
+    model = EfficientVMambaForImageClassification(config).to(DEVICE).train()
+    images = torch.randn(2, 3, 8, 8, device=DEVICE, requires_grad=True)
+    penalties = []
+    for name, network in ((backend, model), ("torch", copy.deepcopy(model).double())):
+        dtype = next(network.parameters()).dtype
+        with use_backend(name):
+            logits = network(images.to(dtype)).logits
+            [gradient] = torch.autograd.grad(logits.square().sum(), images, create_graph=True)
+            (gradient.norm() - 1).square().backward()
+        penalties.append([parameter.grad for parameter in network.parameters()])
+    norm = torch.stack([gradient.norm() for gradient in penalties[1]]).norm()
+    for actual, expected in zip(*penalties, strict=True):
+        assert (actual - expected).norm() < 1e-5 * norm
+
+
+def test_convolutions_take_the_arguments_of_their_base_class():
+    """LoRA builds its own convolutions from the class of the convolution that it adapts."""
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO))
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    images = torch.randn(1, 8, 4, 4)
+    for convolution in {type(module): module for module in convolutions}.values():
+        low_rank = type(convolution)(8, 2, (1, 1), (1, 1), (0, 0), bias=False)
+        expected = torch.nn.functional.conv2d(images, low_rank.weight)
+        torch.testing.assert_close(low_rank(images), expected)
 
 
 def test_float64_stays_float64():

@@ -17,7 +17,7 @@ from torch.library import CustomOpDef
 import evmamba_kernels
 from devices import BACKENDS, DEVICE, sized
 from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
-from evmamba_kernels.atrous_selective_scan import scan_operator
+from evmamba_kernels.atrous_selective_scan import scan_bwd_operator, scan_operator
 from evmamba_kernels.atrous_selective_scan_reference import (
     atrous_selective_scan_reference,
     group_pixels,
@@ -191,6 +191,80 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(atrous_selective_scan, arguments)
 
 
+def differentiate(arguments, backend, order):
+    """Returns the gradients of nested sums of squares: of the output, of its gradients, and so on."""
+    arguments = [argument.detach().requires_grad_() for argument in arguments]
+    results = [atrous_selective_scan(*arguments, backend=backend)]
+    for _ in range(order):
+        loss = sum(result.float().square().sum() for result in results)
+        results = torch.autograd.grad(loss, arguments, create_graph=True)
+    return results
+
+
+@pytest.mark.parametrize("shape", sized([(2, 5, 4, 3), (1, 1, 2, 17)], [(1, 2, 3, 3)]), ids=str)
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_higher_derivatives(backend, order, shape):
+    arguments = small_arguments(*shape, dtype=torch.float32)
+    exact = differentiate([argument.double() for argument in arguments], "torch", order)
+    for actual, expected in zip(differentiate(arguments, backend, order), exact, strict=True):
+        assert relative_error(actual, expected, floor=1e-6) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_of_connected_arguments(backend):
+    """The feature map depends on a weight, as in a network, and most arguments need no gradient."""
+    arguments = small_arguments(1, 3, 2, 3, dtype=torch.float32)
+    gradients = []
+    for dtype, name in ((torch.float32, backend), (torch.float64, "torch")):
+        u, weight, *others = [argument.to(dtype) for argument in arguments]
+        weight.requires_grad_()
+        y = atrous_selective_scan(u * weight.mean(), weight, *others, backend=name)
+        [gradient] = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+        gradients += torch.autograd.grad(gradient.square().sum(), weight)
+    assert relative_error(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_have_the_dtypes_of_their_arguments(backend, dtype):
+    arguments = small_arguments(1, 3, 2, 3, dtype=torch.float32)
+    arguments[0] = arguments[0].to(dtype)
+    assert [each.dtype for each in differentiate(arguments, backend, 2)] == [each.dtype for each in arguments]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_function_transforms(backend):
+    """Gradients per image, and Hessians in both modes."""
+    u, *parameters = small_arguments(2, 2, 3, 2, dtype=torch.float32)
+
+    def loss(u):
+        return atrous_selective_scan(u, *parameters, backend=backend).square().sum()
+
+    variable = u.clone().requires_grad_()
+    [gradient] = torch.autograd.grad(loss(variable), variable, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(loss)(u), gradient)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda u: loss(u[None])))(u), gradient)
+    [expected] = torch.autograd.grad(gradient.sum(), variable)
+    torch.testing.assert_close(torch.func.hessian(loss)(u).sum(dim=(0, 1, 2, 3)), expected)
+    torch.testing.assert_close(torch.func.grad(lambda u: torch.func.grad(loss)(u).sum())(u), expected)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batches(backend, dtype):
+    u, *parameters = small_arguments(1, 5, 4, 3, dtype=torch.float32)
+    arguments = [each.requires_grad_() for each in (u[:0].to(dtype), *parameters)]
+    y = atrous_selective_scan(*arguments, backend=backend)
+    assert y.shape == (0, 5, 4, 3) and y.dtype == dtype
+    gradients = torch.autograd.grad(y.sum(), arguments, create_graph=True)
+    for gradient, argument in zip(gradients, arguments, strict=True):
+        assert gradient.dtype == argument.dtype
+        assert torch.equal(gradient, torch.zeros_like(argument))
+    second = torch.autograd.grad(sum(gradient.sum() for gradient in gradients), arguments, allow_unused=True)
+    assert all(each is None or not each.any() for each in second)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_export_with_dynamic_sizes(backend):
     class Scan(torch.nn.Module):
@@ -211,6 +285,8 @@ def test_export_with_dynamic_sizes(backend):
     [
         ({0: torch.zeros(3, 4, 5)}, ValueError, r"hidden_states must have the shape \(B, H, W, D\)"),
         ({0: torch.zeros(1, 0, 4, 5)}, ValueError, "hidden_states must not be empty"),
+        ({0: torch.zeros(0, 4, 0, 5)}, ValueError, "hidden_states must not be empty"),
+        ({0: torch.zeros(1, 4, 4, 0)}, ValueError, "hidden_states must not be empty"),
         ({0: torch.zeros(1, 4, 4, 5, dtype=torch.int64)}, TypeError, "hidden_states must be a floating point"),
         ({1: torch.zeros(4, 9, 5)}, ValueError, "x_proj_weight must have the shape"),
         ({2: torch.zeros(3, 5, 2)}, ValueError, "dt_proj_weight must have the shape"),
@@ -294,11 +370,14 @@ k.atrous_selective_scan(*arguments, backend="numba")
     )
 
 
-@pytest.mark.parametrize("shape", sized([(1, 4, 4, 16), (2, 5, 3, 7)], [(1, 2, 3, 3)]), ids=str)
+@pytest.mark.parametrize("shape", sized([(1, 4, 4, 16), (2, 5, 3, 7), (0, 3, 2, 4)], [(1, 2, 3, 3)]), ids=str)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 def test_operator_registration(backend, shape):
     arguments = [argument.requires_grad_() for argument in small_arguments(*shape, 2, dtype=torch.float32)]
     torch.library.opcheck(scan_operator, (*arguments, backend))
+    grad = torch.ones_like(arguments[0]).requires_grad_()
+    without_tracing = ("test_schema", "test_autograd_registration", "test_faketensor")  # tracing takes a minute
+    torch.library.opcheck(scan_bwd_operator, (grad, *arguments, backend), test_utils=without_tracing)
 
 
 def test_copies_do_not_take_each_others_operators(tmp_path, monkeypatch):

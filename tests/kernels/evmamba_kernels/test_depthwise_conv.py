@@ -146,6 +146,13 @@ def test_what_runs(function):
     assert not is_run(function.__name__, function, arguments(2, 4, 5, 20, kernel_size=5))
 
 
+def test_empty_batches():
+    x, weight, bias = arguments(0, 5, 4, 20)
+    y, mean = depthwise_conv_and_mean(x, weight, bias, "relu")
+    assert y.shape == depthwise_conv(x, weight, bias).shape == (0, 5, 4, 20)
+    assert mean.shape == (0, 20)
+
+
 def test_gradients():
     tensors = [tensor.requires_grad_() for tensor in arguments(2, 3, 4, 5, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *tensors: depthwise_conv_and_mean(*tensors, "silu"), tensors)

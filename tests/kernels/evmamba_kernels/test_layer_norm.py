@@ -153,6 +153,12 @@ def test_operator_registration():
     torch.library.opcheck(gated_operator, (*arguments(4, 20), 1e-5))
 
 
+def test_empty_batches():
+    x, gate, weight, bias = arguments(0, 5, 4, 20)
+    assert layer_norm_gated(x, gate, weight, bias, 1e-5).shape == (0, 5, 4, 20)
+    assert layer_norm_mean(x, weight, bias, 1e-5).shape == (0, 20)
+
+
 def exact_mean(hidden_states, weight, bias, eps):
     hidden_states, weight, bias = (tensor.double() for tensor in (hidden_states, weight, bias))
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))

@@ -18,7 +18,7 @@ if "triton" not in BACKENDS:
     pytest.skip("runs on a GPU or in Triton's interpreter: make test-gpu, make test-triton", allow_module_level=True)
 
 from evmamba_kernels import backends
-from evmamba_kernels.layer_norm import gated_on_gpu_operator
+from evmamba_kernels.layer_norm import gated_on_gpu_bwd_operator, gated_on_gpu_operator
 
 
 EPS = 1e-5
@@ -93,6 +93,17 @@ def test_rows_beside_the_map_count_for_nothing():
         assert gradient.isfinite().all()
 
 
+def test_second_derivatives():
+    tensors = make_arguments(5, 7)
+    gradients = []
+    for function, dtype in ((ours, torch.float32), (exact, torch.float64)):
+        copies = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        first = torch.autograd.grad(function(*copies).square().sum(), copies, create_graph=True)
+        gradients.append(torch.autograd.grad(sum(each.square().sum() for each in first), copies))
+    for name, result, reference in zip(NAMES, *gradients, strict=True):
+        assert relative_error(result, reference) < 1e-5, name
+
+
 def test_two_runs_give_the_same_bits():
     tensors = make_arguments(100, 96)
     grad = torch.randn_like(tensors[0])
@@ -141,4 +152,6 @@ def test_exported_for_small_and_large_maps(monkeypatch):
 
 
 def test_operator_registration():
-    torch.library.opcheck(gated_on_gpu_operator, (*make_arguments(4, 20), EPS))
+    tensors = make_arguments(4, 20)
+    torch.library.opcheck(gated_on_gpu_operator, (*tensors, EPS))
+    torch.library.opcheck(gated_on_gpu_bwd_operator, (torch.ones_like(tensors[0]).requires_grad_(), *tensors, EPS))
