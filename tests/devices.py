@@ -1,7 +1,8 @@
 """The device of the tests of operators and golden values: the CPU, unless the environment names another one.
 
 `make test-triton` runs the Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1`), on tensors of the CPU.
-`make test-gpu` runs them on a GPU (`EVMAMBA_TEST_DEVICE=cuda`).
+`make test-gpu` runs them on a GPU (`EVMAMBA_TEST_DEVICE=cuda`). The tests of the scan's contract take every backend of
+`BACKENDS`, so a new entry there is tested without another line.
 """
 
 import os

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
-from evmamba_kernels import use_backend
+from evmamba_kernels import backends, choose_backend, use_backend
+from evmamba_kernels.backends import LOWER_DTYPES, Backend, load_numba
 
 
 def is_run(operator: str, function: Callable, tensors: list[torch.Tensor]) -> bool:
@@ -18,6 +20,13 @@ def check_kernel_is_for_inference(operator: str, function: Callable, tensors: li
     assert not is_run(operator, function, [tensor.bfloat16() for tensor in tensors])
     with use_backend("torch"):
         assert not is_run(operator, function, tensors)
+    with pytest.MonkeyPatch.context() as patch:  # a backend of the scan alone, first in the order of preference
+        first = {"first": Backend(("cpu",), LOWER_DTYPES, load_numba)}
+        patch.setattr(backends, "BACKENDS", first | backends.BACKENDS)
+        assert choose_backend("cpu", torch.float32).backend == "first"
+        assert is_run(operator, function, tensors)
+        with use_backend("first"):
+            assert not is_run(operator, function, tensors)
     parameters = [tensor.requires_grad_() for tensor in tensors]
     assert not is_run(operator, function, parameters)
     with torch.no_grad():

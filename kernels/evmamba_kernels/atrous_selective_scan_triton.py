@@ -86,8 +86,9 @@ MATRIX_OUTPUTS = 64
 ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
 MATRIX_WARPS = {"num_warps": 8, "enable_fp_fusion": True}
 
-# Cost of one more chunk in state_passing_kernel, as a part of the cost of a tile in scan_fwd_kernel: an eighth of the
-# latency of a load from memory against 128 exponentials of a warp. An estimate, see benchmarks/NOTES.md.
+# Cost of one more chunk in state_passing_kernel, relative to that of a tile in scan_fwd_kernel. An estimate, not
+# measured. A tile takes 8 x 16 exponentials of a warp, at 8 cycles each: 1024 cycles. The carry reads 8 chunks at
+# once, so a chunk takes an eighth of a load from memory, assumed to take 512 cycles: 64 cycles.
 CHUNK_COST = 1 / 16
 
 

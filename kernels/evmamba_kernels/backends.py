@@ -1,8 +1,24 @@
 """Backends of the scan, the choice of one, and when kernels run instead of PyTorch operators.
 
-A backend is a module with the functions `forward` and `backward` of the scan, and an entry in `BACKENDS`. The kernels
-of LayerNorm and of the depthwise convolution follow the choice for the scan. PyTorch sees every kernel as an operator
-in the namespace `NAMESPACE`.
+A backend is a module with the functions `forward` and `backward` of the scan, and an entry in `BACKENDS`. PyTorch sees
+every kernel as an operator in the namespace `NAMESPACE`.
+
+    forward(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D) -> y
+    backward(grad, hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D) -> six gradients
+
+The contract of both functions:
+
+- The arguments are checked: shapes and devices match, and no feature map is empty.
+- `hidden_states` and `grad` are in a dtype of the backend. Parameters are in any floating-point dtype.
+- Arguments have any strides, those of expanded tensors included. Strides change no bit of the result.
+- `y` has the shape and dtype of `hidden_states`. Gradients follow the order of the arguments of `forward`, each in the
+  shape and dtype of its argument.
+- Results are new and contiguous, and share no memory with an argument.
+- The arithmetic is float32. A NaN in an argument reaches the results that depend on it.
+- Several Python threads may call at the same time.
+
+The kernels of LayerNorm and of the depthwise convolution belong to "numba" and "triton". They run unless another
+backend is requested, whatever the scan chooses by itself.
 """
 
 import os
@@ -24,9 +40,9 @@ class Backend(NamedTuple):
 
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]  # of the feature map
-    load: Callable[
-        [], tuple[Callable, Callable]
-    ]  # returns forward and backward; raises ImportError if a package is missing
+    # Returns forward and backward, and imports them only then. Raises ImportError if a package is missing, with the
+    # sentence that users read.
+    load: Callable[[], tuple[Callable, Callable]]
 
 
 def load_numba() -> tuple[Callable, Callable]:
@@ -60,7 +76,7 @@ NAMESPACE = re.sub(r"\W", "_", __package__, flags=re.ASCII)
 preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 # Smallest feature map in bytes for which a GPU kernel pays. It saves four passes over the feature map (64 MiB, 20 us
-# of an H100), but costs the host more time than PyTorch's three operators. An estimate, see benchmarks/NOTES.md.
+# of an H100), but costs the host more time than PyTorch's three operators. An estimate, not measured on a GPU.
 SMALLEST_MAP_ON_GPU = 2**24
 
 
@@ -101,16 +117,22 @@ def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = N
             refuse_unfit(wanted, device_type, dtype)
         return Choice(wanted, "it was requested")
     reasons = []
-    for name, candidate in BACKENDS.items():
-        if device_type not in candidate.device_types:
-            reasons.append(f"{name} computes on {' and '.join(candidate.device_types)}")
-        elif dtype not in candidate.dtypes:
-            reasons.append(f"{name} does not compute in {dtype}")
-        elif missing := missing_requirement(name):
-            reasons.append(missing)
-        else:
+    for name in BACKENDS:
+        reason = why_not(name, device_type, dtype)
+        if reason is None:
             return Choice(name, f"it is the first choice on {device_type}")
+        reasons.append(reason)
     return Choice("torch", "; ".join(reasons))
+
+
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Returns the reason why a backend does not compute on a device in a dtype, or None if it does."""
+    candidate = BACKENDS[backend]
+    if device_type not in candidate.device_types:
+        return f"{backend} computes on {' and '.join(candidate.device_types)}"
+    if dtype not in candidate.dtypes:
+        return f"{backend} does not compute in {dtype}"
+    return missing_requirement(backend)
 
 
 def refuse_unfit(backend: str, device_type: str, dtype: torch.dtype) -> None:
@@ -164,8 +186,20 @@ def is_plain_call() -> bool:
     return not (torch.compiler.is_compiling() or in_forward_mode() or in_function_transform())
 
 
+def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
+    """Returns whether the kernels of a backend may replace PyTorch operators.
+
+    A requested backend decides for the scan and all other operators. Without a request, the backend only needs to
+    support the feature map. So a new backend of the scan leaves the other kernels as they are.
+    """
+    device_type, dtype = hidden_states.device.type, hidden_states.dtype
+    if preferred_backend is not None:
+        return choose_backend(device_type, dtype).backend == backend
+    return why_not(backend, device_type, dtype) is None
+
+
 def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Returns whether CPU kernels can replace PyTorch operators: no gradients, and the scan runs on "numba" too.
+    """Returns whether CPU kernels can replace PyTorch operators: they are not overridden, and need no gradients.
 
     Args:
         tensors: The feature map, followed by the other tensors.
@@ -177,11 +211,11 @@ def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     hidden_states = tensors[0]
     if any(tensor.dtype != torch.float32 for tensor in tensors) or hidden_states.numel() == 0:
         return False
-    return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "numba"
+    return runs_kernels_of("numba", hidden_states)
 
 
 def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Returns whether GPU kernels should replace PyTorch operators: a large feature map, and a scan on "triton".
+    """Returns whether GPU kernels should replace PyTorch operators: they are not overridden, and the map is large.
 
     Args:
         tensors: The feature map, followed by the other tensors.
@@ -192,7 +226,7 @@ def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     num_bytes = hidden_states.numel() * hidden_states.element_size()
     if num_bytes < SMALLEST_MAP_ON_GPU or hidden_states.dtype not in LOWER_DTYPES:
         return False
-    return choose_backend(hidden_states.device.type, hidden_states.dtype).backend == "triton"
+    return runs_kernels_of("triton", hidden_states)
 
 
 def in_function_transform() -> bool:

@@ -27,9 +27,9 @@ FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 @triton.jit
 def normalize(b_x, m_d, channels, eps):
     """Returns the normalized rows, and the inverse of their standard deviation."""
-    b_centred = tl.where(m_d[None, :], b_x - tl.sum(b_x, 1)[:, None] / channels, 0.0)
-    b_inverse = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / channels + eps)
-    return b_centred * b_inverse[:, None], b_inverse
+    b_centered = tl.where(m_d[None, :], b_x - tl.sum(b_x, 1)[:, None] / channels, 0.0)
+    b_inverse = 1.0 / tl.sqrt(tl.sum(b_centered * b_centered, 1) / channels + eps)
+    return b_centered * b_inverse[:, None], b_inverse
 
 
 @triton.jit(do_not_specialize=["num_rows"])

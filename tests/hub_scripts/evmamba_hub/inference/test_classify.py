@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evmamba_kernels.backends import BACKENDS
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaModel
 
 
@@ -85,7 +86,8 @@ def test_bad_arguments_get_one_message(evmamba, arguments, expected_code, messag
 
 
 @pytest.mark.parametrize(
-    "backend, message", [("cuda", "choose one of 'numba', 'triton', 'torch'"), ("triton", "on cpu")]
+    "backend, message",
+    [("cuda", f"choose one of {', '.join(map(repr, [*BACKENDS, 'torch']))}"), ("triton", "on cpu")],
 )
 def test_a_backend_that_cannot_be_followed_is_one_message(backend, message):
     command = [sys.executable, "-m", "evmamba_hub.cli", "classify", EXAMPLES, "--device", "cpu"]
