@@ -91,4 +91,5 @@ style: $(INSTALLED)  ## Fix style and formatting.
 	$(BIN)/ruff format .
 
 clean:  ## Remove the files of the other targets.
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .grimp_cache .mypy_cache .pytest_cache .ruff_cache build dist \
+		*.egg-info
