@@ -1,6 +1,7 @@
 """The metadata of the package: its layers, its version, and the Python that it needs."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import evmamba_hub
 import modeling_evmamba
@@ -18,16 +20,16 @@ from evmamba_hub.cli.main import main
 ROOT = Path(__file__).parents[1]
 
 
-def test_layers_name_every_room():
-    """import-linter checks only the subpackages and modules that the contract names."""
+def test_layers_name_every_subpackage():
+    """import-linter checks only the subpackages and top-level modules that the contract names."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    named = {room.strip() for layer in layers for room in layer.split("|")}
+    named = {name.strip() for layer in layers for name in layer.split("|")}
     (folder,) = map(Path, evmamba_hub.__path__)
     modules = {path.stem for path in folder.glob("*.py") if path.name != "__init__.py"}
     packages = {path.parent.name for path in folder.glob("*/__init__.py")}
-    assert {f"evmamba_hub.{room}" for room in modules | packages} == {
-        room for room in named if room.startswith("evmamba_hub.")
+    assert {f"evmamba_hub.{name}" for name in modules | packages} == {
+        name for name in named if name.startswith("evmamba_hub.")
     }
 
 
@@ -37,6 +39,17 @@ def test_version_has_one_source(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out == f"evmamba {modeling_evmamba.__version__}\n"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == modeling_evmamba.__version__
+
+
+def test_hooks_have_the_versions_of_the_constraints():
+    """The hooks of ruff and codespell check what `make quality` checks."""
+    constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    versions = {hook["id"].split("-")[0]: repo["rev"].removeprefix("v") for repo in repos for hook in repo["hooks"]}
+    shared = versions.keys() & {"ruff", "codespell"}
+    assert shared == {"ruff", "codespell"}
+    assert {name: versions[name] for name in shared} == {name: constraints[name] for name in shared}
 
 
 def test_make_says_which_python_it_wants(tmp_path):

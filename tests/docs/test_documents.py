@@ -1,20 +1,26 @@
-"""README and the pages in docs/: their code runs, and everything that they name exists.
+"""The pages of the project: their code runs, everything that they name exists, and their figures are those measured.
 
-The tests follow every page as a reader would. They run its `evmamba` commands and Python blocks in order, in a
-directory with a small model, small data and the Hub of the tests. The program parses commands that cannot run here.
-`<!-- not run: reason -->` above a block leaves it out.
+The tests follow README and every page in docs/ as a reader would. They run its `evmamba` commands and Python blocks in
+order, in a directory with a small model, small data and the Hub of the tests. The program parses commands that cannot
+run here. `<!-- not run: reason -->` above a block leaves it out.
+
+Pages for developers are not followed, but their commands, links and names are checked likewise.
 """
 
 import ast
 import configparser
+import csv
 import dataclasses
+import importlib
 import io
 import json
 import re
 import shlex
 import shutil
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import pytest
@@ -38,11 +44,18 @@ from training_evmamba.recipe import Recipe, list_presets
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DEVELOPER_PAGES = [
+    *(ROOT / name for name in ("CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")),
+    *(ROOT / name for name in ("kernels/README.md", "hub_scripts/README.md", "tests/golden/README.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
+ALL_PAGES = PAGES + DEVELOPER_PAGES
 SLOW_PAGES = {"export.md"}  # writes and compiles files
 PROGRAM = typer.main.get_command(app)
 
 # of other programs, as pages name them
 FOREIGN_OPTIONS = {"--use_fsdp", "--no-build-isolation"}
+FOREIGN_PACKAGES = {"build", "mamba_ssm", "pre-commit", "twine"}
 AUTHORS_OPTIONS = {  # docs/migration.md
     "--accumulation-steps", "--cfg", "--data-path", "--disable_amp", "--eval", "--model_ema_decay", "--pretrained",
     "--tag", "--throughput", "--use-checkpoint",
@@ -106,8 +119,12 @@ def find_commands(block: Block) -> list[Command]:
     return commands
 
 
-BLOCKS = [block for page in PAGES for block in find_blocks(page)]
+BLOCKS = [block for page in ALL_PAGES for block in find_blocks(page)]
 COMMANDS = [command for block in BLOCKS if block.language == "" for command in find_commands(block)]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def find_mentions(page: Path) -> list[str]:
@@ -142,7 +159,13 @@ def read_setup() -> configparser.ConfigParser:
 
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
-    (requirement,) = words[1:]
+    requirements = [word for word in words[1:] if word not in FOREIGN_OPTIONS | FOREIGN_PACKAGES]
+    assert len(words) > 1
+    for requirement in requirements:
+        check_requirement(requirement)
+
+
+def check_requirement(requirement: str) -> None:
     name, extras = re.fullmatch(r"(\.|efficientvmamba)(?:\[([\w,]+)\])?(?: @ git\+URL)?", requirement).groups()
     assert name == "." or "@" in requirement  # on no index yet
     assert set(filter(None, (extras or "").split(","))) <= set(read_setup()["options.extras_require"])
@@ -157,8 +180,19 @@ def check_python(words: list[str]) -> None:
         program = typer.Typer()
         program.command()(segment_shapes.main)
         typer.main.get_command(program).make_context("segment_shapes.py", words[1:])
+    elif words == ["-m", "build"]:
+        return
+    elif words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[2:] if "/" in word)
     else:
-        assert (ROOT / words[0]).is_file() and len(words) == 1
+        check_script(words)
+
+
+def check_script(words: list[str]) -> None:
+    """Check that a script exists, and its source has the options."""
+    source = (ROOT / words[0]).read_text(encoding="utf-8")
+    for word in words[1:]:
+        assert not word.startswith("--") or f'"{word}"' in source, word
 
 
 def check_launcher(words: list[str]) -> None:
@@ -172,7 +206,7 @@ PROGRAMS = {
     "python": check_python,
     "accelerate": check_launcher,
     "torchrun": check_launcher,
-}
+} | dict.fromkeys(["git", "pre-commit", "twine"], lambda words: None)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
@@ -292,12 +326,22 @@ def test_a_reader_can_follow_the_page(page, desk):
 # Names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@cache
+def list_options_of_benchmarks() -> set[str]:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")]
+    return {option for source in sources for option in re.findall(r'"(--[a-z][\w-]*)"', source)}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_options_that_are_mentioned_exist(page):
     known = set().union(*list_options().values()) | FOREIGN_OPTIONS
     if page.name == "migration.md":
         known |= AUTHORS_OPTIONS
+    if page in DEVELOPER_PAGES:
+        known |= list_options_of_benchmarks()
     for mention in find_mentions(page):
+        if mention.startswith("python "):
+            check_python(mention.split()[1:])
         options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", mention))
         if match := re.match(r"evmamba (\S+)", mention):
             assert options <= list_options()[match[1]] | {"--help"}, mention
@@ -382,10 +426,13 @@ def read_names_of_tests() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+FOLDERS = "benchmarks|demo|docs|examples|hub_scripts|kernels|modeling_evmamba|tests|training_evmamba"
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_paths_and_tests_that_are_mentioned_exist(page):
     for mention in find_mentions(page):
-        if re.match(r"(benchmarks|examples|hub_scripts|kernels|tests|training_evmamba)/", mention):
+        if re.match(rf"({FOLDERS})/", mention) and "<" not in mention:
             assert (ROOT / mention).exists(), mention
         elif re.fullmatch(r"test_\w+", mention):
             assert mention in read_names_of_tests(), mention
@@ -393,11 +440,179 @@ def test_paths_and_tests_that_are_mentioned_exist(page):
             check_make([match[1]])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
+@cache
+def list_anchors(page: Path) -> set[str]:
+    tokens = read_tokens(page)
+    headings = [tokens[index + 1].content for index, token in enumerate(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"(?<=\]\()[^)\s]+(?=\))|(?<=src=\")[^\"]+|(?<=srcset=\")[^\"]+", text)
     for link in links:
-        path, _, _ = link.partition("#")
-        if path and ":" not in path:
-            assert (page.parent / path).exists(), link
+        path, _, anchor = link.partition("#")
+        if ":" not in link:
+            target = (page.parent / path) if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in list_anchors(target), link
+
+
+# Figures
+
+
+def find_tables(page: Path, heading: str = "") -> list[list[list[str]]]:
+    """Return the cells of the tables below a heading, or of the whole page, as plain text."""
+    tables, is_below = [], not heading
+    tokens = read_tokens(page)
+    for index, token in enumerate(tokens):
+        if token.type == "heading_open" and heading:
+            is_below = tokens[index + 1].content == heading
+        elif token.type == "table_open" and is_below:
+            tables.append([])
+        elif token.type == "tr_open" and is_below:
+            tables[-1].append([])
+        elif token.type == "inline" and is_below and tokens[index - 1].type in ("td_open", "th_open"):
+            tables[-1][-1].append("".join(child.content for child in token.children))
+    return tables
+
+
+CONSTANTS = [row for row in find_tables(ROOT / "benchmarks" / "NOTES.md", "Constants")[0][1:] if ":" not in row[0]]
+
+
+@pytest.mark.parametrize("name, file, value, source", CONSTANTS, ids=lambda cell: cell if cell.isupper() else "")
+def test_constants_of_the_notes_are_those_of_the_code(name, file, value, source):
+    module = f"evmamba_kernels.{file}" if "/" not in file else file.replace("/", ".")
+    if "triton" in file:
+        pytest.importorskip("triton")
+    assert getattr(importlib.import_module(module.removesuffix(".py")), name) == float(value)
+
+
+def read_csv(name: str) -> list[dict[str, str]]:
+    lines = (ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+Cell = str | float | tuple[float, ...]  # the text of a cell, or the figures that its text rounds
+
+
+def expect_operator() -> list[list[Cell]]:
+    rows: dict[tuple[str, str], list[Cell]] = {}
+    for row in read_csv("operator.csv"):
+        figures = float(row["median ms"]), float(row["plain / this"])
+        cell = figures[0] if row["method"] == "plain recurrence" else figures
+        rows.setdefault((row["shape"].replace("x", " x "), row["pass"]), []).append(cell)
+    return [[*key, *cells] for key, cells in rows.items()]
+
+
+def expect_operator_scaling() -> list[list[Cell]]:
+    rows: dict[str, list[Cell]] = {}
+    for row in read_csv("operator_scaling.csv"):
+        if row["method"] == "torch":
+            continue  # in the file alone
+        shape = row["shape"].removeprefix("1x").replace("x", " x ")
+        rows.setdefault(shape, []).extend([float(row["ns per pixel"]), float(row["peak MiB"])])
+    return [[shape, *cells] for shape, cells in rows.items()]
+
+
+def expect_model() -> list[list[Cell]]:
+    names, figures = ("network", "image", "batch"), ("median ms", "images/s", *RATIOS)
+    rows = read_csv("model.csv")
+    return [[*(row[name] for name in names), *(float(row[name]) for name in figures)] for row in rows]
+
+
+def expect_image_sizes() -> list[list[Cell]]:
+    columns = {
+        ("EfficientVMamba-T", "numba"): ("median ms", "ns per pixel", "peak MiB"),
+        ("EfficientVMamba-T, optimized", "numba"): ("median ms", "ns per pixel"),
+        ("EfficientVMamba-T", "torch"): ("median ms", "peak MiB"),
+    }
+    rows: dict[str, dict[tuple[str, str], list[Cell]]] = {}
+    for row in read_csv("model_image_sizes.csv"):
+        key = row["network"], row["backend"]
+        rows.setdefault(row["image"], {})[key] = [float(row[name]) for name in columns[key]]
+    return [[f"{side} x {side}", *(cell for key in columns for cell in row[key])] for side, row in rows.items()]
+
+
+def expect_differences() -> list[list[Cell]]:
+    return [
+        [row["network"], row["image"], row["batch"], *map(float, list(row.values())[3:])]
+        for row in read_csv("export_differences.csv")
+    ]
+
+
+def expect_latencies() -> list[list[Cell]]:
+    rows: dict[tuple[str, str], list[Cell]] = {}
+    for row in read_csv("export_latency.csv"):
+        figures = float(row["median ms"]), float(row["/ PyTorch"])
+        cell = figures[0] if row["runtime"] == "PyTorch" else figures
+        rows.setdefault((row["network"], row["batch"]), []).append(cell)
+    return [[*key, *cells] for key, cells in rows.items()]
+
+
+def expect_digits() -> list[list[Cell]]:
+    rows = read_csv("export_digits.csv")
+    return [[row["runtime"], row["right"], float(row["largest difference"])] for row in rows]
+
+
+def expect_ablations() -> list[list[Cell]]:
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in read_csv("ablations.csv"):
+        rows.setdefault(row["network"], []).append(row)
+    cells = []
+    for network, runs in rows.items():
+        accuracies = [float(run["held-out accuracy %"]) for run in runs]
+        seconds = [float(run["seconds"]) for run in runs]
+        spread = min(accuracies), max(accuracies)
+        cells.append([network, float(runs[0]["parameters"]), fmean(accuracies), spread, fmean(seconds)])
+    return cells
+
+
+RATIOS = ("/ DeiT-Ti", "/ EfficientNet-B0", "/ Swin-T")
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
+TABLES = [
+    ("The scan on CPUs", 0, expect_operator),
+    ("The scan on CPUs", 1, expect_operator_scaling),
+    ("The networks on CPUs", 0, expect_model),
+    ("Growing images", 0, expect_image_sizes),
+    ("ONNX files on CPUs", 0, expect_differences),
+    ("ONNX files on CPUs", 1, expect_latencies),
+    ("ONNX files on CPUs", 2, expect_digits),
+    ("Ablations", 0, expect_ablations),
+]
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Return whether a number is the value, rounded to the number's last digit. The CSV files have six digits."""
+    number = Decimal(text.replace(",", ""))
+    unit = 10.0 ** number.as_tuple().exponent
+    return abs(float(number) - value) <= unit / 2 + 1e-5 * abs(value)
+
+
+def agrees(cell: str, expected: Cell) -> bool:
+    if isinstance(expected, str):
+        return cell == expected
+    values = expected if isinstance(expected, tuple) else (expected,)
+    numbers = NUMBER.findall(cell)
+    return len(numbers) == len(values) and all(map(is_rounded, numbers, values))
+
+
+@pytest.mark.parametrize("heading, number, expect", TABLES, ids=lambda value: getattr(value, "__name__", ""))
+def test_tables_of_the_results_are_the_measured_figures(heading, number, expect):
+    _, *table = find_tables(ROOT / "benchmarks" / "RESULTS.md", heading)[number]
+    expected = expect()
+    assert len(table) == len(expected)
+    for cells, expected_cells in zip(table, expected, strict=True):
+        if expect is expect_ablations:
+            del cells[1]  # the stages, which are no figure
+        assert len(cells) == len(expected_cells)
+        for cell, expected_cell in zip(cells, expected_cells, strict=True):
+            assert agrees(cell, expected_cell), (cells[0], cell, expected_cell)
+
+
+def test_a_changed_figure_does_not_agree():
+    assert agrees("0.8358 (35.0)", (0.835784, 35.0186)) and agrees("2.3e-06", 2.26498e-06) and agrees("47,621", 47621)
+    assert not agrees("0.8359 (35.0)", (0.835784, 35.0186))
+    assert not agrees("2.4e-06", 2.26498e-06)
+    assert not agrees("0.8358", (0.835784, 35.0186))
