@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 
-LINK = re.compile(r"(?<=\]\()[^)#\s]+(?=[)#])")
+LINK = re.compile(r"(?<=\]\()[^)#\s]+(?=[)#])|(?<=src=\")[^\"]+|(?<=srcset=\")[^\"]+")
 
 
 def find_targets(markdown: str, folder: PurePosixPath) -> set[str]:
@@ -28,10 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     waiting = set()
     for file in files.documentation_pages():
         waiting |= find_targets(file.content_string, PurePosixPath("docs", file.src_uri).parent)
-    waiting = {target for target in waiting if not target.startswith("docs/")}
     while waiting:
         target = waiting.pop()
-        if target in files.src_uris or not (root / target).is_file():
+        if target.startswith("docs/") or target in files.src_uris or not (root / target).is_file():
             continue
         files.append(File(target, str(root), config.site_dir, config.use_directory_urls))
         if target.endswith(".md"):
@@ -40,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links out of `docs/` into links inside of the site."""
+    """Turns links out of `docs/`, and links into it, into links inside of the site."""
     if (Path(config.docs_dir) / page.file.src_uri).is_file():
         return re.sub(r"(?<=\]\()\.\./", "", markdown)
-    return markdown
+    return re.sub(r"(\]\(|src=\"|srcset=\")((?:\.\./)*)docs/", r"\1\2", markdown)
