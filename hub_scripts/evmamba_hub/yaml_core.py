@@ -33,7 +33,7 @@ class CoreLoader(yaml.SafeLoader):
             if isinstance(key, ScalarNode):
                 if (key.tag, key.value) in seen:
                     raise yaml.composer.ComposerError(
-                        None, None, f"the key {key.value!r} stands here a second time", key.start_mark
+                        None, None, f"the key {key.value!r} is a duplicate", key.start_mark
                     )
                 seen.add((key.tag, key.value))
         return node

@@ -33,6 +33,10 @@ NETWORK_KEY = re.compile(rf"((?:[^.]+\.)*?)layers\.0\.{WRAPPERS}*blocks\.\d+\.")
 # Words in the names of entries and prefixes that averaged weights have.
 EMA_NAME = re.compile(r"(?:^|[._])(?:ema|swa|averaged)[._]", re.IGNORECASE)
 
+# Entries of MMEngine and Lightning that tell that `state_dict` holds the averaged weights, and another entry the raw
+# ones. MMEngine calls that entry `ema_state_dict`.
+SWAPPED_ENTRIES = [{"state_dict", "ema_state_dict", "message_hub"}, {"state_dict", "current_model_state"}]
+
 MAX_DEPTH = 4  # of the dictionaries in a checkpoint that are searched
 
 # The spellings of older runs, and of modules in wrappers.
@@ -109,6 +113,7 @@ DICTIONARY_NAMES = [
     "yacs.config.CfgNode",
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
 ]
 HARMLESS_GLOBALS: list = [(Inert, name) for name in INERT_NAMES] + [(OrderedDict, name) for name in DICTIONARY_NAMES]
@@ -132,14 +137,11 @@ class StoredNetwork:
     prefix: str  # such as "model.backbone.", or ""
     content: dict[str, Any]  # by the keys without the prefix
     left_out: dict[str, int]  # modules of the dictionary outside of all networks -> their number of tensors
+    weights: str  # "ema" or "raw"
 
     @property
     def name(self) -> str:
         return f"{self.entries}{self.prefix}*"
-
-    @property
-    def weights(self) -> str:
-        return "ema" if EMA_NAME.search(self.name) else "raw"
 
 
 @dataclass
@@ -209,12 +211,19 @@ def find_networks(content: Any) -> list[StoredNetwork]:
                 members[owner][str(key).removeprefix(owner) if owner else key] = value
             elif is_named_tensor(key, value):
                 others.append(key)
-        networks += [
-            StoredNetwork(entries, prefix, members[prefix], count_modules(others, prefix)) for prefix in prefixes
-        ]
+        for prefix in prefixes:
+            weights = "ema" if is_averaged(content, entries, prefix) else "raw"
+            networks.append(StoredNetwork(entries, prefix, members[prefix], count_modules(others, prefix), weights))
     if not networks:
         raise explain_absence(content)
     return networks
+
+
+def is_averaged(content: dict, entries: str, prefix: str) -> bool:
+    """Returns whether averaged weights stand below these entries, behind this prefix of a checkpoint."""
+    if any(swapped <= content.keys() for swapped in SWAPPED_ENTRIES):
+        return entries == "state_dict."
+    return EMA_NAME.search(entries + prefix) is not None
 
 
 def is_named_tensor(name: Any, value: Any) -> bool:
@@ -254,14 +263,16 @@ def select_networks(networks: list[StoredNetwork], weights: str | None, prefix: 
     Args:
         networks: Those of the checkpoint.
         weights: "ema" or "raw". None prefers "ema".
-        prefix: The beginning of the name of a network.
+        prefix: The beginning of the keys, with or without the entries above them.
 
     Raises:
         UserError: If there is none.
     """
     names = ", ".join(network.name for network in networks)
     if prefix is not None:
-        networks = [network for network in networks if network.name.startswith(prefix)]
+        networks = [
+            network for network in networks if network.name.startswith(prefix) or network.prefix.startswith(prefix)
+        ]
         if not networks:
             raise UserError(f"the checkpoint holds no network at {prefix!r}: choose one of {names} with --prefix")
     kinds = {network.weights for network in networks}
@@ -338,8 +349,8 @@ def load_original_checkpoint(path: Path, weights: str | None = None, prefix: str
     Args:
         path: The file.
         weights: "ema" or "raw". None takes the averaged (EMA) weights if the file has them.
-        prefix: The beginning of the keys, with the entries above them, if the file holds several networks. None takes
-            the first one that fits.
+        prefix: The beginning of the keys, with or without the entries above them, if the file holds several networks.
+            None takes the first one that fits.
 
     Raises:
         UserError: If the file is damaged, would execute code, or does not hold exactly the tensors of an
@@ -355,8 +366,11 @@ def load_original_checkpoint(path: Path, weights: str | None = None, prefix: str
         else:
             not_taken = [other.name for other in networks if other is not network]
             return OriginalCheckpoint(model_class, config, state_dict, network, not_taken)
-    closest = min(misfits, key=lambda error: error.num_problems)
-    raise UserError(f"{path.name} does not fit the network: {closest}")
+    message = f"{path.name} does not fit the network: {min(misfits, key=lambda error: error.num_problems)}"
+    if len(misfits) < len(networks):
+        names = ", ".join(network.name for network in networks)
+        message += f". The file holds several networks, choose one with --weights or --prefix: {names}"
+    raise UserError(message)
 
 
 def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict[str, torch.Tensor]]:

@@ -217,7 +217,7 @@ def under(prefix: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
         (lambda: lightning(prefixed("teacher.") | under("student.", other())), (), "teacher.", "student."),
         (
             lambda: lightning(under("teacher.", other()) | prefixed("student.")),
-            ("--prefix", "state_dict.student."),
+            ("--prefix", "student."),
             "student.",
             "teacher.",
         ),
@@ -233,6 +233,41 @@ def test_a_copy_of_the_model(evmamba, tmp_path, content, options, keys, not_take
     assert report["weights"] == f"{'ema' if 'ema' in keys else 'raw'}, float32"
     assert "left out" not in report
     assert_golden(tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    "swapped, raw",
+    [
+        ({"message_hub": {}, "ema_state_dict": under("module.", other())}, "ema_state_dict.module.*"),
+        (
+            {"averaging_state": {"n_averaged": torch.tensor(3)}, "current_model_state": other()},
+            "current_model_state.*",
+        ),
+    ],
+    ids=["mmengine", "lightning"],
+)
+def test_programs_that_save_the_average_as_the_state_dict(evmamba, tmp_path, swapped, raw):
+    """MMEngine and Lightning exchange both states, so that the average loads like any model."""
+    torch.save({"state_dict": micro(), **swapped}, tmp_path / "source.pth")
+    code, out, _ = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted")
+    report = read_report(out)
+    assert code == 0 and (report["keys"], report["weights"]) == ("state_dict.*", "ema, float32")
+    assert_golden(tmp_path / "converted")
+    code, out, _ = evmamba("convert", tmp_path / "source.pth", tmp_path / "second", "--weights", "raw")
+    assert code == 0 and read_report(out)["keys"] == raw
+
+
+def test_an_average_that_does_not_fit_is_no_reason_to_take_the_raw_weights(evmamba, tmp_path):
+    average = {name: tensor for name, tensor in prefixed("ema.").items() if "head.bias" not in name}
+    torch.save(average | prefixed("net."), tmp_path / "source.pth")
+    result = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted")
+    assert_refused(
+        result,
+        tmp_path,
+        "missing key: ema.classifier.head.bias. The file holds several networks",
+        "choose one with --weights or --prefix: ema.*, net.*\n",
+    )
+    assert evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--weights", "raw")[0] == 0
 
 
 def test_copies_under_entries(evmamba, tmp_path):
