@@ -56,6 +56,24 @@ def describe_way_out(file: Path) -> str:
     return f"give one that {WRITERS} wrote"
 
 
+def check_is_classifier(model_dir: Path, model: str) -> None:
+    """Check that a model of any architecture is an image classifier. transformers would give others a random head.
+
+    Args:
+        model_dir: The directory of the model.
+        model: What messages call it.
+
+    Raises:
+        UserError: If the configuration is damaged, or names another kind of model.
+    """
+    try:
+        names = json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{model_dir / CONFIG_NAME} is missing or damaged: {error}") from error
+    if names and not any("ForImageClassification" in name for name in names):
+        raise UserError(f"{model} holds no image classifier but {', '.join(names)}: give the model of a classifier")
+
+
 def find_model_class(model_dir: Path, config: EfficientVMambaConfig) -> type[EfficientVMambaPreTrainedModel]:
     """Returns the class that `architectures` in the configuration names.
 

@@ -15,6 +15,7 @@ from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
 from evmamba_hub.info import check_backend
+from evmamba_hub.model_folder import check_is_classifier
 
 
 @dataclass
@@ -77,9 +78,10 @@ def load_pipeline(model: str, device: str, dtype: str, revision: str | None = No
         message = str(error).strip().splitlines()[0]
         raise UserError(f"the device {device!r} cannot be used, choose another device: {message}") from error
     check_backend(torch.device(device), getattr(torch, dtype))
-    folder = str(fetch_model(model, revision))
+    folder = fetch_model(model, revision)
+    check_is_classifier(folder, model)
     try:
-        return pipeline("image-classification", model=folder, device=device, dtype=getattr(torch, dtype))
+        return pipeline("image-classification", model=str(folder), device=device, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the model {model!r} cannot be loaded as an image classifier: {error}") from error
 

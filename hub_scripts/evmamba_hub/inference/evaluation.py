@@ -32,6 +32,7 @@ from evmamba_hub.images import imagenet
 from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages, Share
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
 from evmamba_hub.info import check_backend
+from evmamba_hub.model_folder import check_is_classifier
 
 
 SAVE_INTERVAL = 10  # seconds between two saves of the counts
@@ -246,6 +247,7 @@ class Evaluation:
         self.processes, self.name = processes, model
         # the directory of a download has the name of its commit
         self.commit = None if Path(model).is_dir() else folder.name
+        check_is_classifier(folder, model)
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
             # the same pixels with and without torchvision

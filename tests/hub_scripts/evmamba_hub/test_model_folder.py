@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from evmamba_hub.client import fetch_model
 from evmamba_hub.errors import UserError
 from evmamba_hub.info import find_configs
 from evmamba_hub.model_folder import load_config
+from modeling_evmamba import EfficientVMambaConfig
 
 
 @pytest.fixture
@@ -58,9 +60,18 @@ def test_paths_that_are_no_model(run_dir, read, name, messages):
     assert all(message in str(error.value) for message in messages), error.value
 
 
-@pytest.mark.parametrize("name", ["model/model.safetensors", "other"])
-@pytest.mark.parametrize("command", ["classify", "evaluate", "export", "check-runtimes", "push", "train", "demo"])
+COMMANDS = ["classify", "evaluate", "export", "check-runtimes", "demo"]
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        *product([*COMMANDS, "push", "train"], ["model/model.safetensors", "other"]),
+        *product(COMMANDS, ["backbone"]),  # which transformers would give a random head
+    ],
+)
 def test_every_command_refuses_them_in_one_line(evmamba, run_dir, tmp_path, command, name):
+    EfficientVMambaConfig(architectures=["EfficientVMambaBackbone"]).save_pretrained(run_dir / "backbone")
     model, examples = run_dir / name, find_examples()
     (tmp_path / "images" / "three").mkdir(parents=True)
     shutil.copyfile(examples[3], tmp_path / "images" / "three" / "3.png")
@@ -77,7 +88,8 @@ def test_every_command_refuses_them_in_one_line(evmamba, run_dir, tmp_path, comm
     }
     code, out, err = evmamba(command, *arguments[command])
     assert (code, out) == (1, "") and err.strip().startswith(f"Error: {model} ") and err.strip().count("\n") == 0
-    assert "is a file, and a model is a directory" in err or "holds no config.json" in err
+    messages = {"other": "holds no config.json", "backbone": "holds no image classifier but EfficientVMambaBackbone"}
+    assert messages.get(name, "is a file, and a model is a directory") in err
     assert not (tmp_path / "model.onnx").exists() and not (tmp_path / "trained" / "model").exists()
 
 
