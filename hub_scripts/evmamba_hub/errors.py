@@ -1,12 +1,17 @@
 """Errors that the user can fix, and the line that a command prints for them."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+
+
+# control characters, line separators, characters that reorder a line, and bytes of file names that are not UTF-8
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Notice(UserWarning):
@@ -37,12 +42,35 @@ def require(*modules: str, extra: str) -> None:
             ) from error
 
 
+def escape_unprintable(text: str) -> str:
+    r"""Returns a text without characters that a terminal would act on or cannot show, which become `\n` or `\xff`."""
+
+    def escape_one(match: re.Match[str]) -> str:
+        character = match[0]
+        if "\udc80" <= character <= "\udcff":  # Python's stand-in for a byte
+            return f"\\x{ord(character) - 0xDC00:x}"
+        return character.encode("unicode_escape").decode()
+
+    return UNPRINTABLE.sub(escape_one, text)
+
+
+def literal(text: object, style: str = "") -> Text:
+    """Returns a text that Rich shows as it is, apart from what `escape_unprintable` escapes."""
+    return Text(escape_unprintable(str(text)), style)
+
+
+def to_line(error: UserError) -> str:
+    """Returns the message of an error without line breaks. Messages of other libraries may bring some."""
+    message, cause = str(error), str(error.__cause__ or "")
+    return message.replace(cause, " ".join(cause.split())) if cause else message
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into one line on stderr and exit code 1. Wrap the top level of a command in it."""
     try:
         yield
     except UserError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]Error:[/] {escape(str(error))}")
+        console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        console.print("[bold red]Error:[/]", literal(to_line(error)))
         sys.exit(1)

@@ -3,13 +3,12 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console, error_console
 from evmamba_hub.cli.options import RevisionOption
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, literal
 
 
 def check_runtimes(
@@ -47,7 +46,7 @@ def check_runtimes(
         "runtime",
         Column("largest difference", justify="right"),
         Column("ms for one image", justify="right"),
-        title=escape(model),
+        title=literal(model, "table.title"),
         title_justify="left",
     )
     names = only or list(RUNTIMES)
@@ -60,4 +59,4 @@ def check_runtimes(
             missing.append(check)
     console.print(table)
     for check in missing:
-        console.print(f"Skipped: {escape(check.runtime)}: {escape(check.missing or '')}")
+        console.print(literal(f"Skipped: {check.runtime}: {check.missing}"))

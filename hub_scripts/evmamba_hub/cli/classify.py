@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.progress import track
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console, error_console
 from evmamba_hub.cli.options import Dtype, RevisionOption
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, literal
 
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def classify(
 
     paths, ignored = find_images(images)
     if ignored:
-        error_console.print(escape(describe_ignored(ignored)))
+        error_console.print(literal(describe_ignored(ignored)))
     classifier = load_classifier(model or str(find_bundled_model()), device, dtype, revision)
     results = classify_files(classifier, paths, top_k)
     shows_results = not as_json and console.is_terminal  # which a bar on the same terminal would tear apart
@@ -73,10 +72,16 @@ def classify(
 
 
 def to_table(classified: "ClassifiedFile") -> Table:
-    table = Table(title=escape(str(classified.path)), title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table = Table(
+        Column(overflow="fold"),
+        title=literal(classified.path, "table.title"),
+        title_justify="left",
+        show_header=False,
+        box=box.SIMPLE_HEAD,
+    )
     if classified.error is not None:
-        table.add_row(f"[bold red]{escape(classified.error)}[/]")
+        table.add_row(literal(classified.error, "bold red"))
     for prediction in classified.predictions:
         bar = ProgressBar(total=1.0, completed=prediction["score"], width=20)
-        table.add_row(escape(prediction["label"]), f"{prediction['score']:.1%}", bar)
+        table.add_row(literal(prediction["label"]), f"{prediction['score']:.1%}", bar)
     return table

@@ -1,19 +1,29 @@
-"""The two consoles of the command line: results go to stdout, progress and errors go to stderr."""
+"""The two consoles of the command line: results go to stdout, progress and errors go to stderr.
 
+Names of files and labels may hold markup, emoji codes and control characters: show them with `literal`.
+"""
+
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.markup import escape
 
-from evmamba_hub.errors import Notice
+from evmamba_hub.errors import Notice, literal
 
 
-console = Console(highlight=False, soft_wrap=True)
-error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
+error_console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def escape_what_stdout_cannot_encode() -> None:
+    """Let stdout escape characters that its encoding lacks, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -30,7 +40,7 @@ def show_notices() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, Notice):
-            error_console.print(f"[yellow]Note:[/] {escape(str(message))}")
+            error_console.print("[yellow]Note:[/]", literal(message))
         else:
             show_others(message, category, filename, lineno, file, line)
 

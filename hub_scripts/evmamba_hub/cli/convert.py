@@ -5,12 +5,11 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from evmamba_hub.cli.console import console
 from evmamba_hub.cli.options import Dtype, PrivateOption
 from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, literal
 
 
 def convert(
@@ -81,23 +80,23 @@ def convert(
     with TemporaryDirectory() as temporary_dir:
         model_dir = output_dir or Path(temporary_dir) / "model"
         conversion = convert_checkpoint(source, model_dir, weights=weights, dtype=dtype, file_name=file, prefix=prefix)
-        console.print(f"[bold green]Converted[/] {escape(source)}")
+        console.print("[bold green]Converted[/]", literal(source))
         console.print(f"  variant     {conversion.variant or 'of no published size'}")
         console.print(f"  parameters  {conversion.num_parameters:,}")
         console.print(f"  weights     {conversion.weights}, {dtype}")
         console.print(
             f"  classes     {'none, a backbone' if conversion.num_labels is None else conversion.num_labels}"
         )
-        console.print(f"  keys        {escape(conversion.keys)}")
+        console.print(literal(f"  keys        {conversion.keys}"))
         if conversion.not_taken:
-            console.print(f"  not taken   {escape(', '.join(conversion.not_taken))}: choose with --prefix")
+            console.print(literal(f"  not taken   {', '.join(conversion.not_taken)}: choose with --prefix"))
         if conversion.left_out:
             left_out = [f"{module} (tensors: {number})" for module, number in conversion.left_out.items()]
-            console.print(f"  left out    {escape(shorten(left_out))}")
+            console.print(literal(f"  left out    {shorten(left_out)}"))
         if output_dir is not None:
-            console.print(f"  written to  {escape(str(output_dir))}")
+            console.print(literal(f"  written to  {output_dir}"))
             if conversion.num_labels is not None:
-                console.print(f"Try it: [bold]evmamba classify IMAGE --model {escape(str(output_dir))}[/]")
+                console.print("Try it:", literal(f"evmamba classify IMAGE --model {output_dir}", "bold"))
         if push_to is not None:
             try:
                 files = collect_converted_files(source, conversion, model_dir, push_to)

@@ -6,13 +6,12 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console, error_console
 from evmamba_hub.cli.options import Dtype, RevisionOption
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, literal
 
 
 def evaluate(
@@ -103,7 +102,7 @@ def evaluate(
         )
     if processes.is_main_process:
         for note in images.notes:
-            error_console.print(escape(note))
+            error_console.print(literal(note))
     evaluation = Evaluation(
         processes,
         model,
@@ -137,7 +136,8 @@ def evaluate(
 
 
 def show_results(results: dict) -> None:
-    table = Table(show_header=False, title=escape(f"{results['model']} on {results['dataset']}"), title_justify="left")
+    title = literal(f"{results['model']} on {results['dataset']}", "table.title")
+    table = Table(show_header=False, title=title, title_justify="left")
     table.add_row("images", f"{results['images']:,}")
     table.add_row("top-1", f"{results['top1']:.2%}")
     table.add_row("top-5", f"{results['top5']:.2%}")
@@ -146,7 +146,13 @@ def show_results(results: dict) -> None:
         table.add_row("images per second", f"{results['images_per_second']:.1f}")
     console.print(table)
     if results["most_confused"]:
-        confusions = Table("label", "taken for", Column("images", justify="right"), box=box.SIMPLE_HEAD)
+        confusions = Table(
+            Column("label", overflow="fold"),
+            Column("taken for", overflow="fold"),
+            Column("images", justify="right"),
+            box=box.SIMPLE_HEAD,
+        )
         for confusion in results["most_confused"]:
-            confusions.add_row(escape(confusion["label"]), escape(confusion["predicted"]), f"{confusion['images']:,}")
+            label, predicted = literal(confusion["label"]), literal(confusion["predicted"])
+            confusions.add_row(label, predicted, f"{confusion['images']:,}")
         console.print(confusions)

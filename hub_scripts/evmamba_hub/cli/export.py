@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console
 from evmamba_hub.cli.options import RevisionOption
+from evmamba_hub.errors import literal
 
 
 def export(
@@ -57,6 +57,6 @@ def export(
     table = Table("images", Column("largest difference of a logit", justify="right"), box=box.SIMPLE_HEAD)
     for (batch_size, height, width), difference in result.differences.items():
         table.add_row(f"{batch_size} x {height} x {width}", f"{difference:.2g}")
-    console.print(f"[bold green]Exported[/] {escape(str(output))}, {output.stat().st_size:,} bytes, {dtype}")
+    console.print("[bold green]Exported[/]", literal(f"{output}, {output.stat().st_size:,} bytes, {dtype}"))
     console.print(f"  takes  {result.images}")
     console.print(table)

@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console
+from evmamba_hub.errors import literal
 
 
 def info(
@@ -31,7 +31,7 @@ def info(
     table = Table("network", Column("parameters", justify="right"), Column("GMACs", justify="right"))
     for name, config in find_configs(model).items():
         size = measure_size(config, image_size, image_size)
-        table.add_row(escape(name), f"{size.parameters:,}", f"{size.macs / 1e9:.3f}")
+        table.add_row(literal(name), f"{size.parameters:,}", f"{size.macs / 1e9:.3f}")
     console.print(table)
     console.print(f"{MACS_CONVENTION} The image has {image_size} x {image_size} pixels.", soft_wrap=False)
     for name, value in describe_environment().items():

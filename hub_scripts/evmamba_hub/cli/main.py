@@ -7,7 +7,7 @@ import typer
 
 from evmamba_hub.cli.check_runtimes import check_runtimes
 from evmamba_hub.cli.classify import classify
-from evmamba_hub.cli.console import console, show_notices
+from evmamba_hub.cli.console import console, escape_what_stdout_cannot_encode, show_notices
 from evmamba_hub.cli.convert import convert
 from evmamba_hub.cli.demo import demo
 from evmamba_hub.cli.evaluate import evaluate
@@ -62,5 +62,6 @@ def define_version_option(version: VersionOption = False) -> None:
 
 def main() -> None:
     """Run the command line. A `UserError` becomes one line on stderr and exit code 1, a `Notice` one line."""
+    escape_what_stdout_cannot_encode()
     with exit_on_user_error(), show_notices():
         app()

@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from evmamba_hub.cli.console import console
 from evmamba_hub.cli.options import DryRunOption, PrivateOption
 from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload, show_files
+from evmamba_hub.errors import literal
 
 
 def republish(
@@ -30,7 +30,7 @@ def republish(
     from evmamba_hub.publish.republish import convert_all
 
     for source, repo_id, files in convert_all(namespace):
-        console.print(f"[bold green]Converted[/] {escape(source)}")
+        console.print("[bold green]Converted[/]", literal(source))
         if dry_run:
             show_files(repo_id, files, WEIGHTS_PATTERNS)
         else:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from evmamba_hub.cli.console import error_console
-from evmamba_hub.errors import UserError, require
+from evmamba_hub.errors import UserError, literal, require
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader
 from training_evmamba.callback import TrainingCallback
 from training_evmamba.recipe import NONE, Recipe, get_kinds, load_recipe
@@ -103,7 +102,7 @@ class ProgressCallback(TrainingCallback):
             self.progress.update(self.training, status=status)
 
     def on_unreadable(self, message: str) -> None:
-        self.progress.console.print(f"[yellow]Skipped[/] {escape(message)}")
+        self.progress.console.print("[yellow]Skipped[/]", literal(message))
 
     def on_evaluate_begin(self, num_images: int | None) -> None:
         self.evaluation = self.progress.add_task("Evaluating", total=num_images, status="")
@@ -120,7 +119,7 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
     is_main_process = run.accelerator.is_main_process
     if is_main_process:
         for note in [f"Images are augmented by {run.augmentation}", *run.data.notes]:
-            console.print(escape(note))
+            console.print(literal(note))
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
     with Progress(*columns, console=console, disable=not is_main_process) as progress:
         return run.train(ProgressCallback(progress))
@@ -180,7 +179,7 @@ def train(
     if not run.accelerator.is_main_process:
         return
     accuracy = "" if results is None else f", top-1 {results['top1']:.2%} on {results['images']:,} held-out images"
-    error_console.print(f"[bold green]Trained[/] {escape(str(run.folder.model_dir))}{accuracy}")
+    error_console.print("[bold green]Trained[/]", literal(f"{run.folder.model_dir}{accuracy}"))
     if push_to is not None:
         upload = push_model(
             push_to,

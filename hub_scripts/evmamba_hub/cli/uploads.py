@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console
 from evmamba_hub.client import Files, Upload
+from evmamba_hub.errors import literal
 
 
 UPLOAD_MESSAGE = "Upload EfficientVMamba with evmamba push"
@@ -14,13 +14,15 @@ UPLOAD_MESSAGE = "Upload EfficientVMamba with evmamba push"
 
 def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None:
     """Show the files to upload with their sizes in bytes, the patterns of the names to delete, and the card."""
-    table = Table("file", Column("bytes", justify="right"), title=escape(repo_id), title_justify="left")
+    table = Table(
+        "file", Column("bytes", justify="right"), title=literal(repo_id, "table.title"), title_justify="left"
+    )
     sizes = {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
         for path, source in sorted(files.items())
     }
     for path, size in sizes.items():
-        table.add_row(escape(path), f"{size:,}")
+        table.add_row(literal(path), f"{size:,}")
     table.add_section()
     table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
     console.print(table)
@@ -33,6 +35,6 @@ def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None
 def report_upload(result: Upload) -> None:
     """Show the URL of an upload, or that nothing has changed."""
     if result.changed:
-        console.print(f"[bold green]Uploaded[/] {escape(result.url)}")
+        console.print("[bold green]Uploaded[/]", literal(result.url))
     else:
         console.print("Nothing has changed since the last upload: no commit was made")

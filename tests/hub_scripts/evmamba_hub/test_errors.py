@@ -1,0 +1,63 @@
+"""What a command prints for an error."""
+
+import os
+import sys
+
+import pytest
+from rich.console import Console
+
+from evmamba_hub.errors import UserError, escape_unprintable, exit_on_user_error, literal
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("run:100:.png", "run:100:.png"),
+        ("[red]a[/red].png", "[red]a[/red].png"),
+        ("[/]", "[/]"),
+        ("[link=https://example.org]a[/link]", "[link=https://example.org]a[/link]"),
+        ("a\\[b]\\", "a\\[b]\\"),
+        ("gr\u00fcn \u732b \U0001f408.png", "gr\u00fcn \u732b \U0001f408.png"),
+        ("gru\u0308n", "gru\u0308n"),
+        ("5\u202fPM.png", "5\u202fPM.png"),  # a space in the names of screenshots
+        ("\U0001f469\u200d\U0001f52c", "\U0001f469\u200d\U0001f52c"),  # joined by an invisible character
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\tb\rc\nd\x00\x07\x08\x7f", r"a\tb\rc\nd\x00\x07\x08\x7f"),
+        ("a\u2028b\u2029c", r"a\u2028b\u2029c"),
+        ("gpj\u202e.exe", r"gpj\u202e.exe"),
+        (os.fsdecode(b"gr\xfcn.png"), r"gr\xfcn.png"),
+        ("\ud83d", r"\ud83d"),  # half of a pair
+    ],
+    ids=ascii,
+)
+def test_names_are_shown_as_they_are_and_what_cannot_be_printed_is_escaped(text, shown):
+    assert escape_unprintable(text) == shown
+    console = Console(emoji=False, soft_wrap=True)
+    with console.capture() as capture:
+        console.print("[bold]Name:[/]", literal(text))
+    assert capture.get() == f"Name: {shown}\n"
+
+
+def exit_with(error: UserError) -> None:
+    with pytest.raises(SystemExit) as info, exit_on_user_error():
+        raise error
+    assert info.value.code == 1
+
+
+def test_a_message_is_one_line(capsys):
+    """A line break in a name is escaped. Those in messages of other libraries become spaces."""
+    exit_with(UserError("two\nlines.png:100: [red] does not exist"))
+    assert capsys.readouterr().err == "Error: two\\nlines.png:100: [red] does not exist\n"
+    foreign = ValueError("no such field:\n    depths")
+    error = UserError(f"a\nb cannot be loaded: {foreign}")
+    error.__cause__ = foreign
+    exit_with(error)
+    assert capsys.readouterr().err == "Error: a\\nb cannot be loaded: no such field: depths\n"
+
+
+def test_stderr_that_cannot_encode_a_name(monkeypatch, tmp_path):
+    with (tmp_path / "err").open("w", encoding="ascii", errors="backslashreplace") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        exit_with(UserError("\u732b.png does not exist"))
+    assert (tmp_path / "err").read_text() == "Error: \\u732b.png does not exist\n"
