@@ -12,7 +12,7 @@ from transformers import BitImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.inference.evaluation import match_labels
+from evmamba_hub.inference.labels import BY_INDEX, LabelMatcher
 from evmamba_hub.model_folder import find_weights, load_config
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, create_recipe
@@ -93,8 +93,9 @@ def create_model(
             model = EfficientVMambaForImageClassification(config)
         else:
             known = load_config(checkpoint).id2label
+            matcher = LabelMatcher(known, {})
             try:
-                keeps_head = match_labels(class_names, known, {}) == list(range(len(known)))
+                keeps_head = matcher.match(class_names) == list(range(len(known))) and BY_INDEX not in matcher.ways
             except UserError:
                 keeps_head = False
             model, report = EfficientVMambaForImageClassification.from_pretrained(

@@ -63,7 +63,8 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of a classifier on a dataset.
 
-    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name.
+    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name, and numbers by
+    number. The command shows how the labels matched.
 
     The command needs the extra `evaluate`: run `pip install ".[evaluate]"` in a clone of the repository. Start the
     command with `accelerate launch` to share the images among processes.
@@ -80,7 +81,8 @@ def evaluate(
 
     from evmamba_hub.client import fetch_model
     from evmamba_hub.images.labeled_images import open_dataset
-    from evmamba_hub.inference.evaluation import Evaluation, join_processes, read_label_map, save_results
+    from evmamba_hub.inference.evaluation import Evaluation, join_processes, save_results
+    from evmamba_hub.inference.labels import GUESSES, describe_ways, read_label_map
     from evmamba_hub.publish.card import read_card, to_eval_results, update_card
 
     if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
@@ -121,7 +123,10 @@ def evaluate(
         disable=not processes.is_main_process,
     ) as progress:
         task = progress.add_task("Evaluating", total=evaluation.num_images, completed=evaluation.num_resumed)
-        if evaluation.num_resumed and processes.is_main_process:
+        ways = evaluation.matcher.ways
+        if processes.is_main_process and not GUESSES.isdisjoint(ways):
+            progress.console.print(f"The labels match {describe_ways(ways)}: check that this is right")
+        if processes.is_main_process and evaluation.num_resumed:
             progress.console.print(f"Resuming after {evaluation.num_resumed:,} images")
         for num_images in evaluation.run():
             progress.advance(task, num_images)
@@ -136,9 +141,13 @@ def evaluate(
 
 
 def show_results(results: dict) -> None:
+    from evmamba_hub.inference.labels import describe_ways
+
     title = literal(f"{results['model']} on {results['dataset']}", "table.title")
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_row("images", f"{results['images']:,}")
+    if results["labels_matched"]:  # those of a stream are unknown if all images were counted before an interruption
+        table.add_row("labels matched", describe_ways(results["labels_matched"]))
     table.add_row("top-1", f"{results['top1']:.2%}")
     table.add_row("top-5", f"{results['top5']:.2%}")
     table.add_row("loss", f"{results['loss']:.4f}")

@@ -6,14 +6,13 @@ padded. A process saves its counts to a file while it works, and an interrupted 
 
 import json
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -28,78 +27,15 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
 from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import write_atomic
-from evmamba_hub.images import imagenet
-from evmamba_hub.images.labeled_images import LabeledImage, LabeledImages, Share
+from evmamba_hub.images.labeled_images import IndexedImages, LabeledImage, LabeledImages, Share
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
+from evmamba_hub.inference.labels import LabelMatcher
 from evmamba_hub.info import check_backend
 from evmamba_hub.model_folder import check_is_classifier
 
 
 SAVE_INTERVAL = 10  # seconds between two saves of the counts
 NUM_SHOWN = 10  # confusions and classes in the summary
-MAX_NAMES_IN_MESSAGE = 5
-
-
-def match_labels(names: list[str], id2label: dict[int, str], label_map: dict[str, str]) -> list[int]:
-    """Match the labels of a dataset with those of the model by name.
-
-    A label of the model may be a list of synonyms, separated by commas. Each synonym matches if no other label has it.
-    If the model has ImageNet's labels, WordNet ids match too.
-
-    Args:
-        names: The names of the dataset's labels.
-        id2label: The labels of the model.
-        label_map: The model's label by the dataset's name, for different spellings.
-
-    Returns:
-        The model's index of each name.
-
-    Raises:
-        UserError: If the model does not know a name.
-    """
-    labels = [id2label[idx] for idx in sorted(id2label)]
-    if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):  # the labels of the model have no names
-        if len(names) != len(labels):
-            raise UserError(
-                f"the model has {len(labels)} classes without names, which cannot be matched with {len(names)} "
-                "labels: add id2label to its configuration"
-            )
-        return list(range(len(names)))
-
-    indices: dict[str, int] = {}
-    if labels == imagenet.load_labels():
-        indices = {name: idx for idx, name in enumerate(imagenet.load_synsets())}
-    num_labels = Counter(synonym for label in labels for synonym in set(label.split(", ")))
-    for idx, label in enumerate(labels):
-        indices |= {synonym: idx for synonym in label.split(", ") if num_labels[synonym] == 1}
-    indices |= {label: idx for idx, label in reversed(list(enumerate(labels)))}
-
-    unknown = [name for name in names if label_map.get(name, name) not in indices]
-    if unknown:
-        shown = ", ".join(repr(name) for name in unknown[:MAX_NAMES_IN_MESSAGE])
-        raise UserError(
-            f"{len(unknown)} of the {len(names)} labels of the dataset are none of the model's: {shown}"
-            f"{', ...' if len(unknown) > MAX_NAMES_IN_MESSAGE else ''}. The model knows {len(labels)} labels, "
-            f"such as {labels[0]!r} and {labels[-1]!r}. Map different spellings with --label-map"
-        )
-    return [indices[label_map.get(name, name)] for name in names]
-
-
-def read_label_map(path: Path) -> dict[str, str]:
-    """Read a JSON file with the model's label by the dataset's name.
-
-    Raises:
-        UserError: If the file holds anything else.
-    """
-    try:
-        label_map = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(label_map, dict) or not all(isinstance(label, str) for label in label_map.values()):
-        raise UserError(
-            f'{path} must hold an object of strings, such as {{"name in the dataset": "label of the model"}}'
-        )
-    return label_map
 
 
 def save_results(path: Path, results: dict) -> None:
@@ -238,7 +174,7 @@ class Evaluation:
             batch_size: The number of images in a batch of one process.
             dtype: "float32", "bfloat16" or "float16".
             workers: The number of threads in each process that read and resize images.
-            label_map: The model's label by the dataset's name, as for `match_labels`.
+            label_map: The model's label by the dataset's name, as for `LabelMatcher`.
             progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
@@ -258,11 +194,10 @@ class Evaluation:
         check_backend(self.processes.device, self.model.dtype)
         self.model = self.model.to(self.processes.device).eval()
         self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
-        self.label_map, self.id2label = label_map, self.model.config.id2label
-        self.class_indices: list[int] | None = None
-        self.indices_of_names: dict[str, int] = {}
-        if dataset.class_names is not None:
-            self.class_indices = match_labels(dataset.class_names, self.id2label, label_map)
+        self.id2label = self.model.config.id2label
+        self.matcher = LabelMatcher(self.id2label, label_map)
+        labels = find_labels(dataset)
+        self.indices = dict(zip(labels, self.matcher.match(list(labels.values())), strict=True)) if labels else {}
 
         self.share = Share(self.processes.process_index, self.processes.num_processes)
         self.progress_file = progress_file and progress_file.with_name(
@@ -298,15 +233,13 @@ class Evaluation:
 
     def find_index(self, image: LabeledImage) -> int:
         """Returns the model's index of an image's label."""
-        if isinstance(image.label, str):
-            if image.label not in self.indices_of_names:
-                (index,) = match_labels([image.label], self.id2label, self.label_map)
-                self.indices_of_names[image.label] = index
-            return self.indices_of_names[image.label]
-        num_known = len(self.class_indices or self.id2label)
-        if image.label is None or not 0 <= image.label < num_known:
-            raise UserError(f"{image.name} has the label {image.label}, which must be from 0 to {num_known - 1}")
-        return image.label if self.class_indices is None else self.class_indices[image.label]
+        label = image.label
+        if (name := to_name(label)) is None or (label not in self.indices and self.dataset.class_names is not None):
+            num_known = len(self.dataset.class_names or self.id2label)
+            raise UserError(f"{image.name} has the label {label}, which must be from 0 to {num_known - 1}")
+        if label not in self.indices:
+            self.indices[label] = self.matcher.match_one(name)
+        return self.indices[label]
 
     def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield pixel values (B, C, H, W) and labels (B,) of the remaining images. Threads prepare the next batch."""
@@ -376,6 +309,7 @@ class Evaluation:
             "dataset_config": self.dataset.config,
             "dataset_split": self.dataset.split,
             "dataset_revision": self.dataset.revision,
+            "labels_matched": dict(self.matcher.ways),
             **self.counts.summarize(),
             "images_per_second": work[:, 0].sum().item() / seconds if seconds > 0 else None,
             "processes": self.processes.num_processes,
@@ -416,3 +350,20 @@ class Evaluation:
                 if totals[index] > 0
             ],
         }
+
+
+def find_labels(dataset: LabeledImages) -> dict[int | str, str]:
+    """Returns the names of a dataset's labels by the labels, or nothing for a stream that does not name them."""
+    if dataset.class_names is not None:
+        return dict(enumerate(dataset.class_names))
+    if not isinstance(dataset, IndexedImages):
+        return {}
+    names = {label: name for label in dataset.labels if label is not None and (name := to_name(label)) is not None}
+    return dict(sorted(names.items(), key=itemgetter(1)))
+
+
+def to_name(label: int | str | None) -> str | None:
+    """Returns the name of a label of an image, or None if it is no label: missing, or below 0."""
+    if isinstance(label, int) and label >= 0:
+        return str(int(label))
+    return label if isinstance(label, str) else None

@@ -13,15 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from evmamba_hub.errors import UserError
-from evmamba_hub.images import imagenet
 from evmamba_hub.images.labeled_images import LabeledImage
-from evmamba_hub.inference.evaluation import Counts, Preprocessor, match_labels
+from evmamba_hub.inference.evaluation import Counts, Preprocessor
 from hub_server import USERS, Fault
 
 
@@ -260,46 +259,66 @@ def test_a_part_of_the_classes(evmamba, few_digits, tmp_path):
     assert {entry["label"] for entry in results["worst_classes"]} == {"1", "3", "8"}
 
 
+def rename_labels(tmp_path: Path, labels: list[str] | None) -> Path:
+    """Returns a copy of the model of the digits with other labels, or with labels without names."""
+    shutil.copytree(DIGITS, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    id2label, _ = config.pop("id2label"), config.pop("label2id")
+    config |= {"num_labels": len(id2label)} if labels is None else {"id2label": dict(enumerate(labels))}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "model"
+
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
 @pytest.mark.parametrize(
-    "names, expected",
-    [
-        (["cat, animal", "dog, hound, animal"], [1, 0]),
-        (["hound"], [0]),
-        (["feline"], "'feline'"),
-        (["crane"], [2]),
-        (["machine", "crane"], [3, 2]),
-        (["animal"], "'animal'"),  # of two classes
-        (["a", "b", "c", "d", "e", "f", "cat"], "6 of the 7 labels .* 'e', ..."),
-        (["Katze"], [1]),
-    ],
-    ids=str,
+    "labels, way, is_announced",
+    [(None, "number", False), (NAMES, "number, counted from 0", True), (list("0123456789"), "name", False)],
+    ids=["without names", "names", "numbers"],
 )
-def test_names(names, expected):
-    id2label = dict(enumerate(["dog, hound, animal", "cat, animal", "crane", "crane, machine"]))
-    if isinstance(expected, str):
-        with pytest.raises(UserError, match=expected):
-            match_labels(names, id2label, {"Katze": "cat"})
-    else:
-        assert match_labels(names, id2label, {"Katze": "cat"}) == expected
+def test_the_command_says_how_labels_matched(evmamba, few_digits, tmp_path, labels, way, is_announced):
+    model, output = rename_labels(tmp_path, labels), tmp_path / "results.json"
+    shutil.rmtree(few_digits / "4")
+    code, out, err = evmamba("evaluate", model, "--dataset", few_digits, "--output", output)
+    assert code == 0, err
+    assert f"by {way}" in out
+    assert (f"The labels match by {way}: check that this is right" in err) == is_announced
+    results = json.loads(output.read_text())
+    assert results["labels_matched"] == {way: 9} and results["top1"] > 0.9
 
 
-def test_names_of_imagenet():
-    labels, synsets = imagenet.load_labels(), imagenet.load_synsets()
-    assert len(set(labels)) == len(set(synsets)) == 1000
-    assert synsets == sorted(synsets)
-    id2label = dict(enumerate(labels))
-    assert match_labels(synsets, id2label, {}) == match_labels(labels, id2label, {}) == list(range(1000))
-    names = ["n02012849", "n03126707", "crane", "construction crane", "tank suit", "maillot", "tench"]
-    assert match_labels(names, id2label, {}) == [134, 517, 134, 517, 639, 638, 0]
-    with pytest.raises(UserError):
-        match_labels(["n01440764"], {0: "dog", 1: "cat"}, {})
+def test_the_label_map_rules_over_labels_without_names(evmamba, few_digits, tmp_path):
+    model, output = rename_labels(tmp_path, None), tmp_path / "results.json"
+    for number, name in enumerate(NAMES):
+        (few_digits / str(number)).rename(few_digits / name)
+    (tmp_path / "map.json").write_text(json.dumps({name: f"LABEL_{number}" for number, name in enumerate(NAMES)}))
+    arguments = [model, "--dataset", few_digits, "--output", output]
+    results = evaluate(evmamba, *arguments, "--label-map", tmp_path / "map.json")
+    assert results["labels_matched"] == {"label map": 10} and results["top1"] > 0.9
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 0 and "The labels match by order: check that this is right" in err
+    (tmp_path / "map.json").write_text(json.dumps({"zero": "0"}))
+    code, _, err = evmamba("evaluate", *arguments, "--label-map", tmp_path / "map.json")
+    assert code == 1 and "1 of the 1 labels in the label map are none of the model's: '0'" in err
 
 
-def test_models_without_names():
-    id2label = {index: f"LABEL_{index}" for index in range(3)}
-    assert match_labels(["a", "b", "c"], id2label, {}) == [0, 1, 2]
-    with pytest.raises(UserError, match="3 classes without names, which cannot be matched with 2 labels"):
-        match_labels(["a", "b"], id2label, {})
+@pytest.mark.parametrize("kind", ["numbers", "names"])
+def test_labels_in_a_column(evmamba, few_digits, tmp_path, kind):
+    """A column of numbers or names declares no classes. All of its labels are matched before the work."""
+    files = sorted(few_digits.glob("[0-3]/*.png"))
+    labels = [int(file.parent.name) if kind == "numbers" else NAMES[int(file.parent.name)] for file in files]
+    column = Value("int64") if kind == "numbers" else Value("string")
+    features = Features({"image": ImageFeature(), "label": column})
+    Dataset.from_dict({"image": [str(file) for file in files], "label": labels}, features).save_to_disk(tmp_path / "t")
+    model, output = rename_labels(tmp_path, NAMES), tmp_path / "results.json"
+    results = evaluate(evmamba, model, "--dataset", tmp_path / "t", "--output", output)
+    assert results["labels_matched"] == {"number, counted from 0" if kind == "numbers" else "name": 4}
+    assert results["images"] == 28 and results["top1"] > 0.9
+    (tmp_path / "map.json").write_text(json.dumps({str(labels[0]): "one", str(labels[-1]): "one"}))
+    arguments = [model, "--dataset", tmp_path / "t", "--output", output, "--label-map", tmp_path / "map.json"]
+    results = evaluate(evmamba, *arguments)
+    assert results["labels_matched"]["label map"] == 2 and results["top1"] < 0.6
 
 
 # Images
