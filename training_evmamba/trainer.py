@@ -378,7 +378,7 @@ class TrainingRun:
                 self.callback.on_evaluate_step(len(readable) * accelerator.num_processes)
         self.callback.on_evaluate_end()
         if accelerator.num_processes > 1:
-            counts = counts.add_up(accelerator.device)
+            counts = counts.add_up()
         set_training_mode(self.model, self.recipe)
         self.report_unreadable(unreadable)
         if counts.num_images == 0:

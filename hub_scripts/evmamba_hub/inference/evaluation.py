@@ -5,15 +5,16 @@ padded. A process saves its counts to a file while it works, and an interrupted 
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from evmamba_hub.model_folder import check_is_classifier
 
 
 SAVE_INTERVAL = 10  # seconds between two saves of the counts
+MAX_PARTS = 1000  # of counts, before they are merged
 NUM_SHOWN = 10  # confusions and classes in the summary
 
 
@@ -72,60 +74,95 @@ class Preprocessor:
         return processor(pixels, return_tensors="pt").pixel_values[0]
 
 
+class Part(NamedTuple):
+    """The counts over a part of the images. They are sparse: most pairs of classes are never confused."""
+
+    pairs: torch.Tensor  # (pairs,) int64: label * classes + prediction
+    images: torch.Tensor  # (pairs,) int64: the number of images of each pair
+    sums: torch.Tensor  # (2,) float64: the sum of the losses, the number of images with the label in the top 5
+
+
 @dataclass
 class Counts:
     """The counts over the evaluated images.
 
-    One tensor holds all counts, and one call adds a batch to it. So Ctrl-C never leaves a batch counted in part.
+    A batch is a part, and one call appends it. So Ctrl-C never leaves a batch counted in part.
     """
 
-    table: torch.Tensor  # (classes * classes + 2,) float64: the confusion matrix row by row, then the two sums
+    num_classes: int
+    parts: list[Part]
 
     @classmethod
     def start(cls, num_classes: int) -> "Counts":
-        return cls(torch.zeros(num_classes**2 + 2, dtype=torch.float64))
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(num_classes, [Part(none, none, torch.zeros(2, dtype=torch.float64))])
 
-    @property
-    def num_classes(self) -> int:
-        return math.isqrt(len(self.table) - 2)
+    def merge(self) -> Part:
+        """Merge the parts into one, in which each pair occurs once. Return it."""
+        pairs, places = torch.cat([part.pairs for part in self.parts]).unique(return_inverse=True)
+        images = torch.zeros_like(pairs).index_add(0, places, torch.cat([part.images for part in self.parts]))
+        # from left to right, so that the sum of losses does not depend on earlier merges
+        sums = reduce(torch.add, [part.sums for part in self.parts])
+        self.parts = [Part(pairs, images, sums)]
+        return self.parts[0]
 
     @property
     def confusion(self) -> torch.Tensor:
-        """The confusion matrix, (classes, classes) int64. Rows are labels, columns are predictions."""
-        return self.table[:-2].view(self.num_classes, self.num_classes).long()
-
-    @property
-    def sums(self) -> torch.Tensor:
-        """The sum of the losses, and the number of images with the label in the top 5, (2,) float64."""
-        return self.table[-2:]
+        """The confusion matrix as its entries (pairs, 3) int64: label, prediction, number of images above 0."""
+        pairs, images, _ = self.merge()
+        return torch.stack([pairs // self.num_classes, pairs % self.num_classes, images], dim=1)
 
     @property
     def num_images(self) -> int:
-        return int(self.confusion.sum())
+        return int(self.merge().images.sum())
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch: logits (B, classes), labels (B,)."""
         logits, labels = logits.cpu().double(), labels.cpu()
         top5 = logits.topk(min(5, self.num_classes), dim=-1).indices
         sums = torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (top5 == labels[:, None]).sum()])
-        places = torch.cat([labels * self.num_classes + top5[:, 0], torch.tensor([-2, -1])])
-        self.table.index_put_((places,), torch.cat([torch.ones(len(labels)), sums]), accumulate=True)
+        self.parts.append(Part(labels * self.num_classes + top5[:, 0], torch.ones_like(labels), sums))
+        if len(self.parts) > MAX_PARTS:
+            self.merge()
 
-    def add_up(self, device: torch.device) -> "Counts":
-        """Returns the sum of the counts of all processes. Call it on all processes, each with its own device."""
-        from accelerate.utils import reduce
+    def add_up(self) -> "Counts":
+        """Returns the sum of the counts of all processes. Call it on all processes."""
+        from accelerate.utils import gather_object
 
-        return Counts(reduce(self.table.to(device), "sum").cpu())
+        return Counts(self.num_classes, gather_object([self.merge()]))
 
     def summarize(self) -> dict[str, int | float]:
         """Returns the number of images, top-1 and top-5 accuracy, and the mean loss. There must be an image."""
-        confusion, (loss, num_right_in_five) = self.confusion, self.sums.tolist()
-        num_images = int(confusion.sum())
+        labels, predictions, images = self.confusion.unbind(dim=1)
+        loss, num_right_in_five = self.merge().sums.tolist()
+        num_images = self.num_images
         return {
             "images": num_images,
-            "top1": int(confusion.diag().sum()) / num_images,
+            "top1": int(images[labels == predictions].sum()) / num_images,
             "top5": num_right_in_five / num_images,
             "loss": loss / num_images,
+        }
+
+    def summarize_confusion(self, id2label: dict[int, str]) -> dict[str, list[dict]]:
+        """Returns the most frequent confusions, and the classes with the lowest accuracy among those with errors."""
+        confusion = self.confusion
+        labels, predictions, images = confusion.unbind(dim=1)
+        is_right = labels == predictions
+        totals = torch.bincount(labels, images, minlength=self.num_classes)  # (classes,)
+        rights = torch.bincount(labels[is_right], images[is_right], minlength=self.num_classes)
+        accuracies = rights / totals  # NaN without images, which is not below 1 and sorts last
+        worst = accuracies.argsort(stable=True)[: (accuracies < 1).sum()][:NUM_SHOWN]
+        confusions = confusion[~is_right]
+        confusions = confusions[confusions[:, 2].argsort(descending=True, stable=True)][:NUM_SHOWN]
+        return {
+            "most_confused": [
+                {"label": id2label[label], "predicted": id2label[prediction], "images": num_images}
+                for label, prediction, num_images in confusions.tolist()
+            ],
+            "worst_classes": [
+                {"label": id2label[idx], "accuracy": accuracies[idx].item(), "images": int(totals[idx])}
+                for idx in worst.tolist()
+            ],
         }
 
 
@@ -178,8 +215,10 @@ class Evaluation:
             progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
-            UserError: If the model is no classifier, or the labels do not match.
+            UserError: If the model is no classifier, the dataset holds no images, or the labels do not match.
         """
+        if dataset.num_images == 0:
+            raise no_images(dataset)
         self.processes, self.name = processes, model
         # the directory of a download has the name of its commit
         self.commit = None if Path(model).is_dir() else folder.name
@@ -223,13 +262,15 @@ class Evaluation:
             with safe_open(self.progress_file, framework="pt") as file:
                 if file.metadata()["settings"] != self.settings:
                     return None
-                return Counts(file.get_tensor("table"))
+                part = Part(*map(file.get_tensor, Part._fields))
+                return Counts(self.model.config.num_labels, [part])
         except (OSError, SafetensorError):  # the file is missing or damaged
             return None
 
     def save_progress(self) -> None:
         if self.progress_file is not None:
-            write_atomic(self.progress_file, save(vars(self.counts), metadata={"settings": self.settings}))
+            part = self.counts.merge()._asdict()
+            write_atomic(self.progress_file, save(part, metadata={"settings": self.settings}))
 
     def find_index(self, image: LabeledImage) -> int:
         """Returns the model's index of an image's label."""
@@ -295,11 +336,11 @@ class Evaluation:
         num_new = self.counts.num_images - self.num_resumed
         work = torch.tensor([[num_new, self.seconds]], dtype=torch.float64)
         if self.processes.num_processes > 1:
-            device = self.processes.device
-            self.counts = self.counts.add_up(device)
-            work = gather(work.to(device)).cpu()
+            self.counts = self.counts.add_up()
+            work = gather(work.to(self.processes.device)).cpu()
         if self.counts.num_images == 0:
-            raise UserError(f"the dataset {self.dataset.name} holds no images: choose another --dataset or --split")
+            self.discard_progress()
+            raise no_images(self.dataset)
         seconds = work[:, 1].max().item()
         return {
             "model": self.name,
@@ -317,7 +358,7 @@ class Evaluation:
             "device": str(self.processes.device),
             "dtype": self.dtype,
             "torch": torch.__version__,
-            **self.summarize_confusion(),
+            **self.counts.summarize_confusion(self.id2label),
         }
 
     def discard_progress(self) -> None:
@@ -326,30 +367,9 @@ class Evaluation:
         if self.progress_file is not None:
             self.progress_file.unlink(missing_ok=True)
 
-    def summarize_confusion(self) -> dict:
-        """Returns the most frequent confusions, and the classes with the lowest accuracy."""
-        confusion = self.counts.confusion
-        wrong = confusion - confusion.diag().diag()
-        counts, cells = wrong.flatten().topk(min(NUM_SHOWN, wrong.numel()))
-        totals = confusion.sum(dim=1)
-        accuracies = torch.where(totals > 0, confusion.diag() / totals, torch.inf)
-        accuracies, classes = accuracies.topk(min(NUM_SHOWN, len(totals)), largest=False)
-        return {
-            "most_confused": [
-                {
-                    "label": self.id2label[cell // len(totals)],
-                    "predicted": self.id2label[cell % len(totals)],
-                    "images": count,
-                }
-                for count, cell in zip(counts.tolist(), cells.tolist(), strict=True)
-                if count > 0
-            ],
-            "worst_classes": [
-                {"label": self.id2label[index], "accuracy": accuracy, "images": int(totals[index])}
-                for accuracy, index in zip(accuracies.tolist(), classes.tolist(), strict=True)
-                if totals[index] > 0
-            ],
-        }
+
+def no_images(dataset: LabeledImages) -> UserError:
+    return UserError(f"the dataset {dataset.name} holds no images: choose another --dataset or --split")
 
 
 def find_labels(dataset: LabeledImages) -> dict[int | str, str]:
