@@ -148,6 +148,27 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
     return {model: config}
 
 
+def choose_device(name: str) -> torch.device:
+    """Returns the device of a name.
+
+    Args:
+        name: A device of PyTorch ("cpu", "cuda:1", "mps"), or "auto" for the first accelerator, else the CPU.
+
+    Raises:
+        UserError: If the device cannot be used.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise UserError(f"the device {name!r} cannot be used, choose another device: {message}") from error
+    return device
+
+
 def check_backend(device: torch.device, dtype: torch.dtype) -> None:
     """Check that the scan backend of the environment variable, if it is set, computes on a device.
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console, error_console
-from evmamba_hub.cli.options import Dtype, RevisionOption
+from evmamba_hub.cli.options import BatchSizeOption, DeviceOption, DtypeOption, RevisionOption
 from evmamba_hub.errors import UserError, literal
 
 
@@ -27,10 +27,9 @@ def classify(
     ] = None,
     revision: RevisionOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of labels to show for each image.")] = 5,
-    device: Annotated[
-        str, typer.Option(help="Device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first accelerator.")
-    ] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = "float32",
+    batch_size: BatchSizeOption = 1,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Classify images.
@@ -54,7 +53,7 @@ def classify(
     if ignored:
         error_console.print(literal(describe_ignored(ignored)))
     classifier = load_classifier(model or str(find_bundled_model()), device, dtype, revision)
-    results = classify_files(classifier, paths, top_k)
+    results = classify_files(classifier, paths, top_k, batch_size)
     shows_results = not as_json and console.is_terminal  # which a bar on the same terminal would tear apart
     hide_bar = len(paths) < 2 or shows_results
     progress = track(results, "Classifying", len(paths), console=error_console, transient=True, disable=hide_bar)

@@ -10,7 +10,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console, error_console
-from evmamba_hub.cli.options import Dtype, RevisionOption
+from evmamba_hub.cli.options import BatchSizeOption, DeviceOption, DtypeOption, RevisionOption
 from evmamba_hub.errors import UserError, literal
 
 
@@ -46,9 +46,10 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 32,
+    batch_size: BatchSizeOption = 32,
+    device: DeviceOption = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Number of threads that read and resize images.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = "float32",
+    dtype: DtypeOption = "float32",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -89,7 +90,7 @@ def evaluate(
         raise UserError(f"{output} is not a regular file: --output takes a file for the results")
     logging.disable_progress_bar()
     names = {} if label_map is None else read_label_map(label_map)
-    processes = join_processes()
+    processes = join_processes(device)
     with processes.main_process_first():
         folder = fetch_model(model, revision)
         if updates_card and processes.is_main_process:
@@ -111,6 +112,7 @@ def evaluate(
         folder,
         images,
         batch_size=batch_size,
+        device=device,
         dtype=dtype,
         workers=workers,
         label_map=names,

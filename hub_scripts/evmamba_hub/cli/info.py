@@ -12,7 +12,7 @@ from evmamba_hub.errors import literal
 def info(
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or Hub id of a model.", show_default="the published networks"),
+        typer.Argument(help="Directory or Hub id of the model.", show_default="the published networks"),
     ] = None,
     image_size: Annotated[
         int, typer.Option(min=1, help="Side of the image in pixels, for which GMACs are counted.")
@@ -24,7 +24,7 @@ def info(
 
         evmamba info
 
-        evmamba info --model efficientvmamba-tiny --image-size 384
+        evmamba info efficientvmamba-tiny --image-size 384
     """
     from evmamba_hub.info import MACS_CONVENTION, describe_environment, find_configs, measure_size
 

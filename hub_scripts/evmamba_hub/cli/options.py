@@ -6,6 +6,11 @@ import typer
 
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype to compute in.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first accelerator.")
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 MessageOption = Annotated[str, typer.Option(help="Commit message.")]
 CreatePrOption = Annotated[

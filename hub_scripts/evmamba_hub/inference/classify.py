@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import ImageClassificationPipeline, pipeline
 from transformers.image_utils import load_image
 
@@ -14,7 +16,7 @@ from evmamba_hub.client import fetch_model
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
-from evmamba_hub.info import check_backend
+from evmamba_hub.info import check_backend, choose_device
 from evmamba_hub.model_folder import check_is_classifier
 
 
@@ -70,30 +72,45 @@ def load_pipeline(model: str, device: str, dtype: str, revision: str | None = No
     Raises:
         UserError: If the model cannot be found or is no image classifier, or the device or backend cannot be used.
     """
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        message = str(error).strip().splitlines()[0]
-        raise UserError(f"the device {device!r} cannot be used, choose another device: {message}") from error
-    check_backend(torch.device(device), getattr(torch, dtype))
+    place = choose_device(device)
+    check_backend(place, getattr(torch, dtype))
     folder = fetch_model(model, revision)
     check_is_classifier(folder, model)
     try:
-        return pipeline("image-classification", model=str(folder), device=device, dtype=getattr(torch, dtype))
+        return pipeline("image-classification", model=str(folder), device=place, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the model {model!r} cannot be loaded as an image classifier: {error}") from error
 
 
 def classify_files(
-    classifier: ImageClassificationPipeline, paths: Iterable[Path], top_k: int
+    classifier: ImageClassificationPipeline, paths: Iterable[Path], top_k: int, batch_size: int = 1
 ) -> Iterator[ClassifiedFile]:
-    """Classify one file after the other. A file that cannot be read yields its error, and the next file follows."""
-    for path in paths:
-        try:
-            image = read_image(path)
-        except UserError as error:
-            yield ClassifiedFile(path, [], str(error))
-        else:
-            yield ClassifiedFile(path, classifier(image, top_k=top_k))
+    """Classify files batch by batch. A file that cannot be read yields its error, and the other files follow.
+
+    Raises:
+        UserError: If the model's image processor gives the images of a batch different sizes.
+    """
+    remaining = iter(paths)
+    while batch := [ClassifiedFile(path, []) for path in islice(remaining, batch_size)]:
+        images = []
+        for file in batch:
+            try:
+                images.append(read_image(file.path))
+            except UserError as error:
+                file.error = str(error)
+        readable = [file for file in batch if file.error is None]
+        for file, predictions in zip(readable, classify_batch(classifier, images, top_k), strict=True):
+            file.predictions = predictions
+        yield from batch
+
+
+def classify_batch(classifier: ImageClassificationPipeline, images: list[Image.Image], top_k: int) -> list[list[dict]]:
+    """Returns the predictions for each image, which the network computes as one batch."""
+    if not images:
+        return []
+    try:
+        return classifier(images, top_k=top_k, batch_size=len(images))
+    except RuntimeError as error:
+        if "Sizes of tensors must match" not in str(error):
+            raise
+        raise UserError("the model's image processor keeps images of different sizes: use --batch-size 1") from error

@@ -31,7 +31,7 @@ from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import IndexedImages, LabeledImage, LabeledImages, Share
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
 from evmamba_hub.inference.labels import LabelMatcher
-from evmamba_hub.info import check_backend
+from evmamba_hub.info import check_backend, choose_device
 from evmamba_hub.model_folder import check_is_classifier
 
 
@@ -173,16 +173,39 @@ def computes_on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def join_processes():
+def join_processes(device: str = "auto"):
     """Returns accelerate's `PartialState` of this process, which may be the only one.
 
+    Args:
+        device: A device of PyTorch, or "auto" to let accelerate choose one for each process.
+
     Raises:
-        UserError: If accelerate is not installed.
+        UserError: If accelerate is not installed, or the device cannot be used.
     """
     require("accelerate", extra="evaluate")
     from accelerate import PartialState
 
-    return PartialState(cpu=computes_on_cpu())
+    return PartialState(cpu=computes_on_cpu() if device == "auto" else choose_device(device).type == "cpu")
+
+
+def choose_process_device(processes, device: str) -> torch.device:
+    """Returns the device of this process.
+
+    Args:
+        processes: The result of `join_processes`.
+        device: The device that `join_processes` got.
+
+    Raises:
+        UserError: If several processes would compute on one accelerator.
+    """
+    if device == "auto" or torch.device(device) == torch.device(processes.device.type):
+        return processes.device
+    if processes.num_processes > 1:
+        raise UserError(
+            f"{processes.num_processes} processes cannot share the device {device!r}: leave --device out, and "
+            "accelerate gives each process a device"
+        )
+    return torch.device(device)
 
 
 class Evaluation:
@@ -196,6 +219,7 @@ class Evaluation:
         dataset: LabeledImages,
         *,
         batch_size: int,
+        device: str,
         dtype: str,
         workers: int,
         label_map: dict[str, str],
@@ -209,6 +233,7 @@ class Evaluation:
             folder: The directory of the model and its image processor.
             dataset: The dataset to evaluate on.
             batch_size: The number of images in a batch of one process.
+            device: The device that `join_processes` got.
             dtype: "float32", "bfloat16" or "float16".
             workers: The number of threads in each process that read and resize images.
             label_map: The model's label by the dataset's name, as for `LabelMatcher`.
@@ -230,8 +255,9 @@ class Evaluation:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
         self.preprocess = Preprocessor(image_processor, find_color_mode(self.model.config))
-        check_backend(self.processes.device, self.model.dtype)
-        self.model = self.model.to(self.processes.device).eval()
+        self.device = choose_process_device(processes, device)
+        check_backend(self.device, self.model.dtype)
+        self.model = self.model.to(self.device).eval()
         self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
         self.id2label = self.model.config.id2label
         self.matcher = LabelMatcher(self.id2label, label_map)
@@ -311,7 +337,7 @@ class Evaluation:
         begin, saved = None, time.monotonic()
         try:
             for pixel_values, labels in self.load_batches():
-                pixel_values = pixel_values.to(self.processes.device, self.model.dtype)
+                pixel_values = pixel_values.to(self.device, self.model.dtype)
                 if begin is None:
                     self.model(pixel_values)  # warm-up: the first call compiles kernels
                     begin = time.monotonic()
@@ -355,7 +381,7 @@ class Evaluation:
             "images_per_second": work[:, 0].sum().item() / seconds if seconds > 0 else None,
             "processes": self.processes.num_processes,
             "batch_size": self.batch_size,
-            "device": str(self.processes.device),
+            "device": str(self.device),
             "dtype": self.dtype,
             "torch": torch.__version__,
             **self.counts.summarize_confusion(self.id2label),

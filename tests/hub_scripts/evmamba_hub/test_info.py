@@ -46,7 +46,7 @@ def test_info_prints_the_sizes():
 
 def test_info_of_a_checkpoint(evmamba, tmp_path):
     EfficientVMambaConfig(**VARIANTS["small"], num_labels=1000).save_pretrained(tmp_path)
-    exit_code, stdout, _ = evmamba("info", "--model", tmp_path, "--image-size", 112)
+    exit_code, stdout, _ = evmamba("info", tmp_path, "--image-size", 112)
     assert exit_code == 0
     assert "11,273,688" in stdout
     assert "0.350" in stdout  # more than a quarter of 1.317: 7 x 7 pixels become 4 x 4 in the last stage
@@ -55,6 +55,6 @@ def test_info_of_a_checkpoint(evmamba, tmp_path):
 def test_info_refuses_other_models(evmamba, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     for model, message in [(tmp_path, "is of the type 'resnet'"), (tmp_path / "missing", "cannot be loaded")]:
-        exit_code, _, stderr = evmamba("info", "--model", model)
+        exit_code, _, stderr = evmamba("info", model)
         assert exit_code == 1
         assert message in stderr

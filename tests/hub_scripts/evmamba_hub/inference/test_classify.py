@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from evmamba_demo.bundled import find_bundled_model
 from evmamba_kernels.backends import BACKENDS
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaModel
 
@@ -66,6 +69,41 @@ def test_a_broken_image_is_reported_and_the_rest_goes_on(evmamba, tmp_path):
     assert "1 of 2 images could not be classified" in stderr
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_batches(evmamba, tmp_path, batch_size):
+    """Results keep their order, also of a broken image and of an image that is given twice."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    images = sorted(EXAMPLES.glob("*.png"))[:5]
+    paths = [images[0], broken, *images[1:], images[2], broken]
+    exit_code, stdout, stderr = evmamba("classify", *paths, "--json", "--batch-size", batch_size)
+    assert exit_code == 1 and "2 of 8 images could not be classified" in stderr
+    classifications = json.loads(stdout)
+    assert [classification["image"] for classification in classifications] == list(map(str, paths))
+    for path, classification in zip(paths, classifications, strict=True):
+        if path == broken:
+            assert "error" in classification
+        else:
+            assert classification["predictions"][0]["label"] == label_in_name(path)
+
+
+def test_images_of_different_sizes(evmamba, tmp_path):
+    shutil.copytree(find_bundled_model(), tmp_path / "model")
+    config = tmp_path / "model" / "preprocessor_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "do_center_crop": False}))
+    image = sorted(EXAMPLES.glob("*.png"))[3]
+    Image.open(image).crop((0, 0, 100, 160)).save(tmp_path / "narrow.png")
+    arguments = ["classify", image, tmp_path / "narrow.png", "--model", tmp_path / "model"]
+    exit_code, _, stderr = evmamba(*arguments, "--batch-size", 2)
+    assert exit_code == 1 and "different sizes: use --batch-size 1" in stderr
+    assert evmamba(*arguments)[0] == 0
+
+
+def test_more_labels_than_the_model_has(evmamba):
+    _, stdout, _ = evmamba("classify", EXAMPLES / "digit_3.png", "--json", "--top-k", 50)
+    assert len(json.loads(stdout)[0]["predictions"]) == 10
+
+
 @pytest.mark.parametrize(
     "arguments, expected_code, message",
     [
@@ -73,7 +111,9 @@ def test_a_broken_image_is_reported_and_the_rest_goes_on(evmamba, tmp_path):
         ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is neither a path nor a valid repository id"),
         ([EXAMPLES, "--device", "abacus"], 1, "device 'abacus' cannot be used"),
         ([EXAMPLES, "--dtype", "int8"], 2, "int8"),
+        ([EXAMPLES, "--device", "meta"], 1, "device 'meta' cannot be used"),
         ([EXAMPLES, "--top-k", "0"], 2, "top-k"),
+        ([EXAMPLES, "--batch-size", "0"], 2, "batch-size"),
         ([], 2, "Missing argument"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from evmamba_hub.errors import UserError
 from evmamba_hub.images.labeled_images import LabeledImage
-from evmamba_hub.inference.evaluation import Counts, Preprocessor
+from evmamba_hub.inference.evaluation import Counts, Preprocessor, choose_process_device
 from hub_server import USERS, Fault
 
 
@@ -381,6 +383,21 @@ def test_a_dataset_without_images(evmamba, few_digits, tmp_path):
         code, out, err = evmamba("evaluate", *arguments)
         assert (code, out) == (1, "") and message in err.splitlines()[-1]
     assert not list(tmp_path.glob("results.json*"))
+
+
+def test_devices(evmamba, few_digits, tmp_path):
+    arguments = [DIGITS, "--dataset", few_digits, "--output", tmp_path / "results.json"]
+    assert evaluate(evmamba, *arguments, "--device", "cpu")["device"] == "cpu"
+    for device in ("abacus", "meta", "cuda:99", ""):
+        code, _, err = evmamba("evaluate", *arguments, "--device", device)
+        assert code == 1 and f"the device {device!r} cannot be used, choose another device" in err
+
+
+def test_processes_do_not_share_an_accelerator():
+    processes = SimpleNamespace(num_processes=2, device=torch.device("cuda:1"))
+    assert choose_process_device(processes, "auto") == choose_process_device(processes, "cuda") == processes.device
+    with pytest.raises(UserError, match="2 processes cannot share the device 'cuda:0': leave --device out"):
+        choose_process_device(processes, "cuda:0")
 
 
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (300, 300), (500, 375), (257, 999)])
