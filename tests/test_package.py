@@ -74,3 +74,16 @@ def test_make_installs_what_a_target_needs(tmp_path, target, wanted):
     plan = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     installed = [shlex.split(line)[-1] for line in plan.splitlines() if "pip install" in line]
     assert installed == wanted
+
+
+def test_readme_for_an_index_has_absolute_links():
+    command = [sys.executable, "docs/index_readme.py", "https://example.org/someone/code/", "v1"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    links = re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\"]+)", text)
+    assert all(link.startswith(("https://", "http://")) for link in links)
+    files = [link.removeprefix("https://example.org/someone/code/") for link in links if "example.org" in link]
+    assert len(files) > 20
+    for file in files:
+        kind, _, path = file.partition("/v1/")
+        assert kind == ("raw" if path.endswith(".png") else "blob")
+        assert (ROOT / path).is_file()

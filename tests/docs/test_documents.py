@@ -206,7 +206,7 @@ PROGRAMS = {
     "python": check_python,
     "accelerate": check_launcher,
     "torchrun": check_launcher,
-} | dict.fromkeys(["git", "pre-commit", "twine"], lambda words: None)  # fmt: skip
+} | dict.fromkeys(["git", "mv", "pre-commit", "twine"], lambda words: None)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
