@@ -143,7 +143,7 @@ class Chunk(NamedTuple):
 
 @compiled
 def new_floats(count):
-    """Returns zeros, aligned to 64 bytes so that no vector spans two cache lines."""
+    """Returns zeros, aligned to 64 bytes to keep vectors from spanning two cache lines."""
     memory = np.zeros(count + LANES, np.float32)
     skipped = -(memory.ctypes.data // 4) % LANES
     return memory[skipped : skipped + count]
@@ -197,7 +197,7 @@ def new_packed_parameters(sizes):
 def pack_parameters(packed, parameters, k, sizes):
     """Fill `packed` with the parameters of group k. Zeros fill up the last block of channels.
 
-    |A| is limited to 2^100, so that delta A stays finite. Such a state decays to zero within a step anyway.
+    |A| is limited to 2^100 to keep delta A finite. Such a state decays to zero within a step anyway.
     """
     channels, rank, state_size = sizes.channels, sizes.rank, sizes.state_size
     num_projected = rank + 2 * state_size
@@ -291,7 +291,7 @@ def project_chunk(chunk, first, count, b, k, inputs, packed):
 
 @compiled
 def load_u_and_delta(chunk, count, block, u, packed, sizes):
-    """Load u and compute delta for 16 channels and all steps, so that the latencies of the softplus overlap."""
+    """Load u and compute delta for 16 channels and all steps, to overlap the latencies of the softplus."""
     channel, rank = block * LANES, sizes.rank
     existing = min(LANES, sizes.channels - channel)
     bias = load(packed.dt_proj_bias, channel)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 NUM_GROUPS = 4  # skip sampling with step 2 in both directions
 
 # Steps of a chunk. The loops below have CHUNK_LENGTH iterations for any image, and hold the states of one step of
-# every chunk. Longer chunks take less memory, but more overhead for small feature maps.
+# each chunk. Longer chunks take less memory, but more overhead for small feature maps.
 CHUNK_LENGTH = 16
 
 # Rounds of the scan over chunks if their number is symbolic. Enough for 2**20 chunks, or feature maps of 8192 x 8192.
@@ -28,7 +28,7 @@ MAX_CARRY_ROUNDS = 20
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Disable autocast if the device supports it, so that matrix products keep their precision."""
+    """Disable autocast if the device supports it, to keep the precision of matrix products."""
     is_available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 

@@ -53,7 +53,7 @@ class Config(NamedTuple):
     forward_tile: int  # steps of a tile
     forward_channels: int  # channels of a program, a multiple of the warp size
     backward_tile: int
-    backward_channels: int  # in scan_bwd_kernel, which sums over channels: the more a thread has, the fewer shuffles
+    backward_channels: int  # in scan_bwd_kernel, which sums over channels: more per thread need fewer shuffles
     projected_steps: int  # of a block of project_fwd_kernel
     precision: str  # of tl.dot in float32: "tf32x3" on the tensor cores of CUDA, else "ieee"
     forward_programs: int  # per multiprocessor, limited by the registers of scan_fwd_kernel
@@ -64,16 +64,16 @@ class Config(NamedTuple):
 #
 # The rows follow the compiler's report, not measurements: the longest tiles and most channels that keep every kernel
 # in registers on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints the report, tests check it, and
-# `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU have small tiles, since nobody has examined their
-# code. `make bench-gpu` measures on a device.
+# `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU have small tiles, since their code has not been
+# examined. `make bench-gpu` measures on a device.
 CONFIGS = {
     ("cuda", 32, 90): Config(16, 8, 32, 8, 64, 64, "tf32x3", 11, 8),
-    # spills with 64 channels, and with 64 projected steps, where warps share no rows and repeat each other's products
+    # spills with 64 channels, and with 64 projected steps, since warps then repeat each other's products
     ("cuda", 32, 0): Config(16, 8, 32, 8, 32, 32, "tf32x3", 11, 8),
     ("hip", 64, 0): Config(16, 4, 64, 8, 64, 64, "ieee", 4, 12),  # a tile of 8 in scan_fwd_kernel takes 394 registers
     ("hip", 32, 0): Config(16, 4, 32, 4, 32, 64, "ieee", 8, 8),
     ("xpu", 32, 0): Config(16, 4, 32, 4, 32, 64, "ieee", 8, 8),
-    # small, as most maps in tests are
+    # small, like most feature maps in tests
     ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, 64, "ieee", 1, 1),
 }
 

@@ -198,8 +198,8 @@ def scan_bwd_kernel(
 ):
     """Run the adjoint of `scan_fwd_kernel` along a chunk, from its last tile. See "Adjoint" in `kernels/README.md`.
 
-    It loops over the states, so that registers hold the steps of one state at a time. States, adjoints and sums pass
-    from tile to tile through memory. `kept` holds A, the weights of dt, and the states before each tile of the
+    It loops over the states. Registers hold the steps of one state at a time. States, adjoints and sums pass from tile
+    to tile through memory. `kept` holds A, the weights of dt, and the states before each tile of the
     segment, all with dense channels. In the parameters, channels are N or R elements apart.
     """
     i_d, i_chunk, i_bk = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -36,7 +36,7 @@ def sigmoid(x):
 
 @triton.jit
 def load_A(p_A_log, m_d):
-    """Returns A in units of log 2, so that a decay is exp2(delta A)."""
+    """Returns A in units of log 2, in which a decay is exp2(delta A)."""
     return -tl.exp2(tl.load(p_A_log, mask=m_d, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
 
 
@@ -58,7 +58,7 @@ def find_steps(
     A line is a row of the group's pixels in even groups, and a column in odd ones.
 
     Args:
-        LONG_LINES: Whether no line is shorter than T, so that T steps span at most two lines.
+        LONG_LINES: Whether no line is shorter than T, T steps then span at most two lines.
         WIDE: Whether an image spans 2^31 elements or more.
 
     Returns:

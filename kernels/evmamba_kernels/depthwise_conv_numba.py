@@ -82,7 +82,7 @@ def load_weights(weight, at, channels, count):
 
 @compiled
 def products(left, middle, right, weights, total):
-    """Of three neighboring pixels, added to `total`."""
+    """Add the products of three neighboring pixels to `total`."""
     return multiply_add(right, weights[2], multiply_add(middle, weights[1], multiply_add(left, weights[0], total)))
 
 

@@ -17,9 +17,9 @@ from .backends import as_rows
 from .triton_device import cdiv, current_device, describe_device, new_buffer, tl, triton
 
 
-FORWARD_BLOCK_ELEMENTS = 2048  # of a program, 16 in a thread
+FORWARD_BLOCK_ELEMENTS = 2048  # per program, 16 per thread
 BACKWARD_BLOCK_ELEMENTS = 1024  # each with up to eight values at a time; with 2048, bfloat16 spills in Triton 3.8
-PROGRAMS_PER_MULTIPROCESSOR = 5  # that find room in the backward pass, each adding up its rows' share of parameters
+PROGRAMS_PER_MULTIPROCESSOR = 5  # that fit in the backward pass; each sums the gradients of parameters over its rows
 
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 

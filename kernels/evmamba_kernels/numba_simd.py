@@ -1,8 +1,8 @@
 """Vectors of 16 float32 numbers for Numba, and the functions on them that the kernels need.
 
-Numba's loops vectorize well only where LLVM can prove that arrays do not overlap and trip counts are long; the scan
-has neither. So the kernels say what they mean: a value of the type `Vector` holds 16 neighboring channels, and LLVM
-maps it to what the processor has (one register with AVX-512, two with AVX2, four with NEON or SSE).
+LLVM vectorizes Numba's loops well only if it can prove that arrays do not overlap, and if trip counts are long. The
+scan offers neither, so its kernels use vectors explicitly. A value of the type `Vector` holds 16 neighboring channels.
+LLVM maps it to one register with AVX-512, two with AVX2, and four with NEON or SSE.
 """
 
 import numpy as np

@@ -154,8 +154,8 @@ def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float
 def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_threads: int) -> None:
     """Call `kernel` with a pointer to `work` on this thread and on threads of this package.
 
-    Every thread keeps a reference to the work and its tensors, because an exception such as `KeyboardInterrupt` can
-    end the wait of this thread while others still compute.
+    Every thread keeps a reference to the work and its tensors. Otherwise a `KeyboardInterrupt` in this thread would
+    free them while others still compute.
     """
     while len(workers) < num_threads - 1:
         worker = Thread(target=wait_for_work, args=(calls,), name=f"evmamba-kernels-{len(workers)}", daemon=True)

@@ -136,8 +136,8 @@ class ImageFolder(IndexedImages):
         self.files, ignored = find_images([folder])
         if misplaced := next((file for file in self.files if file.parent == folder), None):
             raise UserError(
-                f"{misplaced} lies in no class: {folder} must hold a directory of images per class, or a metadata.csv "
-                "with the columns file_name and label"
+                f"{misplaced} is outside the class directories: {folder} must hold a directory of images per class, "
+                "or a metadata.csv with the columns file_name and label"
             )
         names = [self.find_class(file) for file in self.files]
         class_names = sorted(set(names))

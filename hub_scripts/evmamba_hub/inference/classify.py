@@ -70,7 +70,7 @@ def load_pipeline(model: str, device: str, dtype: str, revision: str | None = No
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: If the model cannot be found or is no image classifier, or the device or backend cannot be used.
+        UserError: If the model cannot be found or is not an image classifier, or the device or backend cannot be used.
     """
     place = choose_device(device)
     check_backend(place, getattr(torch, dtype))

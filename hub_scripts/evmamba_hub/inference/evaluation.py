@@ -240,7 +240,7 @@ class Evaluation:
             progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
-            UserError: If the model is no classifier, the dataset holds no images, or the labels do not match.
+            UserError: If the model is not an image classifier, the dataset is empty, or the labels do not match.
         """
         if dataset.num_images == 0:
             raise no_images(dataset)

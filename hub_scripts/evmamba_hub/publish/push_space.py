@@ -41,7 +41,7 @@ def find_packages() -> Files:
 
 
 def collect_space_files(own_files: dict[str, Path], repo_id: str, model: str) -> Files:
-    """Collect the files of a Space by path in it. The metadata of its card name the model, so that the Hub links both.
+    """Collect the files of a Space by path in it. The metadata of its card name the model, so the Hub links both.
 
     Args:
         own_files: App, card, requirements and data, by path in the Space.

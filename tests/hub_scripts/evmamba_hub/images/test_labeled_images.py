@@ -342,5 +342,5 @@ def test_pictures_beside_parquet_files(digits, tmp_path):
 
 def test_images_beside_the_classes(tmp_path, digit_images):
     (tmp_path / "loose.png").write_bytes(next(digit_images.glob("*/*.png")).read_bytes())
-    with pytest.raises(UserError, match=r"loose\.png lies in no class"):
+    with pytest.raises(UserError, match=r"loose\.png is outside the class directories"):
         open_dataset(str(tmp_path))

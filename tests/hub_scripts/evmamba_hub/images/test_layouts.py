@@ -123,8 +123,11 @@ def test_classes_may_hold_directories(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["train/cat/1.png", "test/1.png"], r"test/1\.png lies in no class: .*test must hold a directory of images"),
-        (["train/cat/1.png", "val/loose.png", "val/cat/1.png"], r"val/loose\.png lies in no class"),
+        (
+            ["train/cat/1.png", "test/1.png"],
+            r"test/1\.png is outside the class directories: .*test must hold a directory of images",
+        ),
+        (["train/cat/1.png", "val/loose.png", "val/cat/1.png"], r"val/loose\.png is outside the class directories"),
         (["train/cat/1.png", "val/"], "val holds no image"),
         (["train/", "val/"], "holds no image"),
         (["train/images/1.png", "train/labels/1.txt"], "train holds images, labels instead of classes"),
@@ -137,8 +140,8 @@ def test_classes_may_hold_directories(tmp_path):
         (["data/train/cat/1.png", "data/val/cat/1.png"], r"data holds splits \(train, val\), so it is no class: give"),
         (["data/train/cat/1.png"], r"data holds splits \(train\)"),
         (["cat/train/1.png", "cat/val/1.png", "dog/train/1.png"], r"cat holds splits \(train, val\), so it is no"),
-        (["loose.png", "cat/1.png"], r"loose\.png lies in no class"),
-        (["1.png", "2.png"], r"1\.png lies in no class"),
+        (["loose.png", "cat/1.png"], r"loose\.png is outside the class directories"),
+        (["1.png", "2.png"], r"1\.png is outside the class directories"),
         (["notes.txt"], "holds no image"),
         ([".hidden/1.png", "__MACOSX/cat/1.png"], "holds no image"),
     ],
