@@ -45,6 +45,11 @@ NO_TABLE = "is a directory of images: it has neither configurations, revisions n
 SHUFFLE_BUFFER = 4096  # encoded images in the shuffle buffer of a stream, about 500 MB for ImageNet
 
 
+def normalize(label: Any) -> Any:
+    """Returns a label in NFC if it is a name. Systems differ in the Unicode form of the same name."""
+    return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
+
+
 class LabeledImage(NamedTuple):
     name: str  # for messages
     source: Path | bytes
@@ -152,8 +157,8 @@ class ImageFolder(IndexedImages):
         self.class_indices = [indices[name] for name in names]
 
     def find_class(self, file: Path) -> str:
-        """Returns the class of a file. Systems differ in the Unicode form of the same name."""
-        return unicodedata.normalize("NFC", file.relative_to(self.folder).parts[0])
+        """Returns the class of a file."""
+        return normalize(file.relative_to(self.folder).parts[0])
 
     def __getitem__(self, index: int) -> LabeledImage:
         file = self.files[index]
@@ -187,7 +192,7 @@ class Columns:
     def to_labeled_image(self, row: dict, name: str) -> LabeledImage:
         image = row[self.image] or {"bytes": b"", "path": None}  # treat a missing image as an unreadable one
         source = Path(image["path"]) if image["bytes"] is None else image["bytes"]
-        return LabeledImage(name, source, row[self.label])
+        return LabeledImage(name, source, normalize(row[self.label]))
 
 
 @dataclass(kw_only=True)
@@ -202,7 +207,7 @@ class TableImages(IndexedImages):
 
     @property
     def labels(self) -> list[int | str | None]:
-        return self.table[self.columns.label][:]
+        return [normalize(label) for label in self.table[self.columns.label][:]]
 
 
 @dataclass(kw_only=True)
@@ -258,7 +263,9 @@ def choose_columns(features: dict, image_column: str | None, label_column: str |
     if label_column == image_column:
         raise UserError(f"the column {label_column} of {dataset} holds images: choose another --label-column")
     label_feature = features[label_column]
-    class_names = label_feature.names if isinstance(label_feature, datasets.ClassLabel) else None
+    class_names = None
+    if isinstance(label_feature, datasets.ClassLabel):
+        class_names = [normalize(name) for name in label_feature.names]
     return Columns(image_column, label_column, class_names)
 
 
@@ -375,10 +382,24 @@ def load_with_datasets(
             if not path.is_dir():
                 return datasets.load_dataset(dataset, config, revision=revision, streaming=streaming)
             if is_saved_dataset(path):
-                return datasets.load_from_disk(dataset)
+                return load_saved(dataset)
             return datasets.load_dataset(str(link_for_datasets(path)), config, streaming=streaming)
     except (OSError, ValueError) as error:
         raise UserError(f"the dataset {dataset} cannot be opened: {error}") from error
+
+
+def load_saved(dataset: str) -> "datasets.Dataset | datasets.DatasetDict":
+    """Load what `save_to_disk` of `datasets` wrote.
+
+    Raises:
+        UserError: If it holds no images.
+    """
+    import datasets
+
+    try:
+        return datasets.load_from_disk(dataset)
+    except IndexError as error:  # there is no file with rows
+        raise UserError(f"the dataset {dataset} holds no images: choose another --dataset or --split") from error
 
 
 def open_splits(

@@ -72,6 +72,24 @@ def test_kinds_of_datasets(opened, digits):
     assert sorted(pixels_and_labels(opened.read(Share(0, 1)))) == sorted(expected)
 
 
+@pytest.mark.parametrize("kind", ["classes", "names", "directories"])
+def test_labels_are_in_nfc(tmp_path, kind):
+    """Systems differ in the Unicode form of the same name."""
+    nfc, nfd = "gr\u00fcn", "gru\u0308n"
+    (tmp_path / "data" / nfd).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / nfd / "image.png")
+    if kind != "directories":
+        feature = datasets.ClassLabel(names=[nfd]) if kind == "classes" else datasets.Value("string")
+        columns = {"image": [str(tmp_path / "data" / nfd / "image.png")], "label": [nfd]}
+        features = datasets.Features({"image": datasets.Image(), "label": feature})
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "table")
+    images = open_dataset(str(tmp_path / ("data" if kind == "directories" else "table")))
+    (image,) = images.read(Share(0, 1))
+    names = images.class_names
+    assert (names or images.labels) == [nfc]
+    assert image.label == (nfc if names is None else 0)
+
+
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_shares_are_the_dataset_each_image_once(opened, num_processes):
     shares = [pixels_and_labels(opened.read(Share(index, num_processes))) for index in range(num_processes)]
