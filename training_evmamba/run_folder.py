@@ -1,6 +1,7 @@
 """The directory of a run: its lock, its recipe and its log. It belongs to one run at a time."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,15 @@ class RunFolder:
     """The directory of a run: `recipe.yaml`, `log.jsonl`, `checkpoints/`, and at the end the curves and `model/`."""
 
     def __init__(self, path: Path):
+        """Name the files of the directory.
+
+        Raises:
+            UserError: If the path is not UTF-8, because neither safetensors nor TensorBoard could read there.
+        """
+        try:
+            os.fspath(path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the name of {path} is not UTF-8: choose another --output-dir") from error
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "log.jsonl"

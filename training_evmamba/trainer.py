@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from evmamba_hub.client import fetch_model
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, escape_unprintable
 from evmamba_hub.files import staged
 from evmamba_hub.images.labeled_images import Share
 from evmamba_hub.inference.evaluation import Counts, Preprocessor
@@ -108,7 +108,7 @@ class TrainingRun:
         accelerator.init_trackers(
             Path(self.recipe.name or folder.path.resolve()).name,
             {
-                name: value if isinstance(value, (int, float)) else str(value)
+                name: value if isinstance(value, (int, float)) else escape_unprintable(str(value))
                 for name, value in vars(self.recipe).items()
             },
             init_kwargs=purge,

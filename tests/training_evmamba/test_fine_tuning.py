@@ -44,3 +44,16 @@ def test_a_checkpoint_that_does_not_fit_the_recipe(make_recipe, tmp_path):
     recipe = make_recipe(model=str(tmp_path / "first" / "model"), network={"state_size": 3})
     with pytest.raises(UserError, match=r"in another shape, among them .*: `network` must not change"):
         train(recipe, tmp_path / "second")
+
+
+def test_the_head_of_other_classes_is_not_kept_for_directories_of_numbers(make_recipe, stripes, tmp_path):
+    """Numbers would match the classes of the checkpoint by index, which says nothing about the classes."""
+    train(make_recipe(), tmp_path / "first")
+    for number, name in enumerate(["vertical", "horizontal"]):
+        shutil.copytree(stripes / "train" / name, tmp_path / "numbers" / str(number))
+    options = {"model": str(tmp_path / "first" / "model"), "network": {}, "learning_rate": 1e-9}
+    options |= {"min_learning_rate": 0.0, "warmup_learning_rate": 0.0}
+    train(make_recipe(dataset=str(tmp_path / "numbers"), **options), tmp_path / "second")
+    first = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    second = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    assert not torch.allclose(second["classifier.weight"], first["classifier.weight"], atol=1e-3)

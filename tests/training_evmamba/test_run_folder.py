@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evmamba_hub.errors import UserError
+from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import read_values
 from training_runs import assert_same_models, read_log, read_losses, start, train
 
@@ -91,3 +92,23 @@ def test_refuses_a_folder_with_other_files(make_recipe, tmp_path):
         train(make_recipe(), tmp_path / "thesis.tex")
     with pytest.raises(UserError, match="holds files that do not belong to a run"):
         train(make_recipe(), tmp_path)
+
+
+def test_names_that_are_not_utf8(make_recipe, stripes, tmp_path):
+    """In the recipe, the trackers, the configuration and the card."""
+    data = tmp_path / os.fsdecode(b"d\xe9")
+    try:
+        shutil.copytree(stripes, data)
+    except OSError as error:
+        pytest.skip(f"the file system refuses the name: {error}")
+    name = os.fsdecode(b"gr\xfcn")
+    for split in ("train", "validation"):
+        (data / split / "vertical").rename(data / split / name)
+    recipe = make_recipe(dataset=str(data), epochs=1, report_to=["tensorboard"])
+    train(recipe, tmp_path / "run")
+    model = EfficientVMambaForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert sorted(model.config.id2label.values()) == sorted(["horizontal", name])
+    assert r"| d\xe9 |" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="is not UTF-8: choose another --output-dir"):
+        train(recipe, tmp_path / os.fsdecode(b"r\xe9"))
+    assert not (tmp_path / os.fsdecode(b"r\xe9")).exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import ImageClassificationPipeline, pipeline
 from transformers.image_utils import load_image
 
@@ -78,7 +79,7 @@ def load_pipeline(model: str, device: str, dtype: str, revision: str | None = No
     check_is_classifier(folder, model)
     try:
         return pipeline("image-classification", model=str(folder), device=place, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"the model {model!r} cannot be loaded as an image classifier: {error}") from error
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from evmamba_hub.client import Files, check_downloads, translate_hub_errors, upload
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, escape_unprintable
 from evmamba_hub.files import write_atomic
 from evmamba_hub.info import MACS_CONVENTION, find_variant, measure_size
 from evmamba_hub.publish.card_metadata import add_entries, add_results, read_metadata
@@ -169,7 +169,7 @@ def read_card(model: str) -> str:
 
 def to_eval_results(results: dict) -> list[EvalResult]:
     """Convert the results of `evmamba evaluate` to the entries of a card."""
-    name = results["dataset_id"] or Path(results["dataset"]).resolve().name
+    name = escape_unprintable(results["dataset_id"] or Path(results["dataset"]).resolve().name)
     return [
         EvalResult(
             task_type=TASK,

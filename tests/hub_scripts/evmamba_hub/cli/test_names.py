@@ -109,6 +109,19 @@ def test_evaluate_shows_names(evmamba, model, name, tmp_path):
     assert code == 1 and f"{folder.parent}/{NAMES[name]}/1.png: it is not an image" in err
 
 
+def test_a_model_in_a_directory_whose_name_is_not_utf8(evmamba, tmp_path):
+    """Safetensors cannot read it."""
+    try:
+        shutil.copytree(find_bundled_model(), model := tmp_path / os.fsdecode(b"m\xfc"))
+    except OSError as error:
+        pytest.skip(f"the file system refuses the name: {error}")
+    (tmp_path / "data" / "0").mkdir(parents=True)
+    image = shutil.copy(find_examples()[0], tmp_path / "data" / "0")
+    for command in (["classify", image, "--model", model], ["evaluate", model, "--dataset", tmp_path / "data"]):
+        code, out, err = evmamba(*command)
+        assert (code, out) == (1, "") and "not valid UTF-8" in err and err.count("Error:") == 1
+
+
 def test_train_names_skipped_images(name):
     console = Console(file=io.StringIO(), emoji=False, soft_wrap=True)
     ProgressCallback(Progress(console=console)).on_unreadable(f"{name}.png: it cannot be decoded")
