@@ -83,7 +83,7 @@ def evaluate(
     from evmamba_hub.client import fetch_model
     from evmamba_hub.images.labeled_images import open_dataset
     from evmamba_hub.inference.evaluation import Evaluation, join_processes, save_results
-    from evmamba_hub.inference.labels import GUESSES, describe_ways, read_label_map
+    from evmamba_hub.inference.labels import read_label_map
     from evmamba_hub.publish.card import read_card, to_eval_results, update_card
 
     if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
@@ -125,10 +125,7 @@ def evaluate(
         disable=not processes.is_main_process,
     ) as progress:
         task = progress.add_task("Evaluating", total=evaluation.num_images, completed=evaluation.num_resumed)
-        ways = evaluation.matcher.ways
-        if processes.is_main_process and not GUESSES.isdisjoint(ways):
-            progress.console.print(f"The labels match {describe_ways(ways)}: check that this is right")
-        if processes.is_main_process and evaluation.num_resumed:
+        if evaluation.num_resumed and processes.is_main_process:
             progress.console.print(f"Resuming after {evaluation.num_resumed:,} images")
         for num_images in evaluation.run():
             progress.advance(task, num_images)

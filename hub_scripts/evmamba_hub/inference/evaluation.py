@@ -6,6 +6,7 @@ padded. A process saves its counts to a file while it works, and an interrupted 
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -26,11 +27,11 @@ from transformers import AutoModelForImageClassification, BitImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
-from evmamba_hub.errors import UserError, require
+from evmamba_hub.errors import Notice, UserError, require
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import IndexedImages, LabeledImage, LabeledImages, Share
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
-from evmamba_hub.inference.labels import LabelMatcher
+from evmamba_hub.inference.labels import GUESSES, LabelMatcher, describe_ways
 from evmamba_hub.info import check_backend, choose_device
 from evmamba_hub.model_folder import check_is_classifier
 
@@ -227,6 +228,8 @@ class Evaluation:
     ):
         """Load the model, and the counts of an interrupted evaluation.
 
+        A `Notice` says so if the labels match by a guess.
+
         Args:
             processes: The result of `join_processes`.
             model: Directory or Hub id, for the results.
@@ -263,6 +266,9 @@ class Evaluation:
         self.matcher = LabelMatcher(self.id2label, label_map)
         labels = find_labels(dataset)
         self.indices = dict(zip(labels, self.matcher.match(list(labels.values())), strict=True)) if labels else {}
+        if not GUESSES.isdisjoint(self.matcher.ways) and processes.is_main_process:
+            notice = f"the labels match {describe_ways(self.matcher.ways)}: check that this is right"
+            warnings.warn(notice, Notice, stacklevel=2)
 
         self.share = Share(self.processes.process_index, self.processes.num_processes)
         self.progress_file = progress_file and progress_file.with_name(

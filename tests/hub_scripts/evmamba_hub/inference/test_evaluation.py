@@ -18,12 +18,14 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import BitImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.labeled_images import LabeledImage
 from evmamba_hub.inference.evaluation import Counts, Preprocessor, choose_process_device
 from hub_server import USERS, Fault
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 ROOT = Path(__file__).parents[4]
@@ -179,6 +181,35 @@ def test_counts_of_many_classes():
     }
 
 
+PRINT_PEAK = """
+import resource, sys
+from evmamba_hub.cli.main import main
+try:
+    main()
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # kibibytes on Linux
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count other units")
+def test_memory_for_many_classes(tmp_path):
+    """With a dense confusion matrix, the command took 6 GB."""
+    names = [f"class {number:05}" for number in range(12_000)]
+    config = EfficientVMambaConfig(hidden_sizes=[8] * 4, depths=[1] * 4, id2label=dict(enumerate(names)))
+    EfficientVMambaForImageClassification(config).save_pretrained(tmp_path / "model")
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "data" / names[7]).mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / names[7] / "red.png")
+    command = [sys.executable, "-c", PRINT_PEAK, "evaluate", tmp_path / "model", "--dataset", tmp_path / "data"]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.splitlines()[-1]) < 1.2e9 / 1024
+
+
 def test_counts_without_errors():
     counts = Counts.start(3)
     counts.add(torch.eye(3), torch.arange(3))
@@ -328,7 +359,7 @@ def test_the_command_says_how_labels_matched(evmamba, few_digits, tmp_path, labe
     code, out, err = evmamba("evaluate", model, "--dataset", few_digits, "--output", output)
     assert code == 0, err
     assert f"by {way}" in out
-    assert (f"The labels match by {way}: check that this is right" in err) == is_announced
+    assert (f"the labels match by {way}: check that this is right" in err) == is_announced
     results = json.loads(output.read_text())
     assert results["labels_matched"] == {way: 9} and results["top1"] > 0.9
 
@@ -342,7 +373,7 @@ def test_the_label_map_rules_over_labels_without_names(evmamba, few_digits, tmp_
     results = evaluate(evmamba, *arguments, "--label-map", tmp_path / "map.json")
     assert results["labels_matched"] == {"label map": 10} and results["top1"] > 0.9
     code, _, err = evmamba("evaluate", *arguments)
-    assert code == 0 and "The labels match by order: check that this is right" in err
+    assert code == 0 and "the labels match by order: check that this is right" in err
     (tmp_path / "map.json").write_text(json.dumps({"zero": "0"}))
     code, _, err = evmamba("evaluate", *arguments, "--label-map", tmp_path / "map.json")
     assert code == 1 and "1 of the 1 labels in the label map are none of the model's: '0'" in err
@@ -372,10 +403,12 @@ def test_labels_in_a_column(evmamba, few_digits, tmp_path, kind):
 def test_a_dataset_without_images(evmamba, few_digits, tmp_path):
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["0", "1"])})
     empty = Dataset.from_dict({"image": [], "label": []}, features)
+    empty.save_to_disk(tmp_path / "saved")
     (tmp_path / "parquet").mkdir()
     empty.to_parquet(tmp_path / "parquet" / "test.parquet")
     (tmp_path / "folder" / "0").mkdir(parents=True)
     for dataset, message in [
+        ("saved", "holds no images: choose another --dataset"),
         ("parquet", "holds no images: choose another --dataset"),
         ("folder", "holds no image"),
     ]:
