@@ -86,7 +86,7 @@ def draw_stages(axes: Axes, theme: Theme) -> None:
 def draw_block(axes: Axes, theme: Theme) -> None:
     """The EVSS block: a global branch with the scan beside a local one, both behind the same gate."""
     draw_title(axes, "EVSS block", theme)
-    left, right = -1.15, 1.15
+    left, right = -1.3, 1.3
     draw_box(axes, 0, 0, "LayerNorm", theme, theme.box, width=1.5)
     global_branch = [
         ("Linear: u and z", theme.box),
@@ -106,14 +106,17 @@ def draw_block(axes: Axes, theme: Theme) -> None:
             if row > 1:
                 draw_arrow(axes, [(x, -row + 0.69), (x, -row + 0.31)], theme)
         draw_arrow(axes, [(x, -len(branch) - 0.31), (x, -4.69)], theme)
-        draw_box(axes, x, -5, "Gate, shared weights", theme, theme.box, width=2.1)
-        draw_arrow(axes, [(x, -5.31), (x, -6), (0.2 if x > 0 else -0.2, -6)], theme)
-    axes.text(0, -6, "+", ha="center", va="center", color=theme.ink, fontsize=14)
+        draw_box(axes, x, -5, "Gate: a factor per channel,\nfrom the mean over pixels", theme, theme.box, width=2.1)
+        draw_arrow(axes, [(x, -5.31), (x, -5.8), (0.2 if x > 0 else -0.2, -5.8)], theme)
+    for y in (-5.8, -6.5):
+        axes.text(0, y, "+", ha="center", va="center", color=theme.ink, fontsize=14)
+        draw_arrow(axes, [(0, y - 0.17), (0, y - 0.5)], theme)
     draw_arrow(axes, [(0, 0.45), (0, 0.31)], theme)
-    draw_arrow(axes, [(0, 0.4), (2.45, 0.4), (2.45, -6.35), (0, -6.35), (0, -6.17)], theme)
-    axes.text(left, 0.05, "global", ha="center", color=theme.muted, fontsize=8)
-    axes.text(right, 0.05, "local", ha="center", color=theme.muted, fontsize=8)
-    axes.set(xlim=(-2.4, 2.6), ylim=(-6.5, 0.45))
+    draw_arrow(axes, [(0, 0.4), (2.45, 0.4), (2.45, -6.5), (0.2, -6.5)], theme)
+    axes.text(0, -5, "shared\nweights", ha="center", va="center", color=theme.muted, fontsize=6.5)
+    axes.text(left, 0.05, "global branch", ha="center", color=theme.muted, fontsize=8)
+    axes.text(right, 0.05, "local branch", ha="center", color=theme.muted, fontsize=8)
+    axes.set(xlim=(-2.4, 2.6), ylim=(-7.05, 0.45))
 
 
 def draw_scans(axes: Axes, theme: Theme) -> None:

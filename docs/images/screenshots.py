@@ -25,6 +25,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 1280, 600
 DIGIT = 3  # among the examples
+STAGE = 2  # of the maps: its 8 x 8 cells show more than the 2 x 2 cells of the last stage
+PLACE = 56  # percent of the sides: the center of a cell, which the ring marks
 START_SECONDS = 300
 
 
@@ -87,7 +89,11 @@ def take_screenshots(browser: Browser, url: str, theme: str) -> None:
     settle(page)
     save(page, f"demo-classify-{theme}")
     page.get_by_role("tab", name="Look inside", exact=True).click()
-    settle(page)
+    for slider, value in (("stage", STAGE), ("across", PLACE), ("down", PLACE)):
+        number = page.locator(f"#{slider} input[type=number]")
+        number.fill(str(value))
+        number.press("Enter")
+        settle(page)
     save(page, f"demo-inside-{theme}")
     context.close()
 

@@ -27,6 +27,7 @@ COLUMNS, LINES = 100, 50
 FONT_FACE = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # rich's own loads fonts from the internet
 CONTROL = re.compile(r"(\r|\n|\x1b\[[0-9;]*[AK]|\x1b\[\?[0-9]*[hl])")
 EPOCHS = 6
+DIGITS = (3, 5, 8)  # among the examples; all ten make a long picture
 
 # black, red, green, yellow, blue, magenta, cyan, white
 ANSI_LIGHT = ["#24292f", "#cf222e", "#116329", "#7a4e00", "#0969da", "#8250df", "#1b7c83", "#57606a"]
@@ -103,7 +104,7 @@ def draw(name: str, command: str, output: str) -> None:
 
 
 def draw_classification() -> None:
-    arguments = ["classify", "demo/examples", "--top-k", "3"]
+    arguments = ["classify", *(f"demo/examples/digit_{digit}.png" for digit in DIGITS), "--top-k", "3"]
     draw("classify", f"evmamba {' '.join(arguments)}", run_in_terminal(arguments, ROOT))
 
 
