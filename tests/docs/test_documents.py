@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -32,13 +33,14 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from typer.testing import CliRunner
 
-from evmamba_demo.bundled import find_bundled_model, find_examples
+from evmamba_demo.bundled import find_bundled_model, find_examples, find_photographs
 from evmamba_hub.cli.main import app
 from evmamba_hub.convert.original_checkpoint import BLOCK_NAMES, MODULE_NAMES
 from evmamba_hub.publish.push import collect_model_files
 from examples import segment_shapes
 from golden_values import original_state_dict
 from hub_server import HubServer
+from training_evmamba.digits import main as write_digits
 from training_evmamba.recipe import Recipe, list_presets
 
 
@@ -50,7 +52,7 @@ DEVELOPER_PAGES = [
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
 ALL_PAGES = PAGES + DEVELOPER_PAGES
-SLOW_PAGES = {"export.md"}  # writes and compiles files
+SLOW_PAGES = {"export.md", "tutorial.md"}  # writes and compiles files
 PROGRAM = typer.main.get_command(app)
 
 # of other programs, as pages name them
@@ -175,11 +177,21 @@ def check_make(words: list[str]) -> None:
     assert re.search(rf"^{words[0]}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def parse_script(main: Callable, words: list[str]) -> None:
+    program = typer.Typer()
+    program.command()(main)
+    typer.main.get_command(program).make_context(main.__module__, list(words))
+
+
+def check_source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"]
+
+
 def check_python(words: list[str]) -> None:
     if words[0] == "examples/segment_shapes.py":
-        program = typer.Typer()
-        program.command()(segment_shapes.main)
-        typer.main.get_command(program).make_context("segment_shapes.py", words[1:])
+        parse_script(segment_shapes.main, words[1:])
+    elif words[:2] == ["-m", "training_evmamba.digits"]:
+        parse_script(write_digits, words[2:])
     elif words == ["-m", "build"]:
         return
     elif words[:2] == ["-m", "pytest"]:
@@ -204,6 +216,7 @@ PROGRAMS = {
     "pip": check_pip,
     "make": check_make,
     "python": check_python,
+    "source": check_source,
     "accelerate": check_launcher,
     "torchrun": check_launcher,
 } | dict.fromkeys(["git", "mv", "pre-commit", "twine"], lambda words: None)  # fmt: skip
@@ -273,10 +286,11 @@ def desk(tmp_path, monkeypatch, hub: HubServer, parquet_file, tiny_checkpoint) -
     shutil.copytree(find_examples()[0].parent, tmp_path / "demo" / "examples")
     shutil.copytree(find_bundled_model(), tmp_path / "efficientvmamba-tiny")
     shutil.copytree(find_bundled_model(), tmp_path / "my-model", ignore=shutil.ignore_patterns("README.md"))
-    shutil.copytree(find_examples()[0].parent, tmp_path / "photos")
-    shutil.copy(find_examples()[3], tmp_path / "photo.jpg")
+    shutil.copytree(find_photographs()[0].parent, tmp_path / "demo" / "photographs")
     save_digits(tmp_path / "flowers", ["daisy", "tulip"])
-    save_digits(tmp_path / "imagenet" / "val", [path.stem[-1] for path in find_examples()])
+    digits = [path.stem[-1] for path in find_examples()]
+    for directory in ("digits/train", "digits/validation", "imagenet/val"):
+        save_digits(tmp_path / directory, digits)
     (tmp_path / "checkpoint.pth.tar").write_bytes(tiny_checkpoint)
     small = original_state_dict("micro", seed=0)
     norms = {f"outnorm3.{name}": torch.ones(128) for name in ("weight", "bias")}
