@@ -180,7 +180,8 @@ class Recipe:
 
     name: str | None = option(
         "Card",
-        "Name of the model in the card, such as its future Hub id. Default: the output directory.",
+        "Name of the model in the card, such as its future Hub id. Default: the name of the output directory, which "
+        "`evmamba push` replaces.",
         None,
         resumable=True,
     )

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
 from evmamba_hub.publish.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
+from evmamba_hub.publish.card_metadata import create_placeholder_id
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import describe_augmentation_library
 from training_evmamba.checkpoints import RunProgress
@@ -87,7 +88,7 @@ def create_card(
     Args:
         recipe, progress, model, data: Recipe, progress, model and data of the run.
         results: Results of the evaluation. None without validation images.
-        name: Name of the model in the card if the recipe gives none.
+        name: Name of the model if the recipe gives none. `evmamba push` replaces it by the id on the Hub.
     """
     eval_results = []
     if results is not None:
@@ -104,4 +105,5 @@ def create_card(
         limits=recipe.about_limits.strip() if recipe.about_limits else UNKNOWN_LIMITS,
         results=eval_results,
     )
-    return render_card(recipe.name or name, model.config, EfficientVMambaForImageClassification, details)
+    repo_id = recipe.name or create_placeholder_id(name)
+    return render_card(repo_id, model.config, EfficientVMambaForImageClassification, details)

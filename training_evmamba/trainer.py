@@ -395,7 +395,7 @@ class TrainingRun:
             logging.disable_progress_bar()
             model.save_pretrained(folder, state_dict=weights)
             self.image_processor.save_pretrained(folder)
-            card = create_card(self.recipe, self.progress, model, self.data, results, str(self.folder.path))
+            card = create_card(self.recipe, self.progress, model, self.data, results, self.folder.path.resolve().name)
             card.save(folder / constants.REPOCARD_NAME)
             sync_to_disk(folder)
         try:

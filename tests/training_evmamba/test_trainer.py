@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -65,7 +66,12 @@ def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path)
     assert accuracy.metric_value == pytest.approx(results["top1"])
     assert "learning_rate: 0.003" in card.text
     assert "in 37 steps of 8 images (8 epochs)" in card.text
-    assert "model.safetensors" in collect_model_files(output / "model", "someone/stripes")
+    assert card.text.startswith("\n# run\n") and card.text.count('"your-name/run"') == 5
+    files = collect_model_files(output / "model", "someone/stripes")
+    assert "model.safetensors" in files
+    pushed = ModelCard(files["README.md"].decode())
+    assert pushed.text == card.text.replace("# run", "# stripes", 1).replace('"your-name/run"', '"someone/stripes"')
+    assert pushed.data.model_name == "stripes"
 
 
 def test_the_moving_average_is_evaluated_and_exported(make_recipe, tmp_path):

@@ -1,6 +1,7 @@
 """`evmamba evaluate`"""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console, error_console
 from evmamba_hub.cli.options import BatchSizeOption, DeviceOption, DtypeOption, RevisionOption
-from evmamba_hub.errors import UserError, literal
+from evmamba_hub.errors import Notice, UserError, literal
 
 
 def evaluate(
@@ -84,7 +85,7 @@ def evaluate(
     from evmamba_hub.images.labeled_images import open_dataset
     from evmamba_hub.inference.evaluation import Evaluation, join_processes, save_results
     from evmamba_hub.inference.labels import read_label_map
-    from evmamba_hub.publish.card import read_card, to_eval_results, update_card
+    from evmamba_hub.publish.card import is_training_data, read_card, to_eval_results, update_card
 
     if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
         raise UserError(f"{output} is not a regular file: --output takes a file for the results")
@@ -93,8 +94,8 @@ def evaluate(
     processes = join_processes(device)
     with processes.main_process_first():
         folder = fetch_model(model, revision)
-        if updates_card and processes.is_main_process:
-            read_card(model)  # finds a card that cannot be updated before the evaluation
+        # finds a card that cannot be updated before the evaluation
+        card = read_card(model) if updates_card and processes.is_main_process else ""
         images = open_dataset(
             dataset,
             config=config,
@@ -106,6 +107,13 @@ def evaluate(
     if processes.is_main_process:
         for note in images.notes:
             error_console.print(literal(note))
+    if is_training_data(card, images, dataset):
+        warnings.warn(
+            f"the recipe in the card names {dataset} as its training data, so this is no held-out accuracy: choose "
+            "other images with --dataset or --split",
+            Notice,
+            stacklevel=1,
+        )
     evaluation = Evaluation(
         processes,
         model,

@@ -1,10 +1,13 @@
 """Model cards: render them from `data/model_card.md`, and write evaluation results into their metadata."""
 
 import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -21,9 +24,17 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from evmamba_hub.client import Files, check_downloads, translate_hub_errors, upload
 from evmamba_hub.errors import UserError, escape_unprintable
 from evmamba_hub.files import write_atomic
+from evmamba_hub.images.labeled_images import LabeledImages
+from evmamba_hub.images.layouts import match_splits
 from evmamba_hub.info import MACS_CONVENTION, find_variant, measure_size
-from evmamba_hub.publish.card_metadata import add_entries, add_results, read_metadata
-from evmamba_hub.yaml_core import dump_yaml
+from evmamba_hub.publish.card_metadata import (
+    MEASURED,
+    add_entries,
+    add_results,
+    find_placeholder,
+    read_metadata,
+)
+from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, dump_yaml
 from modeling_evmamba import (
     EfficientVMambaConfig,
     EfficientVMambaForImageClassification,
@@ -112,6 +123,7 @@ def render_card(
         training=details.training,
         limits=details.limits,
         eval_results=details.results,
+        measured=MEASURED,
     )
 
 
@@ -165,6 +177,35 @@ def read_card(model: str) -> str:
         )
     read_metadata(card)
     return card
+
+
+def read_recipe(card: str) -> dict[str, Any]:
+    """Returns the recipe in a card that `evmamba train` wrote. It is empty in other cards."""
+    for block in re.findall(r"^```yaml\s*?\n(.*?)^```", card, re.DOTALL | re.MULTILINE):
+        try:
+            recipe = yaml.load(block, CoreLoader)
+        except YAML_ERRORS:
+            continue
+        if isinstance(recipe, dict) and "train_split" in recipe:
+            return recipe
+    return {}
+
+
+def is_training_data(card: str, images: LabeledImages, dataset: str) -> bool:
+    """Returns whether a model was trained on the images, by the recipe in its card.
+
+    Args:
+        card: The text of the card.
+        images: The opened images.
+        dataset: The directory or Hub id that they were opened from.
+    """
+    recipe = read_recipe(card)
+    trained_on = str(recipe.get("dataset"))
+    if images.hub_id is None:
+        is_same = os.path.realpath(trained_on) == os.path.realpath(dataset)
+    else:
+        is_same = trained_on == images.hub_id and recipe.get("dataset_config") in (None, images.config)
+    return is_same and (images.split is None or bool(match_splits([images.split], str(recipe["train_split"]))))
 
 
 def to_eval_results(results: dict) -> list[EvalResult]:
@@ -236,9 +277,11 @@ def update_card(model: str, results: list[EvalResult]) -> None:
     Raises:
         UserError: If the metadata cannot be kept, or the files cannot be read, written or uploaded.
     """
-    folder = Path(model)
-    names = [folder.resolve().name] if folder.is_dir() else [model.rpartition("/")[2], model]
-    texts = {constants.REPOCARD_NAME: add_results(read_card(model), names, results)}
+    folder, card = Path(model), read_card(model)
+    names = [model.rpartition("/")[2], model]
+    if folder.is_dir():
+        names = [*filter(None, [find_placeholder(card)]), folder.resolve().name]
+    texts = {constants.REPOCARD_NAME: add_results(card, names, results)}
     for name, entries in list_entries(results).items():
         texts[name] = add_entries(read_text(model, name) or "", name, entries)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Add to the metadata of a card that somebody wrote. Everything else stays byte for byte."""
+"""Edit a card that somebody wrote: its results, and the names of the model. Everything else stays byte for byte."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,10 +13,13 @@ from evmamba_hub.yaml_core import dump_yaml
 
 
 MODEL_INDEX = "model-index"
+MEASURED = "measured by the package"  # the source of a result without a link, in the table of a card
 FENCE = r"---[ \t]*(?:\r\n|\n|\r|\Z)"
 # The metadata with the line before them, and the line behind them. The groups are these two and the rest.
 FRONT_MATTER = re.compile(rf"(\ufeff?\s*{FENCE}.*?)((?<=[\r\n]){FENCE})(.*)", re.DOTALL)
 OPEN_FRONT_MATTER = re.compile(rf"\ufeff?\s*{FENCE}")
+PLACEHOLDER_OWNER = "your-name"
+PLACEHOLDER_ID = re.compile(rf'"{PLACEHOLDER_OWNER}/([\w.-]+)"', re.ASCII)  # as it stands in the code of a card
 
 
 def split_card(card: str) -> tuple[str, str, str]:
@@ -47,7 +50,7 @@ def read_metadata(card: str) -> EditableYaml:
 
 
 def add_results(card: str, names: Sequence[str], results: Iterable[EvalResult]) -> str:
-    """Write results into the `model-index` of a card. They replace values of the same measurement.
+    """Write results into the `model-index` of a card. They replace values of the same measurement, also in its table.
 
     Args:
         card: The text of README.md.
@@ -66,10 +69,45 @@ def add_results(card: str, names: Sequence[str], results: Iterable[EvalResult]) 
         models = read_mappings(metadata, (MODEL_INDEX,))
         own = [idx for idx, model in enumerate(models) if model.get("name") in names or len(models) == 1]
         if own:
-            add_to_model(metadata, (MODEL_INDEX, own[0], "results"), new["results"])
+            rows = add_to_model(metadata, (MODEL_INDEX, own[0], "results"), new["results"])
+            for old_row, new_row in rows.items():
+                card = card.replace(old_row, new_row)
         else:
             metadata.append((MODEL_INDEX,), new)
     return join_card(metadata, card)
+
+
+def create_placeholder_id(name: str) -> str:
+    """Returns the id that a card gives to a model that is not on the Hub yet. `replace_placeholder` finds it."""
+    words = re.findall(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*", name)
+    return f"{PLACEHOLDER_OWNER}/{'-'.join(words) or 'model'}"
+
+
+def find_placeholder(card: str) -> str | None:
+    """Returns the placeholder in the code of a card, without its owner. None if there is none."""
+    match = PLACEHOLDER_ID.search(split_card(card)[2])
+    return match and match[1]
+
+
+def replace_placeholder(card: str, repo_id: str) -> str:
+    """Put an id of the Hub in the place of the placeholder: in code, and where title or `model-index` repeat its name.
+
+    Raises:
+        UserError: If the metadata are damaged, or are written in a form that cannot be kept.
+    """
+    if (own_name := find_placeholder(card)) is None:
+        return card
+    name = repo_id.rpartition("/")[2]
+    metadata = read_metadata(card)
+    for idx, model in enumerate(read_mappings(metadata, (MODEL_INDEX,)) if metadata.data else []):
+        if model.get("name") == own_name:
+            metadata.set((MODEL_INDEX, idx, "name"), name)
+    _, fence, text = split_card(card)
+    text = text.replace(f'"{PLACEHOLDER_OWNER}/{own_name}"', f'"{repo_id}"')
+    title = re.match(rf"\s*# (?={re.escape(own_name)}[ \t]*(?:[\r\n]|\Z))", text)
+    if title:
+        text = title[0] + name + text[title.end() + len(own_name) :]
+    return metadata.text + fence + text
 
 
 def add_model(card: str, model: str) -> str:
@@ -93,8 +131,14 @@ def join_card(metadata: EditableYaml, card: str) -> str:
     return metadata.text + fence + text
 
 
-def add_to_model(metadata: EditableYaml, place: Place, results: list[dict]) -> None:
-    """Write results into the results of a model."""
+def render_row(result: dict, metric: dict, value: float) -> str:
+    """Returns a row of the table in a card of this package."""
+    return f"| {result['dataset']['name']} | {metric.get('name')} | {value} | {MEASURED} |"
+
+
+def add_to_model(metadata: EditableYaml, place: Place, results: list[dict]) -> dict[str, str]:
+    """Write results into the results of a model. Returns the new rows of the card's table by the old ones."""
+    rows = {}
     for result in results:
         measurement = describe_measurement(result)
         for metric in result["metrics"]:
@@ -109,11 +153,13 @@ def add_to_model(metadata: EditableYaml, place: Place, results: list[dict]) -> N
                 if describe_metric(old) == describe_metric(metric)
             ]
             for value in values:
+                rows[render_row(result, metric, metadata.get(value))] = render_row(result, metric, metric["value"])
                 metadata.set(value, metric["value"])
             if not same:
                 metadata.append(place, {**result, "metrics": [metric]})
             elif not values:
                 metadata.append(same[0], metric)
+    return rows
 
 
 def read_mappings(metadata: EditableYaml, place: Place) -> list[dict]:

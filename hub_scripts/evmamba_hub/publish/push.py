@@ -14,6 +14,7 @@ from evmamba_hub.errors import UserError
 from evmamba_hub.model_folder import find_model_class, find_weights, load_config
 from evmamba_hub.publish.bundle import AUTO_MAP, find_remote_code
 from evmamba_hub.publish.card import EVAL_RESULTS_FOLDER, CardDetails, load_card, render_card, result_entries
+from evmamba_hub.publish.card_metadata import replace_placeholder
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
 
 
@@ -59,7 +60,7 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
 
     Args:
         model_dir: The directory with configuration, safetensors weights and image processor. A README.md in it is the
-            card.
+            card. `repo_id` replaces its placeholder, if it has one.
         repo_id: The id of the repository, for the card.
         details: The content of the card, if the directory has none.
 
@@ -83,10 +84,11 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
         if details is not None:
             raise UserError(f"{card} is the card already: edit it, or remove it to have one rendered")
         load_card(str(model_dir))  # finds damaged metadata before the upload
-    files = {
-        constants.REPOCARD_NAME: card
-        if card.is_file()
-        else str(render_card(repo_id, config, model_class, details or CardDetails())).encode(),
+        text = replace_placeholder(card.read_bytes().decode(), repo_id)
+    else:
+        text = str(render_card(repo_id, config, model_class, details or CardDetails()))
+    files: Files = {
+        constants.REPOCARD_NAME: text.encode(),
         CONFIG_NAME: (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode(),
         image_processor.name: image_processor,
     }

@@ -90,7 +90,7 @@ class EditableYaml:
             data = data[step] if isinstance(step, int) else data.get(step)
         return data
 
-    def set(self, place: Place, value: float) -> None:
+    def set(self, place: Place, value: float | str) -> None:
         """Set a scalar of a mapping. A missing key is added."""
         *mapping_place, key = place
         mapping = self.get(tuple(mapping_place))

@@ -480,6 +480,36 @@ def test_results_in_a_card(evmamba, few_digits, tmp_path):
     assert not (tmp_path / "model" / ".eval_results").exists()
 
 
+@pytest.mark.parametrize(
+    "recipe, warns",
+    [
+        ("dataset: {few}\ntrain_split: train\n", True),
+        ("dataset: {few}/../few/\ntrain_split: train\n", True),
+        ("dataset: {few}-2\ntrain_split: train\n", False),
+        ("dataset: null\ntrain_split: train\n", False),
+        ("dataset: {few}\n", False),
+        ("a: [", False),
+    ],
+)
+def test_an_accuracy_on_training_images_is_told(evmamba, few_digits, tmp_path, recipe, warns):
+    shutil.copytree(DIGITS, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(f"# x\n```yaml\n{recipe.format(few=few_digits)}```\n")
+    code, _, err = evmamba("evaluate", tmp_path / "model", "--dataset", few_digits, "--update-card")
+    assert code == 0 and ("so this is no held-out accuracy: choose other images" in err) == warns
+
+
+@pytest.mark.parametrize("split, warns", [("train", True), ("validation", False)])
+def test_an_accuracy_on_another_split_is_held_out(evmamba, few_digits, tmp_path, split, warns):
+    for name in ("training", "val"):
+        shutil.copytree(few_digits, tmp_path / "splits" / name)
+    shutil.copytree(DIGITS, tmp_path / "model")
+    recipe = f"dataset: {tmp_path / 'splits'}\ntrain_split: train\n"
+    (tmp_path / "model" / "README.md").write_text(f"# x\n```yaml\n{recipe}```\n")
+    arguments = [tmp_path / "model", "--dataset", tmp_path / "splits", "--update-card"]
+    code, _, err = evmamba("evaluate", *arguments, "--split", split)
+    assert code == 0 and ("so this is no held-out accuracy" in err) == warns
+
+
 def test_results_and_card_are_replaced_as_a_whole(evmamba, few_digits, tmp_path):
     """A process that has opened the old file can still read it, and links stay links."""
     shutil.copytree(DIGITS, tmp_path / "model")

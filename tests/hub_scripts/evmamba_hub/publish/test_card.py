@@ -16,6 +16,7 @@ from evmamba_hub.publish.card import (
     result_entries,
     to_eval_results,
 )
+from evmamba_hub.publish.card_metadata import add_results
 from evmamba_hub.publish.republish import load_manifest
 from modeling_evmamba import (
     VARIANTS,
@@ -117,6 +118,14 @@ def test_a_fine_tuned_model():
     assert (data["license"], data["base_model"], data["datasets"]) == ("mit", "someone/tiny", ["someone/flowers"])
     assert "| someone/flowers | Top-1 accuracy | 0.8765 | measured by the package |" in card.text
     assert str(ModelCard(str(card))) == str(card)
+
+
+def test_the_table_shows_the_values_of_the_metadata():
+    card = str(render_classifier_card(CardDetails(results=to_eval_results(RESULTS))))
+    later = to_eval_results({**RESULTS, "top1": 0.5, "loss": 0.75})
+    assert add_results(card, ["model"], later) == str(render_classifier_card(CardDetails(results=later)))
+    others = to_eval_results({**RESULTS, "dataset_split": "train", "top1": 0.25})
+    assert "0.25" not in ModelCard(add_results(card, ["model"], others)).text
 
 
 def test_results_in_the_newer_form():

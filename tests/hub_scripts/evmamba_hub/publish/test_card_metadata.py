@@ -11,7 +11,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.publish.card_metadata import add_entries, add_results, read_metadata
+from evmamba_hub.publish.card_metadata import (
+    add_entries,
+    add_results,
+    create_placeholder_id,
+    read_metadata,
+    replace_placeholder,
+)
 
 
 def result(value: float, name: str | None = "Top-1 accuracy", **fields) -> EvalResult:
@@ -416,3 +422,71 @@ def test_entries_of_others_stay():
     assert yaml.safe_load(add_entries("", "flowers.yaml", [entry(88.0)])) == [entry(88.0)]
     with pytest.raises(UserError, match=r"flowers\.yaml must hold a list"):
         add_entries("a: 1\n", "flowers.yaml", [entry(88.0)])
+
+
+# Names
+
+
+PLACEHOLDER_CARD = """\
+---
+tags: [a,   b]  # flowers
+model-index:
+- name: flowers
+  results: []
+- name: other
+  results: []
+---
+
+# flowers
+
+Photographs of flowers, of "flowers" and your-name/flowers.
+
+```python
+pipeline("image-classification", model="your-name/flowers")
+pipeline("image-classification", model="your-name/flowers-2", revision="flowers")
+```
+
+# flowers
+"""
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_an_id_replaces_the_placeholder_where_it_stands(line_break):
+    card = PLACEHOLDER_CARD.replace("\n", line_break)
+    expected = (
+        card.replace("- name: flowers", "- name: '2024'")
+        .replace(f"{line_break}# flowers", f"{line_break}# 2024", 1)
+        .replace('model="your-name/flowers"', 'model="someone/2024"')
+    )
+    assert replace_placeholder(card, "someone/2024") == expected
+    assert replace_placeholder(expected.replace("flowers-2", "2"), "else/more") != expected
+    assert replace_placeholder(expected.replace("your-name/flowers-2", "someone/2"), "else/more").count("else") == 0
+
+
+@pytest.mark.parametrize("title", ["# Flowers of the garden", "# flowers of the garden", "## flowers", ""])
+def test_titles_that_somebody_wrote_stay(title):
+    card = PLACEHOLDER_CARD.replace("# flowers", title)
+    replaced = replace_placeholder(card, "someone/roses")
+    assert replaced == card.replace('"your-name/flowers"', '"someone/roses"').replace("name: flowers", "name: roses")
+
+
+@pytest.mark.parametrize("card", ["", "# flowers\n", TRICKY, '---\na: "your-name/flowers"\n---\n# flowers\n'])
+def test_cards_without_a_placeholder_stay(card):
+    assert replace_placeholder(card, "someone/roses") == card
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("flowers", "flowers"),
+        ("Flowers_v1.5-b", "Flowers_v1.5-b"),
+        ("my flowers (2)", "my-flowers-2"),
+        ("--..x--y..", "x-y"),
+        ("\u82b1", "model"),
+        ("", "model"),
+    ],
+)
+def test_placeholders_of_any_directory_are_replaced(name, expected):
+    placeholder = create_placeholder_id(name)
+    assert placeholder == f"your-name/{expected}"
+    assert replace_placeholder(f'# {expected}\n"{placeholder}"\n', "a/b").endswith('# b\n"a/b"\n')
