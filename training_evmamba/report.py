@@ -61,9 +61,10 @@ def describe_training(
     if progress.unreadable:
         sentences.append(f"{len(progress.unreadable)} images could not be read and were skipped.")
     if results is not None:
+        top5 = f", the top-5 accuracy is {results['top5']:.2%}," if "top5" in results else ""
         sentences.append(
-            f"On {results['images']:,} held-out images, the top-1 accuracy is {results['top1']:.2%}, the top-5 "
-            f"accuracy is {results['top5']:.2%}, and the loss is {results['loss']:.4f}."
+            f"On {results['images']:,} held-out images, the top-1 accuracy is {results['top1']:.2%}{top5} "
+            f"and the loss is {results['loss']:.4f}."
         )
     parts = [
         *([recipe.about_data.strip()] if recipe.about_data else []),

@@ -213,7 +213,8 @@ class TrainingRun:
             callback: Receives the events of the run, on the main process.
 
         Returns:
-            images of the evaluation, top1, top5 and loss of the model; None without validation images.
+            images of the evaluation, top1, top5 and loss of the model; None without validation images. Up to five
+            classes have no top5.
         """
         if callback is not None and self.accelerator.is_main_process:
             self.callback = callback
@@ -261,14 +262,8 @@ class TrainingRun:
                 results = self.evaluate()
                 if results is not None:
                     self.progress.top1 = results["top1"]
-                    self.log(
-                        {
-                            "top1": results["top1"],
-                            "top5": results["top5"],
-                            "validation_loss": results["loss"],
-                            "validation_images": results["images"],
-                        }
-                    )
+                    names = {"loss": "validation_loss", "images": "validation_images"}
+                    self.log({names.get(name, name): value for name, value in results.items()})
             if saves:
                 self.checkpoints.save(self.state, self.accelerator.is_main_process)
                 self.accelerator.wait_for_everyone()
@@ -353,7 +348,7 @@ class TrainingRun:
         """Evaluate the averaged weights on the validation images. Each image counts once.
 
         Returns:
-            `images`, `top1`, `top5` and `loss`, or None without validation images.
+            `images`, `top1`, `top5` and `loss`, or None without validation images. Up to five classes have no `top5`.
         """
         if self.data.validation is None:
             return None

@@ -64,6 +64,8 @@ def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path)
     assert card.data.license == "mit"
     accuracy = next(result for result in card.data.eval_results if result.metric_type == "accuracy")
     assert accuracy.metric_value == pytest.approx(results["top1"])
+    assert "top-5" not in str(card).lower()  # there are two classes
+    assert not any("top5" in record for record in log)
     assert "learning_rate: 0.003" in card.text
     assert "in 37 steps of 8 images (8 epochs)" in card.text
     assert card.text.startswith("\n# run\n") and card.text.count('"your-name/run"') == 5

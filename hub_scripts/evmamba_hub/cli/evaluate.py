@@ -156,7 +156,8 @@ def show_results(results: dict) -> None:
     if results["labels_matched"]:  # those of a stream are unknown if all images were counted before an interruption
         table.add_row("labels matched", describe_ways(results["labels_matched"]))
     table.add_row("top-1", f"{results['top1']:.2%}")
-    table.add_row("top-5", f"{results['top5']:.2%}")
+    if "top5" in results:
+        table.add_row("top-5", f"{results['top5']:.2%}")
     table.add_row("loss", f"{results['loss']:.4f}")
     if results["images_per_second"] is not None:  # all images were counted before an interruption
         table.add_row("images per second", f"{results['images_per_second']:.1f}")

@@ -133,14 +133,17 @@ class Counts:
         return Counts(self.num_classes, gather_object([self.merge()]))
 
     def summarize(self) -> dict[str, int | float]:
-        """Returns the number of images, top-1 and top-5 accuracy, and the mean loss. There must be an image."""
+        """Returns the number of images, top-1 and top-5 accuracy, and the mean loss. There must be an image.
+
+        Up to five classes have no top-5 accuracy, which would always be 1.
+        """
         labels, predictions, images = self.confusion.unbind(dim=1)
         loss, num_right_in_five = self.merge().sums.tolist()
         num_images = self.num_images
         return {
             "images": num_images,
             "top1": int(images[labels == predictions].sum()) / num_images,
-            "top5": num_right_in_five / num_images,
+            **({"top5": num_right_in_five / num_images} if self.num_classes > 5 else {}),
             "loss": loss / num_images,
         }
 

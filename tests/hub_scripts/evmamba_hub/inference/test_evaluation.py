@@ -214,7 +214,28 @@ def test_counts_without_errors():
     counts = Counts.start(3)
     counts.add(torch.eye(3), torch.arange(3))
     assert counts.summarize_confusion({0: "a", 1: "b", 2: "c"}) == {"most_confused": [], "worst_classes": []}
-    assert counts.summarize()["top5"] == 1.0  # there are fewer than five classes
+
+
+@pytest.mark.parametrize("num_classes, has_top5", [(2, False), (5, False), (6, True)])
+def test_up_to_five_classes_have_no_top5_accuracy(num_classes, has_top5):
+    counts = Counts.start(num_classes)
+    counts.add(torch.eye(num_classes), torch.arange(num_classes))
+    assert counts.summarize().keys() == {"images", "top1", "loss"} | ({"top5"} if has_top5 else set())
+
+
+def test_the_results_of_few_classes_are_shown_without_top5(evmamba, few_digits, tmp_path):
+    model = EfficientVMambaForImageClassification.from_pretrained(DIGITS)
+    model.config.id2label = dict(enumerate(["0", "1", "2"]))
+    model.classifier = torch.nn.Linear(model.classifier.in_features, 3)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("preprocessor_config.json", "README.md"):
+        shutil.copy(DIGITS / name, tmp_path / "model")
+    for name in ("0", "1", "2"):
+        shutil.copytree(few_digits / name, tmp_path / "three" / name)
+    code, out, err = evmamba("evaluate", tmp_path / "model", "--dataset", tmp_path / "three", "--update-card")
+    assert code == 0 and "top-1" in out and "top-5" not in out, err
+    added = ModelCard.load(tmp_path / "model" / "README.md").data.eval_results[3:]
+    assert [result.metric_name for result in added] == ["Top-1 accuracy", "Loss"]
 
 
 def test_a_batch_without_images_counts_nothing():
