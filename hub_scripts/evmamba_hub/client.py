@@ -49,10 +49,14 @@ SHA256_LENGTH, GIT_HASH_LENGTH = 64, 40
 
 
 @contextmanager
-def translate_hub_errors(repo_id: str) -> Iterator[None]:
+def translate_hub_errors(repo_id: str, *, may_be_path: bool = False) -> Iterator[None]:
     """Translate errors of the Hub's client into a `UserError` about the repository.
 
     The request carries the access token, and nothing of it may reach the terminal. So each error gets a new message.
+
+    Args:
+        repo_id: The id of the repository.
+        may_be_path: Whether the user may have meant a local path, which does not exist.
     """
     try:
         yield
@@ -60,17 +64,17 @@ def translate_hub_errors(repo_id: str) -> Iterator[None]:
         if not isinstance(error.__cause__, (HTTPError, OSError)):
             raise
         raise UserError(
-            describe_hub_error(error.__cause__, repo_id)
+            describe_hub_error(error.__cause__, repo_id, may_be_path)
         ) from error  # uploads of large files wrap the error
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(describe_hub_error(error, repo_id)) from error
+        raise UserError(describe_hub_error(error, repo_id, may_be_path)) from error
     except OSError as error:
         if "Consistency check failed" not in str(error):
             raise
         raise UserError(f"the download of {repo_id} is damaged, run the command again") from error
 
 
-def describe_hub_error(error: Exception, repo_id: str) -> str:
+def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str:
     """Returns the message for an error of the Hub's client: what is wrong, and what to do."""
     if isinstance(error, HFValidationError):
         return (
@@ -97,9 +101,10 @@ def describe_hub_error(error: Exception, repo_id: str) -> str:
         if status == 429 or status >= 500:
             return f"{answered}: the server is overloaded or fails, run the command again later"
         return redact_token(f"{answered}: {error.server_message}") if error.server_message else answered
+    no_path = f"there is no file or directory {repo_id}, and " if may_be_path else ""
     return (
-        f"{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check the connection and "
-        "run the command again"
+        f"{no_path}{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check "
+        f"{'the path or ' if may_be_path else ''}the connection and run the command again"
     )
 
 
@@ -230,7 +235,7 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
                 f"{model} is a directory, only repositories on the Hub have revisions: leave the revision out"
             )
         return Path(model)
-    with translate_hub_errors(model):
+    with translate_hub_errors(model, may_be_path=True):
         folder = Path(
             snapshot_download(
                 model, revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]

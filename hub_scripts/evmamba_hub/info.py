@@ -139,7 +139,8 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"the model {model!r} cannot be loaded: {error}") from error
+        place = "" if Path(model).exists() else " from the Hub, and there is no such directory"
+        raise UserError(f"the model {model!r} cannot be loaded{place}: {error}") from error
     if not isinstance(config, EfficientVMambaConfig):
         raise UserError(
             f"the model {model!r} is of the type {config.model_type!r}, not {EfficientVMambaConfig.model_type!r}: "

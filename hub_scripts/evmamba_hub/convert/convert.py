@@ -52,7 +52,7 @@ def choose_checkpoint(repo_id: str, file_names: list[str], wanted: str | None) -
 
 def download(repo_id: str, file_name: str | None) -> Path:
     """Returns the path of the downloaded checkpoint. `file_name` chooses one of several in the repository."""
-    with translate_hub_errors(repo_id):
+    with translate_hub_errors(repo_id, may_be_path=True):
         hub = HfApi()
         files = hub.model_info(repo_id).siblings  # unlike `list_repo_files`, fails at once without a connection
         file_name = choose_checkpoint(repo_id, [file.rfilename for file in files or []], file_name)

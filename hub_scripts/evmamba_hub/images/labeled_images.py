@@ -450,7 +450,7 @@ def open_splits(
 
     hub_id = None if is_local else dataset
     if hub_id is not None:
-        with translate_hub_errors(dataset):
+        with translate_hub_errors(dataset, may_be_path=True):
             revision = HfApi().dataset_info(hub_id, revision=revision).sha
     loaded = load_with_datasets(dataset, path, config, revision, streaming)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -82,8 +82,35 @@ def test_offline_after_one_download(hub, repo_id):
     assert completed.returncode == 0, completed.stderr
     loaded, message = completed.stdout.splitlines()
     assert loaded == f"{digits().classifier.bias.tolist()} True"
-    assert "cannot be reached for someone/never-downloaded" in message
+    assert message.startswith("there is no file or directory someone/never-downloaded, and ")
+    assert "cannot be reached for someone/never-downloaded" in message and "check the path or the conn" in message
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("classify", EXAMPLES, "--model", "no-such-thing"),
+        ("evaluate", "no-such-thing", "--dataset", DIGITS),
+        ("evaluate", DIGITS, "--dataset", "no-such-thing"),
+        ("train", "--dataset", "no-such-thing", "--variant", "tiny", "--output-dir", "run"),
+        ("train", "--model", "no-such-thing", "--dataset", DIGITS, "--output-dir", "run"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:2])),
+)
+def test_a_path_that_does_not_exist_without_a_connection(evmamba, hub, monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    code, _, err = evmamba(*arguments)
+    assert code == 1 and err.splitlines()[-1].startswith(
+        "Error: there is no file or directory no-such-thing, and http"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_to_upload_to_is_none(evmamba, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert evmamba("push", DIGITS, "someone/digits")[2].startswith("Error: http://127.0.0.1:9 cannot be reached for")
 
 
 def test_shards(hub, tmp_path):

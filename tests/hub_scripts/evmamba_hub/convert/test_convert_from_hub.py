@@ -99,6 +99,7 @@ def test_no_connection(tmp_path):
     assert_refused(
         result,
         tmp_path,
-        "http://127.0.0.1:9 cannot be reached for TerryPei/EfficientVMamba-Tiny",
-        "check the connection",
+        "there is no file or directory TerryPei/EfficientVMamba-Tiny, and http://127.0.0.1:9 cannot be reached for "
+        "TerryPei/EfficientVMamba-Tiny",
+        "check the path or the connection",
     )
