@@ -81,7 +81,10 @@ class RunFolder:
                 raise UserError(f"{self.path} holds files that do not belong to a run: choose another --output-dir")
             return None
         if not resume:
-            raise UserError(f"{self.path} holds a run: resume it with --resume auto, or choose another --output-dir")
+            raise UserError(
+                f"{self.path} already contains a run: pass `--resume auto` to continue it, or choose another "
+                "--output-dir"
+            )
         # recipes without this field are older than the choice: Pillow augmented their runs
         return create_recipe({"augmentation_library": "pillow", **read_values(str(self.recipe_file))})
 

@@ -120,7 +120,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = N
     for name in BACKENDS:
         reason = why_not(name, device_type, dtype)
         if reason is None:
-            return Choice(name, f"it is the first choice on {device_type}")
+            return Choice(name, f"the first backend in the list that supports {device_type}")
         reasons.append(reason)
     return Choice("torch", "; ".join(reasons))
 

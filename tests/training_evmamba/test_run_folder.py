@@ -77,7 +77,7 @@ def test_resuming_needs_the_same_recipe_and_data(make_recipe, stripes, tmp_path)
     shutil.copytree(stripes, images)
     output = tmp_path / "run"
     train(make_recipe(dataset=str(images)), output)
-    with pytest.raises(UserError, match="holds a run: resume it with --resume auto"):
+    with pytest.raises(UserError, match="already contains a run: pass `--resume auto` to continue it"):
         train(make_recipe(dataset=str(images)), output)
     with pytest.raises(UserError, match=r"another recipe .*learning_rate was 0.003, is 0.001"):
         train(make_recipe(dataset=str(images), learning_rate=1e-3), output, resume=True)

@@ -23,7 +23,7 @@ def check_runtimes(
 ) -> None:
     """Run a classifier in every installed runtime, and compare logits and latency.
 
-    The table shows the largest difference of a logit to PyTorch in float64, over images of three sizes. It also shows
+    The table shows the maximum difference of a logit to PyTorch in float64, over images of three sizes. It also shows
     the median latency of one image of the model's own size. Compilers take minutes.
 
     ONNX Runtime needs the extra `export`: run `pip install ".[export]"` in a clone of the repository.
@@ -44,7 +44,7 @@ def check_runtimes(
     logging.disable_progress_bar()
     table = Table(
         "runtime",
-        Column("largest difference", justify="right"),
+        Column("max difference to float64", justify="right"),
         Column("ms for one image", justify="right"),
         title=literal(model, "table.title"),
         title_justify="left",

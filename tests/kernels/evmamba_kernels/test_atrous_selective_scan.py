@@ -334,7 +334,7 @@ def test_choice_by_device_and_its_reasons():
         "torch",
         "numba computes on cpu; triton does not compute in torch.float64",
     )
-    assert choose_backend("cuda", torch.bfloat16) == ("triton", "it is the first choice on cuda")
+    assert choose_backend("cuda", torch.bfloat16) == ("triton", "the first backend in the list that supports cuda")
     with use_backend("torch"):
         assert choose_backend("cpu", torch.float32) == ("torch", "it was requested")
         assert choose_backend("cpu", torch.float32, "numba").backend == "numba"
