@@ -18,6 +18,7 @@ install: $(INSTALLED)  ## Create .venv, and install the package with all that it
 
 $(CORE): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EfficientVMamba needs Python 3.11 or newer, but $(PYTHON) is Python %d.%d: choose another one, as in make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Installing the package with PyTorch, transformers and Numba into $(VENV). It takes minutes, and more than 1 GB; with PyTorch for CUDA, several GB."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e .
 	touch $@

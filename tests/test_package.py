@@ -74,6 +74,18 @@ def test_make_installs_what_a_target_needs(tmp_path, target, wanted):
     plan = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     installed = [shlex.split(line)[-1] for line in plan.splitlines() if "pip install" in line]
     assert installed == wanted
+    notice = plan.index("Installing the package with PyTorch, transformers and Numba into")
+    assert notice < plan.index("-m venv") < plan.index("pip install")
+
+
+def test_git_ignores_what_the_commands_of_the_documentation_write():
+    written = ["flowers/a/1.jpg", "runs/flowers/model/config.json", "digits.onnx", "results.json"]
+    tracked = ["demo/digits/config.json", "tests/golden/README.md", "README.md"]
+    command = ["git", "-c", "safe.directory=*", "check-ignore", "--no-index", *written, *tracked]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ignored.returncode == 128:
+        pytest.skip("the tests run outside of a clone")
+    assert ignored.stdout.split() == written
 
 
 def test_readme_for_an_index_has_absolute_links():
