@@ -25,10 +25,10 @@ def evaluate(
         ),
     ],
     revision: RevisionOption = None,
-    config: Annotated[
+    dataset_config: Annotated[
         str | None, typer.Option(help="Configuration of the dataset.", show_default="the only one")
     ] = None,
-    split: Annotated[
+    dataset_split: Annotated[
         str | None, typer.Option(help="Split of the dataset.", show_default="validation, test, or the only one")
     ] = None,
     dataset_revision: Annotated[
@@ -49,7 +49,7 @@ def evaluate(
     ] = None,
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="Number of threads that read and resize images.")] = 4,
+    num_workers: Annotated[int, typer.Option(min=1, help="Number of threads that read and resize images.")] = 4,
     dtype: DtypeOption = "float32",
     output: Annotated[
         Path | None,
@@ -73,9 +73,9 @@ def evaluate(
 
     Examples:
 
-        evmamba evaluate efficientvmamba-tiny --dataset imagenet/val --output results.json
+        evmamba evaluate efficientvmamba-tiny --dataset imagenet/val --output results.json --update-card
 
-        evmamba evaluate someone/efficientvmamba-tiny --dataset ILSVRC/imagenet-1k --split validation --update-card
+        evmamba evaluate someone/efficientvmamba-tiny --dataset ILSVRC/imagenet-1k --dataset-split validation
 
         accelerate launch -m evmamba_hub.cli evaluate efficientvmamba-tiny --dataset imagenet/val
     """
@@ -98,8 +98,8 @@ def evaluate(
         card = read_card(model) if updates_card and processes.is_main_process else ""
         images = open_dataset(
             dataset,
-            config=config,
-            split=split,
+            config=dataset_config,
+            split=dataset_split,
             revision=dataset_revision,
             image_column=image_column,
             label_column=label_column,
@@ -110,7 +110,7 @@ def evaluate(
     if is_training_data(card, images, dataset):
         warnings.warn(
             f"the recipe in the card names {dataset} as its training data, so this is no held-out accuracy: choose "
-            "other images with --dataset or --split",
+            "other images with --dataset or --dataset-split",
             Notice,
             stacklevel=1,
         )
@@ -122,7 +122,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
-        workers=workers,
+        workers=num_workers,
         label_map=names,
         progress_file=output,
     )

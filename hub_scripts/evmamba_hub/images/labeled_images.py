@@ -399,7 +399,9 @@ def load_saved(dataset: str) -> "datasets.Dataset | datasets.DatasetDict":
     try:
         return datasets.load_from_disk(dataset)
     except IndexError as error:  # there is no file with rows
-        raise UserError(f"the dataset {dataset} holds no images: choose another --dataset or --split") from error
+        raise UserError(
+            f"the dataset {dataset} holds no images: choose another --dataset or --dataset-split"
+        ) from error
 
 
 def open_splits(
@@ -493,16 +495,16 @@ def open_dataset(dataset: str, *, split: str | None = None, **options: Any) -> L
     splits = open_splits(dataset, wanted_splits=[] if split is None else [split], **options)
     if None in splits:
         if split is not None:
-            raise UserError(f"{dataset} has no splits: leave --split out")
+            raise UserError(f"{dataset} has no splits: leave --dataset-split out")
         return splits[None]()
     names = [name for name in splits if name is not None]
     if split is not None:
-        return splits[choose_split(names, split, dataset, "--split")]()
+        return splits[choose_split(names, split, dataset, "--dataset-split")]()
     if len(names) == 1:
         return splits[names[0]]()
-    chosen = choose_evaluation_split(names, dataset, "--split")
+    chosen = choose_evaluation_split(names, dataset, "--dataset-split")
     if chosen is None:
-        raise UserError(f"choose a split of {dataset} with --split: it has {', '.join(names)}")
+        raise UserError(f"choose a split of {dataset} with --dataset-split: it has {', '.join(names)}")
     images = splits[chosen]()
     images.notes += (f"Took the split {chosen} of {', '.join(names)}",)
     return images

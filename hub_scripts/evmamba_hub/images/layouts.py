@@ -157,7 +157,7 @@ def find_split_folders(folder: Path, wanted: Sequence[str] = ()) -> dict[str, Pa
     if others := [name for name in [*folders, *images] if name not in splits]:
         raise UserError(
             f"{folder} holds splits ({', '.join(splits)}) beside {shorten(others)}: move one or the other away, or "
-            "name the splits to read with --split or --validation-split"
+            "name the splits to read with --dataset-split or --validation-split"
         )
     return folders
 

@@ -404,7 +404,7 @@ class Evaluation:
 
 
 def no_images(dataset: LabeledImages) -> UserError:
-    return UserError(f"the dataset {dataset.name} holds no images: choose another --dataset or --split")
+    return UserError(f"the dataset {dataset.name} holds no images: choose another --dataset or --dataset-split")
 
 
 def find_labels(dataset: LabeledImages) -> dict[int | str, str]:

@@ -45,6 +45,16 @@ def test_the_help_lists_all_values():
         assert f"--{field.name.replace('_', '-')}" in options
 
 
+def test_options_have_the_same_names_in_training_and_evaluation():
+    of_training, of_evaluation = (
+        set(re.findall(r"--[a-z0-9-]+", CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"}).stdout))
+        for name in ("train", "evaluate")
+    )
+    data = {"--dataset", "--dataset-config", "--dataset-revision", "--image-column", "--label-column"}
+    assert data | {"--batch-size", "--num-workers"} <= of_training & of_evaluation
+    assert not (of_training | of_evaluation) & {"--workers", "--config", "--split"}
+
+
 def test_options_replace_values_of_the_recipe(run):
     output = run(
         "--epochs=0.75",

@@ -160,8 +160,8 @@ def test_a_stream_that_breaks_off(hub, digits, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"split": "train"}, "has no split 'train': --split takes a, b"),
-        ({}, "choose a split of .* with --split: it has a, b"),
+        ({"split": "train"}, "has no split 'train': --dataset-split takes a, b"),
+        ({}, "choose a split of .* with --dataset-split: it has a, b"),
         ({"split": "a", "image_column": "photo"}, "has no column photo: choose one of image, label"),
         ({"split": "a", "image_column": "label"}, "the column label of .* holds no images"),
     ],
@@ -183,7 +183,7 @@ def test_columns_without_the_usual_types(digits, tmp_path):
 
 
 def test_options_that_a_folder_of_images_has_not(digit_images):
-    with pytest.raises(UserError, match="has no splits: leave --split out"):
+    with pytest.raises(UserError, match="has no splits: leave --dataset-split out"):
         open_dataset(str(digit_images), split="test")
     with pytest.raises(UserError, match="neither configurations, revisions nor columns"):
         open_dataset(str(digit_images), revision="main")

@@ -65,12 +65,12 @@ def test_a_split_by_its_name_in_any_case(tmp_path, wanted, chosen):
 
 def test_several_splits_of_a_kind(tmp_path):
     create(tmp_path, *classes("train", "val", "valid"))
-    with pytest.raises(UserError, match="several splits of this kind: choose val or valid with --split"):
+    with pytest.raises(UserError, match="several splits of this kind: choose val or valid with --dataset-split"):
         open_dataset(str(tmp_path))
-    with pytest.raises(UserError, match="several splits of this kind: choose val or valid with --split"):
+    with pytest.raises(UserError, match="several splits of this kind: choose val or valid with --dataset-split"):
         open_dataset(str(tmp_path), split="dev")
     assert open_dataset(str(tmp_path), split="VALID").split == "valid"
-    with pytest.raises(UserError, match="has no split 'test': --split takes train, val, valid"):
+    with pytest.raises(UserError, match="has no split 'test': --dataset-split takes train, val, valid"):
         open_dataset(str(tmp_path), split="test")
 
 
@@ -98,7 +98,7 @@ def test_splits_of_other_names(tmp_path):
     create(tmp_path, *classes("fold1", "fold2"))
     assert open_dataset(str(tmp_path)).class_names == ["fold1", "fold2"]
     assert describe(open_dataset(str(tmp_path), split="fold2")) == ("fold2", ["cat", "dog"], 2)
-    with pytest.raises(UserError, match="has no splits: leave --split out"):
+    with pytest.raises(UserError, match="has no splits: leave --dataset-split out"):
         open_dataset(str(tmp_path), split="fold3")
 
 

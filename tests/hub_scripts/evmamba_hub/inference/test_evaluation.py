@@ -527,7 +527,7 @@ def test_an_accuracy_on_another_split_is_held_out(evmamba, few_digits, tmp_path,
     recipe = f"dataset: {tmp_path / 'splits'}\ntrain_split: train\n"
     (tmp_path / "model" / "README.md").write_text(f"# x\n```yaml\n{recipe}```\n")
     arguments = [tmp_path / "model", "--dataset", tmp_path / "splits", "--update-card"]
-    code, _, err = evmamba("evaluate", *arguments, "--split", split)
+    code, _, err = evmamba("evaluate", *arguments, "--dataset-split", split)
     assert code == 0 and ("so this is no held-out accuracy" in err) == warns
 
 
