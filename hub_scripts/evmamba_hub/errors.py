@@ -13,6 +13,9 @@ from rich.text import Text
 # control characters, line separators, characters that reorder a line, and bytes of file names that are not UTF-8
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# in what PyTorch raises anywhere in its work, if another process of a run has ended
+LOST_PROCESS = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
+
 
 class Notice(UserWarning):
     """A guess or a doubt that the user should know of. A command prints its message as one line, and continues."""
@@ -63,6 +66,17 @@ def to_line(error: UserError) -> str:
     """Returns the message of an error without line breaks. Messages of other libraries may bring some."""
     message, cause = str(error), str(error.__cause__ or "")
     return message.replace(cause, " ".join(cause.split())) if cause else message
+
+
+@contextmanager
+def translate_lost_process() -> Iterator[None]:
+    """Translate the error of PyTorch about another process that has ended into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST_PROCESS.search(str(error)):
+            raise
+        raise UserError("another process of this run has ended: read its message") from error
 
 
 @contextmanager

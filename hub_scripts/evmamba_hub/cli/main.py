@@ -17,7 +17,7 @@ from evmamba_hub.cli.push import push
 from evmamba_hub.cli.push_space import push_space
 from evmamba_hub.cli.republish import republish
 from evmamba_hub.cli.train import train
-from evmamba_hub.errors import exit_on_user_error
+from evmamba_hub.errors import exit_on_user_error, translate_lost_process
 
 
 app = typer.Typer(
@@ -63,5 +63,5 @@ def define_version_option(version: VersionOption = False) -> None:
 def main() -> None:
     """Run the command line. A `UserError` becomes one line on stderr and exit code 1, a `Notice` one line."""
     escape_what_stdout_cannot_encode()
-    with exit_on_user_error(), show_notices():
+    with exit_on_user_error(), translate_lost_process(), show_notices():
         app()

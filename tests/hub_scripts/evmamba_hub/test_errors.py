@@ -1,12 +1,14 @@
 """What a command prints for an error."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from evmamba_hub.errors import UserError, escape_unprintable, exit_on_user_error, literal
+from evmamba_hub.errors import UserError, escape_unprintable, exit_on_user_error, literal, translate_lost_process
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,35 @@ def test_stderr_that_cannot_encode_a_name(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "stderr", file)
         exit_with(UserError("\u732b.png does not exist"))
     assert (tmp_path / "err").read_text() == "Error: \\u732b.png does not exist\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate demo/digits --dataset missing/x/y",
+        "evaluate missing/x/y --dataset demo/examples",
+        "train --recipe digits --dataset missing/x/y --output-dir OUT",
+        "train --model missing/x/y --dataset demo --output-dir OUT",
+    ],
+)
+def test_a_mistake_has_no_traceback_in_any_process(tmp_path, command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evmamba_hub.cli"]
+    completed = subprocess.run(
+        [*launch, *command.replace("OUT", str(tmp_path / "run")).split()],
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 1
+    own, _, of_torchrun = completed.stderr.partition("torch/distributed/elastic")
+    assert "Error: 'missing/x/y' is neither a path nor a valid repository id" in completed.stderr
+    assert "Traceback" not in own and "[rank" not in completed.stderr
+    assert of_torchrun.count("Traceback") == 1
+
+
+def test_other_errors_of_pytorch_pass():
+    with pytest.raises(RuntimeError, match="shape"), exit_on_user_error(), translate_lost_process():
+        raise RuntimeError("shape mismatch")
