@@ -6,6 +6,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import Notice, UserError
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, describe_yaml_error, dump_yaml
 
 
@@ -23,6 +24,7 @@ from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, describe_yaml_error, 
 
 PRESETS = Path(__file__).parent / "recipes"
 TRAIN_SPLIT = "train"
+SHORT_WARMUP = 0.1  # part of the epochs, if the warm-up of a preset is too long for them
 NONE = "none"  # resets a value that a preset sets
 
 
@@ -234,7 +236,10 @@ class Recipe:
         if self.image_std is not None and not all(std > 0 for std in self.image_std):
             raise ValueError(f"`image_std` must be positive, got {self.image_std}")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
-            raise ValueError(f"`warmup_epochs` ({self.warmup_epochs:g}) must be fewer than `epochs` ({self.epochs:g})")
+            raise ValueError(
+                f"`warmup_epochs` ({self.warmup_epochs:g}) must be fewer than `epochs` ({self.epochs:g}): give "
+                "--warmup-epochs 0, or more --epochs"
+            )
         if self.model is not None and self.variant is not None:
             raise ValueError("give `model` (to fine-tune) or `variant` (fresh weights), not both")
 
@@ -292,6 +297,22 @@ def create_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(str(reason).strip()) from error
 
 
+def create_recipe_with_fitting_warmup(values: dict[str, Any]) -> Recipe:
+    """Return a checked recipe. If its warm-up is too long for the epochs, shorten it, and issue a `Notice`."""
+    recipe = create_recipe({**values, "warmup_epochs": 0})
+    warmup_epochs = coerce("warmup_epochs", values.get("warmup_epochs", Recipe.warmup_epochs))
+    if warmup_epochs >= recipe.epochs:
+        shortened = SHORT_WARMUP * recipe.epochs
+        warnings.warn(
+            f"Shortened the warm-up from {warmup_epochs:g} to {shortened:g} epochs, because the run has "
+            f"{recipe.epochs:g}. --warmup-epochs sets it",
+            Notice,
+            stacklevel=3,
+        )
+        warmup_epochs = shortened
+    return dataclasses.replace(recipe, warmup_epochs=warmup_epochs)
+
+
 def list_presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -328,6 +349,8 @@ def read_values(source: str) -> dict[str, Any]:
 def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
     """Return a preset or YAML file with overrides. Overrides replace the fields of `network` one by one.
 
+    A warm-up of a preset or a default that is too long for the epochs is shortened. A `Notice` says so.
+
     Raises:
         UserError: See `read_recipe_file` and `create_recipe`. The message names the line of a wrong value.
     """
@@ -339,8 +362,10 @@ def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
     for chosen, other in (("model", "variant"), ("variant", "model")):
         if overrides.get(chosen) not in (None, NONE) and other not in overrides:
             values.pop(other, None)
+    values = {**values, **overrides, "network": network[0] | network[1]}
+    names_warmup = "warmup_epochs" in overrides or ("warmup_epochs" in lines and source not in list_presets())
     try:
-        return create_recipe({**values, **overrides, "network": network[0] | network[1]})
+        return create_recipe(values) if names_warmup else create_recipe_with_fitting_warmup(values)
     except UserError as error:
         named = re.findall(r"[`'](\w+)[`']", str(error))
         line = next((lines[name] for name in named if name in lines and name not in overrides), None)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import Notice, UserError
 from training_evmamba.recipe import (
     PRESETS,
     Recipe,
@@ -95,7 +95,10 @@ def test_the_command_line_comes_before_the_file():
         ({"crop_ratio": [1, 2, 3]}, "'crop_ratio' expected a tuple of length 2"),
         ({"image_mean": [0.5]}, "`image_mean` must be three numbers"),
         ({"image_std": [1, 1, 0]}, "`image_std` must be positive"),
-        ({"warmup_epochs": 20, "epochs": 20}, r"`warmup_epochs` \(20\) must be fewer than `epochs` \(20\)"),
+        (
+            {"warmup_epochs": 20, "epochs": 20},
+            r"`warmup_epochs` \(20\) must be fewer than `epochs` \(20\): give --warmup-epochs 0, or more --epochs",
+        ),
         ({"variant": "huge"}, "expected one of"),
         ({"network": 3}, "`network` holds fields of EfficientVMambaConfig"),
         ({"model": "someone/flowers", "variant": "tiny"}, "not both"),
@@ -209,6 +212,31 @@ def test_an_error_of_the_command_line_names_no_line(tmp_path):
     (tmp_path / "mine.yaml").write_text("batch_size: 8")
     with pytest.raises(UserError, match=r"got 0$"):
         load_recipe(str(tmp_path / "mine.yaml"), {"batch_size": 0})
+
+
+@pytest.mark.parametrize("preset, epochs, warmup", [("finetune", 1, 0.1), ("tiny", "20", 2), ("digits", 0.5, 0.05)])
+def test_the_warm_up_of_a_preset_is_shortened_for_few_epochs(preset, epochs, warmup):
+    with pytest.warns(Notice, match=rf"Shortened the warm-up from \d+ to {warmup} epochs, because the run has"):
+        recipe = load_recipe(preset, {"epochs": epochs})
+    assert recipe.warmup_epochs == pytest.approx(warmup)
+    assert recipe == load_recipe(preset, {"epochs": epochs, "warmup_epochs": recipe.warmup_epochs})
+
+
+def test_the_default_warm_up_is_shortened_and_that_of_a_file_is_not(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 10")
+    with pytest.warns(Notice, match="Shortened the warm-up from 20 to 1 epochs"):
+        assert load_recipe(str(path), {}).warmup_epochs == 1
+    path.write_text("epochs: 10\nwarmup_epochs: 5")
+    with pytest.raises(
+        UserError, match=r"`warmup_epochs` \(5\) must be fewer than `epochs` \(1\): give --warmup-epochs"
+    ):
+        load_recipe(str(path), {"epochs": 1})
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warm_up_that_fits_is_kept():
+    assert load_recipe("finetune", {"epochs": 2}).warmup_epochs == 1
 
 
 def test_changes_that_matter():
