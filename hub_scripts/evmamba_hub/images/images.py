@@ -120,7 +120,9 @@ def decode(file: BinaryIO, max_pixels: int | None, announce: Callable[[str], Non
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            image.info.clear()  # with the orientation, transformers' pipelines would turn the image once more
+            return image
     except UserError:
         raise
     except UnidentifiedImageError as error:

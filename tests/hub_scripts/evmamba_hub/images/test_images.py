@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, TiffImagePlugin, TiffTags
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, TiffTags
 
 from evmamba_hub.errors import Notice, UserError
 from evmamba_hub.images import images
@@ -214,7 +214,9 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").size == (2, 4)
+    image = read_image(tmp_path / "turned.jpg")
+    assert image.size == (2, 4)
+    assert ImageOps.exif_transpose(image).size == (2, 4)  # as transformers' pipelines do
 
 
 def create_exif(orientation: int = 6) -> bytes:
