@@ -44,7 +44,7 @@ def check_runtimes(
     logging.disable_progress_bar()
     table = Table(
         "runtime",
-        Column("max difference to float64", justify="right"),
+        Column("max difference", justify="right"),
         Column("ms for one image", justify="right"),
         title=literal(model, "table.title"),
         title_justify="left",
