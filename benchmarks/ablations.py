@@ -126,7 +126,7 @@ class NoScanES2D(EfficientVMambaES2D):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
         u = self.activation(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        return self.out_proj(self.layernorm(u, z))
+        return self.output_proj(self.layernorm(u, z))
 
 
 class NoLocalBranch(nn.Module):

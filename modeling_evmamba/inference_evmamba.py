@@ -1,8 +1,8 @@
 """Optimized copies of models for inference.
 
-The copy folds batch norms into the convolutions before them. On CPUs in float32, it also:
+The copy folds batch norms into the convolutions and linear layers before them. On CPUs in float32, it also:
 
-- packs the weights of linear layers and pointwise convolutions into oneDNN's layout;
+- packs the weights of linear layers into oneDNN's layout;
 - fuses activations, means and residuals into the layers of each block, channels-last throughout;
 - splits large batches into micro-batches whose feature maps stay in the cache.
 
@@ -14,7 +14,7 @@ from typing import NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .atrous_selective_scan import atrous_selective_scan
 from .depthwise_conv import depthwise_conv, depthwise_conv_and_mean
@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=EfficientVMambaPreTrainedModel)
 # Bytes of the widest feature map of a micro-batch: it and its neighbors fit into the cache (benchmarks/NOTES.md).
 WIDEST_MAP_BYTES = 10 * 2**20
 
-# for each block: a convolution and the batch norm that follows it
+# for each block: a convolution or linear layer, and the batch norm that follows it
 BATCH_NORMS = {
     EfficientVMambaLocalBranch: [("depthwise_conv", "batch_norm")],
     EfficientVMambaInvertedResidualLayer: [
@@ -82,9 +82,10 @@ def optimize_for_inference(model: Model) -> Model:
 
 def fold_batch_norms(model: nn.Module) -> None:
     for module in list(model.modules()):
-        for convolution, batch_norm in BATCH_NORMS.get(type(module), []):
-            folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm))
-            setattr(module, convolution, folded)
+        for name, batch_norm in BATCH_NORMS.get(type(module), []):
+            layer = getattr(module, name)
+            fold = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+            setattr(module, name, fold(layer, getattr(module, batch_norm)))
             setattr(module, batch_norm, nn.Identity())
 
 
@@ -190,11 +191,9 @@ class FusedEVSSLayer(nn.Module):
             [mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D]
         )
         self.mixer_layernorm = mixer.layernorm
-        self.out_proj = PackedLinear(mixer.out_proj.weight, mixer.out_proj.bias)
+        self.output_proj = PackedLinear(mixer.output_proj.weight, mixer.output_proj.bias)
         self.depthwise_conv = DepthwiseConv(local_branch.depthwise_conv, "gelu")
-        self.pointwise_conv = PackedLinear(
-            local_branch.pointwise_conv.weight.flatten(1), local_branch.pointwise_conv.bias
-        )
+        self.pointwise_conv = PackedLinear(local_branch.pointwise_conv.weight, local_branch.pointwise_conv.bias)
         self.gate_layernorm = layer.gate.layernorm
         self.squeeze = PackedLinear(layer.gate.squeeze.weight, layer.gate.squeeze.bias, "gelu")
         self.expand = PackedLinear(layer.gate.expand.weight, layer.gate.expand.bias, "sigmoid")
@@ -204,7 +203,7 @@ class FusedEVSSLayer(nn.Module):
         normalized = self.layernorm(hidden_states)  # (B, H, W, C)
         mixed = atrous_selective_scan(self.conv2d(self.in_proj_u(normalized)), *self.scan_weights)  # (B, H, W, D)
         mixed = self.mixer_layernorm(mixed, self.in_proj_z(normalized))
-        mixed = self.out_proj(mixed)
+        mixed = self.output_proj(mixed)
         local = self.pointwise_conv(self.depthwise_conv(normalized))
         means = torch.stack([self.gate_layernorm(mixed), self.gate_layernorm(local)])  # (2, B, C)
         for_mixed, for_local = self.expand(self.squeeze(means))[:, :, None, None]  # (B, 1, 1, C) each
@@ -218,11 +217,11 @@ class FusedInvertedResidualLayer(nn.Module):
     def __init__(self, layer: EfficientVMambaInvertedResidualLayer):
         super().__init__()
         squeeze, expand = layer.squeeze_excitation.squeeze, layer.squeeze_excitation.expand
-        self.expand_conv = PackedLinear(layer.expand_conv.weight.flatten(1), layer.expand_conv.bias, "relu")
+        self.expand_conv = PackedLinear(layer.expand_conv.weight, layer.expand_conv.bias, "relu")
         self.depthwise_conv = DepthwiseConv(layer.depthwise_conv, "relu")
-        self.squeeze = PackedLinear(squeeze.weight.flatten(1), squeeze.bias, "relu")
-        self.expand = PackedLinear(expand.weight.flatten(1), expand.bias, "sigmoid")
-        self.project_conv = PackedLinear(layer.project_conv.weight.flatten(1), layer.project_conv.bias)
+        self.squeeze = PackedLinear(squeeze.weight, squeeze.bias, "relu")
+        self.expand = PackedLinear(expand.weight, expand.bias, "sigmoid")
+        self.project_conv = PackedLinear(layer.project_conv.weight, layer.project_conv.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         hidden_states = hidden_states.permute(0, 2, 3, 1)

@@ -71,15 +71,11 @@ class EfficientVMambaMeanLayerNorm(nn.LayerNorm):
         return layer_norm_mean(hidden_states, self.weight, self.bias, self.eps)
 
 
-class EfficientVMambaPointwiseConv(nn.Conv2d):
-    """1 x 1 convolution, computed as a matrix product over the channels of a channels-last feature map.
-
-    On CPUs, PyTorch's convolution takes a slow path for small feature maps (benchmarks/NOTES.md).
-    """
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H, W)
-        hidden_states = hidden_states.permute(0, 2, 3, 1)
-        return F.linear(hidden_states, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+def pointwise_conv(in_channels: int, out_channels: int, bias: bool = True) -> nn.Linear:
+    """Returns a 1 x 1 convolution of channels-last feature maps: a linear layer, initialized as a convolution."""
+    layer = nn.Linear(in_channels, out_channels, bias=bias)
+    layer.is_pointwise_conv = True  # type: ignore[assignment]  # for `_init_weights`: tools want no subclass of nn.Linear
+    return layer
 
 
 class EfficientVMambaDropPath(nn.Module):
@@ -159,7 +155,8 @@ class EfficientVMambaES2D(nn.Module):
         self.D = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
         self.activation = nn.SiLU()
         self.layernorm = EfficientVMambaGatedLayerNorm(intermediate_size, eps=config.layer_norm_eps)
-        self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=config.use_bias)
+        # not Mamba's `out_proj`, which transformers renames in checkpoints of DETR and its relatives
+        self.output_proj = nn.Linear(intermediate_size, hidden_size, bias=config.use_bias)
 
     def init_scan_weights(self):
         _, channels, rank = self.dt_proj_weight.shape
@@ -186,7 +183,7 @@ class EfficientVMambaES2D(nn.Module):
             self.D,
         )
         hidden_states = self.layernorm(hidden_states, z)
-        return self.out_proj(hidden_states)
+        return self.output_proj(hidden_states)
 
 
 def normalize_batch(batch_norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -214,11 +211,11 @@ class EfficientVMambaLocalBranch(nn.Module):
         self.depthwise_conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
         self.batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
         self.activation = nn.GELU()
-        self.pointwise_conv = EfficientVMambaPointwiseConv(hidden_size, hidden_size, kernel_size=1)
+        self.pointwise_conv = pointwise_conv(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         hidden_states = normalize_batch(self.batch_norm, self.depthwise_conv(hidden_states.permute(0, 3, 1, 2)))
-        return self.pointwise_conv(self.activation(hidden_states)).permute(0, 2, 3, 1)
+        return self.pointwise_conv(self.activation(hidden_states).permute(0, 2, 3, 1))
 
 
 class EfficientVMambaChannelGate(nn.Module):
@@ -262,11 +259,11 @@ class EfficientVMambaSqueezeExcitation(nn.Module):
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
         squeezed_size = max(1, int(hidden_size * config.squeeze_expansion_ratio))
-        self.squeeze = EfficientVMambaPointwiseConv(hidden_size, squeezed_size, kernel_size=1)
-        self.expand = EfficientVMambaPointwiseConv(squeezed_size, hidden_size, kernel_size=1)
+        self.squeeze = pointwise_conv(hidden_size, squeezed_size)
+        self.expand = pointwise_conv(squeezed_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, M, H, W) -> (B, M, H, W)
-        mean = hidden_states.mean(dim=(2, 3), keepdim=True)  # (B, M, 1, 1)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, M) -> (B, H, W, M)
+        mean = hidden_states.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, M)
         return hidden_states * torch.sigmoid(self.expand(F.relu(self.squeeze(mean))))
 
 
@@ -276,7 +273,7 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int, drop_path_rate: float):
         super().__init__()
         expanded_size = config.expand_ratio * hidden_size  # M
-        self.expand_conv = EfficientVMambaPointwiseConv(hidden_size, expanded_size, kernel_size=1, bias=False)
+        self.expand_conv = pointwise_conv(hidden_size, expanded_size, bias=False)
         self.expand_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
         self.depthwise_conv = nn.Conv2d(
             expanded_size, expanded_size, kernel_size=3, padding=1, groups=expanded_size, bias=False
@@ -284,15 +281,16 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
         self.depthwise_batch_norm = nn.BatchNorm2d(expanded_size, eps=config.batch_norm_eps)
         self.activation = nn.ReLU()
         self.squeeze_excitation = EfficientVMambaSqueezeExcitation(config, expanded_size)
-        self.project_conv = EfficientVMambaPointwiseConv(expanded_size, hidden_size, kernel_size=1, bias=False)
+        self.project_conv = pointwise_conv(expanded_size, hidden_size, bias=False)
         self.project_batch_norm = nn.BatchNorm2d(hidden_size, eps=config.batch_norm_eps)
         self.drop_path = EfficientVMambaDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        update = normalize_batch(self.expand_batch_norm, self.expand_conv(hidden_states))  # (B, M, H, W)
-        update = normalize_batch(self.depthwise_batch_norm, self.depthwise_conv(self.activation(update)))
-        update = self.squeeze_excitation(self.activation(update))
-        update = normalize_batch(self.project_batch_norm, self.project_conv(update))  # (B, C, H, W)
+        update = self.expand_conv(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, M, H, W)
+        update = self.activation(normalize_batch(self.expand_batch_norm, update))
+        update = self.activation(normalize_batch(self.depthwise_batch_norm, self.depthwise_conv(update)))
+        update = self.squeeze_excitation(update.permute(0, 2, 3, 1))  # (B, H, W, M)
+        update = normalize_batch(self.project_batch_norm, self.project_conv(update).permute(0, 3, 1, 2))
         return hidden_states + self.drop_path(update)
 
 
@@ -362,11 +360,11 @@ class EfficientVMambaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not hasattr(module, "is_pointwise_conv"):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):  # PyTorch's default
+        elif isinstance(module, nn.Linear | nn.Conv2d):  # PyTorch's default of convolutions
             fan_in = module.weight[0].numel()
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:

@@ -189,6 +189,26 @@ def test_initialization_follows_the_paper():
     assert local_branch.depthwise_conv.bias.abs().max() > 0
 
 
+def test_pointwise_convolutions_are_linear_layers_initialized_as_convolutions():
+    torch.manual_seed(0)
+    model = EfficientVMambaModel(EfficientVMambaConfig())
+    local_branch = model.encoder.stages[0].layers[0].local_branch
+    inverted_residual = model.encoder.stages[2].layers[0]
+    squeeze_excitation = inverted_residual.squeeze_excitation
+    for layer in (
+        local_branch.pointwise_conv,
+        inverted_residual.expand_conv,
+        squeeze_excitation.squeeze,
+        squeeze_excitation.expand,
+        inverted_residual.project_conv,
+    ):
+        assert type(layer) is torch.nn.Linear  # which LoRA and quantizers look for
+        bound = layer.in_features**-0.5
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        if layer.bias is not None:
+            assert 0.8 * bound < layer.bias.abs().max() <= bound
+
+
 def test_no_weight_decay_names_the_scan_parameters():
     model = EfficientVMambaForImageClassification(EfficientVMambaConfig(**MICRO))
     names = model.no_weight_decay()

@@ -27,9 +27,7 @@ def export(
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "int8"],
-        typer.Option(
-            help="Dtype of the file. With `int8`, for ONNX only, linear and pointwise layers have 8-bit weights."
-        ),
+        typer.Option(help="Dtype of the file. With `int8`, for ONNX only, linear layers have 8-bit weights."),
     ] = "float32",
     revision: RevisionOption = None,
 ) -> None:

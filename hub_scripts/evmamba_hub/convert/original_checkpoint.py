@@ -63,6 +63,7 @@ BLOCK_NAMES = {
     "mixer.A_log": "op.A_logs",
     "mixer.D": "op.Ds",
     "mixer.layernorm.": "op.out_norm.",
+    "mixer.output_proj.": "op.out_proj.",
     "mixer.": "op.",
     "local_branch.depthwise_conv.": "conv_branch.0.",
     "local_branch.batch_norm.": "conv_branch.1.",
@@ -86,6 +87,12 @@ BLOCK_TENSORS = {
     "evss": r"blocks\.(\d+)\.(?:norm|conv_branch\.\d)\.(?:weight|bias)$",
     "inverted_residual": r"(\d+)\.conv_pw2\.\d\.(?:weight|bias)$",
 }
+
+
+# The weights in the authors' blocks of 1 x 1 convolutions, which are linear layers in our network.
+POINTWISE_CONVOLUTIONS = tuple(
+    f".{name}.weight" for name in ("conv_branch.3", "conv_pw.0", "se.conv_reduce", "se.conv_expand", "conv_pw2.0")
+)
 
 
 class Inert:
@@ -314,6 +321,20 @@ def original_name(name: str, config: EfficientVMambaConfig) -> str:
     return f"layers.{stage}.{position}.{translate(rest, BLOCK_NAMES)}"
 
 
+def original_shape(theirs: str, shape: torch.Size) -> tuple[int, ...]:
+    """Returns the authors' shape of a tensor of our network.
+
+    Args:
+        theirs: The authors' name of the tensor (newer generation).
+        shape: Its shape in our network.
+    """
+    if theirs.endswith((".A_logs", ".Ds")):  # (K * D, ...) instead of (K, D, ...) for the K scan groups
+        return (shape[0] * shape[1], *shape[2:])
+    if theirs.endswith(POINTWISE_CONVOLUTIONS):  # convolutions instead of linear layers
+        return (*shape, 1, 1)
+    return tuple(shape)
+
+
 def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
     """Returns the configuration of the network with these tensors.
 
@@ -400,9 +421,7 @@ def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict
     wrong: list[str] = []
     for name, expected_tensor in expected.items():
         theirs = original_name(name, config)
-        # the authors flatten A_log and D of the K scan groups: (K * D, ...) instead of (K, D, ...)
-        is_flat = theirs.endswith((".A_logs", ".Ds"))
-        expected_shape = tuple((expected_tensor.flatten(0, 1) if is_flat else expected_tensor).shape)
+        expected_shape = original_shape(theirs, expected_tensor.shape)
         if theirs not in original:
             missing.append(network.prefix + theirs)
             continue

@@ -155,7 +155,7 @@ def export_model(
         output: The file to write. It is created or replaced only if its logits equal PyTorch's up to `BOUNDS`.
         format: A key of `FORMATS`.
         image_size: The height and width to fix, or None for images of any size. The batch size is never fixed.
-        dtype: "float32", "float16" or, for ONNX, "int8" (8-bit weights in linear and pointwise layers).
+        dtype: "float32", "float16" or, for ONNX, "int8" (8-bit weights in linear layers).
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -268,7 +268,7 @@ def write_onnx(classifier: Exportable, image_size: tuple[int, int] | None, file:
 
 
 def quantize_onnx(file: Path) -> None:
-    """Quantize the weights of linear and pointwise layers to 8 bits. Their inputs are quantized at run time."""
+    """Quantize the weights of linear layers to 8 bits. Their inputs are quantized at run time."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
