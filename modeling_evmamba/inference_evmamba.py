@@ -57,15 +57,15 @@ def optimize_for_inference(model: Model) -> Model:
         The optimized copy, of the class of `model`.
 
     Raises:
-        TypeError: If `model` is another model, or a layer of a block comes from elsewhere than PyTorch or this
-            package, such as LoRA's.
+        TypeError: If `model` is another model, its weights are no plain tensors, such as torchao's, or a layer of a
+            block comes from elsewhere than PyTorch or this package, such as LoRA's.
         ValueError: If a layer of a block has hooks, which the copy would not call.
     """
     if not isinstance(model, EfficientVMambaPreTrainedModel):
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
+    refuse_tensor_subclasses(model)
+    refuse_changed_blocks(model)
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if packs:
-        refuse_changed_blocks(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norms(model)
     if packs:
@@ -136,14 +136,25 @@ class PackedLayer(nn.Module):
             )
 
 
-class PackedLinear(PackedLayer):
-    """A linear layer followed by an activation, in oneDNN."""
+class PackedLinear(PackedLayer, nn.Linear):
+    """A linear layer followed by an activation, in oneDNN.
+
+    It is an `nn.Linear`, so that adapters and quantizers find it and raise the error of `weight`.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"):
-        super().__init__()
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
         self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]  # folded batch norms and chunks are plain tensors
         self.activation = activation
+
+    @property
+    def weight(self) -> NoReturn:  # type: ignore[override]  # it has none that others can read
+        raise RuntimeError(
+            "this model was optimized for inference, and its packed weights can be neither read nor changed: quantize "
+            "or adapt the original"
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check_dtype(hidden_states)
@@ -264,10 +275,24 @@ def refuse_changed_blocks(model: nn.Module) -> None:
             )
 
 
+def refuse_tensor_subclasses(model: nn.Module) -> None:
+    """Reject weights that are no plain tensors, since folding and packing compute with them.
+
+    Raises:
+        TypeError: If there is one, such as torchao's.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor:
+            raise TypeError(
+                f"{name} is a {type(parameter.data).__name__}, which optimize_for_inference cannot "
+                "pack: use the quantized or sharded model as it is"
+            )
+
+
 def pack_linear_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # adapters and quantizers keep their own
                 setattr(module, name, PackedLinear(child.weight, child.bias))
 
 

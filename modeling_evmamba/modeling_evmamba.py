@@ -78,6 +78,11 @@ def pointwise_conv(in_channels: int, out_channels: int, bias: bool = True) -> nn
     return layer
 
 
+def apply_to_pixels(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C')
+    """Apply a linear layer to each pixel. Some quantizers, such as bitsandbytes, take at most three dimensions."""
+    return layer(hidden_states.flatten(1, 2)).unflatten(1, hidden_states.shape[1:3])
+
+
 class EfficientVMambaDropPath(nn.Module):
     """Stochastic depth per sample (https://arxiv.org/abs/1603.09382). It is the identity outside of training."""
 
@@ -172,7 +177,7 @@ class EfficientVMambaES2D(nn.Module):
         init.ones_(self.D)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        hidden_states, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
+        hidden_states, z = apply_to_pixels(self.in_proj, hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
         hidden_states = self.activation(self.conv2d(hidden_states.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         hidden_states = atrous_selective_scan(
             hidden_states,
@@ -183,7 +188,7 @@ class EfficientVMambaES2D(nn.Module):
             self.D,
         )
         hidden_states = self.layernorm(hidden_states, z)
-        return self.output_proj(hidden_states)
+        return apply_to_pixels(self.output_proj, hidden_states)
 
 
 def normalize_batch(batch_norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -215,7 +220,7 @@ class EfficientVMambaLocalBranch(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         hidden_states = normalize_batch(self.batch_norm, self.depthwise_conv(hidden_states.permute(0, 3, 1, 2)))
-        return self.pointwise_conv(self.activation(hidden_states).permute(0, 2, 3, 1))
+        return apply_to_pixels(self.pointwise_conv, self.activation(hidden_states).permute(0, 2, 3, 1))
 
 
 class EfficientVMambaChannelGate(nn.Module):
@@ -263,8 +268,9 @@ class EfficientVMambaSqueezeExcitation(nn.Module):
         self.expand = pointwise_conv(squeezed_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, M) -> (B, H, W, M)
-        mean = hidden_states.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, M)
-        return hidden_states * torch.sigmoid(self.expand(F.relu(self.squeeze(mean))))
+        mean = hidden_states.mean(dim=(1, 2))  # (B, M)
+        factors = torch.sigmoid(self.expand(F.relu(self.squeeze(mean))))
+        return hidden_states * factors[:, None, None]
 
 
 class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
@@ -286,11 +292,12 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
         self.drop_path = EfficientVMambaDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        update = self.expand_conv(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, M, H, W)
-        update = self.activation(normalize_batch(self.expand_batch_norm, update))
+        update = apply_to_pixels(self.expand_conv, hidden_states.permute(0, 2, 3, 1))  # (B, H, W, M)
+        update = self.activation(normalize_batch(self.expand_batch_norm, update.permute(0, 3, 1, 2)))
         update = self.activation(normalize_batch(self.depthwise_batch_norm, self.depthwise_conv(update)))
         update = self.squeeze_excitation(update.permute(0, 2, 3, 1))  # (B, H, W, M)
-        update = normalize_batch(self.project_batch_norm, self.project_conv(update).permute(0, 3, 1, 2))
+        update = apply_to_pixels(self.project_conv, update)  # (B, H, W, C)
+        update = normalize_batch(self.project_batch_norm, update.permute(0, 3, 1, 2))
         return hidden_states + self.drop_path(update)
 
 
@@ -312,7 +319,7 @@ class EfficientVMambaPatchMerging(nn.Module):
             hidden_states.permute(0, 2, 3, 1).unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
         )  # (B, H/2, 2, W/2, 2, C)
         cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), column-major inside a cell
-        return self.reduction(self.layernorm(cells)).permute(0, 3, 1, 2)
+        return apply_to_pixels(self.reduction, self.layernorm(cells)).permute(0, 3, 1, 2)
 
 
 LAYER_CLASSES = {"evss": EfficientVMambaEVSSLayer, "inverted_residual": EfficientVMambaInvertedResidualLayer}
