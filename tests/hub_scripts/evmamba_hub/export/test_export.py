@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory):
         id2label=dict(enumerate(LABELS)),
         label2id={label: idx for idx, label in enumerate(LABELS)},
     )
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = EfficientVMambaForImageClassification(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
