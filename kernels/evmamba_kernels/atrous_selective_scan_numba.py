@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error
 
-from .atrous_selective_scan_torch import NUM_GROUPS
+from .atrous_selective_scan_torch import NUM_GROUPS, without_autocast
 from .numba_simd import (
     LANES,
     add,
@@ -598,11 +598,12 @@ def backward(
     run_jobs(compiled_kernel(scan_bwd_jobs), SCAN_BWD_WORK, work | dict(zip(names, outputs, strict=True)))
 
     grad_projected = grad_projected.sum(dim=2)[..., : weight.shape[1]]  # (B, K, rows, columns, R + 2N)
-    for k in range(NUM_GROUPS):
-        u_k = u[:, k % 2 :: 2, k // 2 :: 2]  # the pixels of the group
-        grad_k = grad_projected[:, k, : u_k.shape[1], : u_k.shape[2]]
-        grad_u[:, k % 2 :: 2, k // 2 :: 2] += grad_k @ weight[k]
-        grad_weight[k] = grad_k.flatten(0, 2).T @ u_k.flatten(0, 2)
+    with without_autocast(u.device):
+        for k in range(NUM_GROUPS):
+            u_k = u[:, k % 2 :: 2, k // 2 :: 2]  # the pixels of the group
+            grad_k = grad_projected[:, k, : u_k.shape[1], : u_k.shape[2]]
+            grad_u[:, k % 2 :: 2, k // 2 :: 2] += grad_k @ weight[k]
+            grad_weight[k] = grad_k.flatten(0, 2).T @ u_k.flatten(0, 2)
 
     gradients = (grad_u, grad_weight, *(gradient.sum(dim=0) for gradient in grad_others))
     return tuple(gradient.to(argument.dtype) for gradient, argument in zip(gradients, arguments, strict=True))

@@ -1,10 +1,12 @@
 """The operator against golden float64 values, and its contract. Golden values: `tests/golden_values.py`."""
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch._ops import OpOverload
 from torch.library import CustomOpDef
 
 import evmamba_kernels
-from devices import BACKENDS, DEVICE, sized
+from devices import BACKENDS, DEVICE, IS_INTERPRETED, sized
 from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
 from evmamba_kernels.atrous_selective_scan import scan_bwd_operator, scan_operator
 from evmamba_kernels.atrous_selective_scan_reference import (
@@ -39,6 +41,10 @@ def golden_arguments(case: dict[str, torch.Tensor], prefix: str = "") -> list[to
     x = x.permute(0, 2, 3, 1)
     A_log, D = A_log.view(num_groups, channels, -1), D.view(num_groups, channels)
     return [x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
+
+
+NAMES = ["hidden_states", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"]
+WITH_KERNELS = [name for name in BACKENDS if name != "torch"]
 
 
 def small_arguments(batch_size, height, width, channels, state_size=4, rank=2, dtype=torch.float64, seed=0):
@@ -74,6 +80,7 @@ def test_shapes_against_the_reference(shape, state_size, rank):
 
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of the result, relative norm
+PARAMETER_DTYPES = (torch.bfloat16, torch.float64, torch.float16, torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -146,6 +153,66 @@ def test_autocast_leaves_the_recurrence_in_float32(backend):
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = atrous_selective_scan(*arguments, backend=backend)
     assert torch.equal(y, atrous_selective_scan(*arguments, backend=backend))
+
+
+def run_kernels(backend: str, grad: torch.Tensor, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the output and the six gradients of a backend's functions, without the operators around them."""
+    forward, backward = ALL_BACKENDS[backend].load()
+    return [forward(*arguments), *backward(grad, *arguments)]
+
+
+@pytest.mark.parametrize("backend", WITH_KERNELS)
+def test_kernels_compute_in_float32_under_autocast(backend):
+    arguments = small_arguments(1, *sized((12, 11), (3, 4)), 8, dtype=torch.float32)
+    grad = arguments[0].flip(1)
+    expected = run_kernels(backend, grad, arguments)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        results = run_kernels(backend, grad, arguments)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", WITH_KERNELS)
+def test_results_are_new_and_contiguous(backend, dtype):
+    """Parameters have another dtype than the feature map, and no tensor is contiguous."""
+    arguments = small_arguments(*sized((2, 3, 5, 4), (1, 2, 3, 2)), *sized((4, 2), (2, 1)), dtype=torch.float32)
+    arguments[0] = arguments[0].to(dtype)
+    grad = arguments[0].flip(1)
+    arguments[1:] = [argument.to(other) for argument, other in zip(arguments[1:], PARAMETER_DTYPES, strict=True)]
+    strided = [torch.stack([argument, argument], dim=-1)[..., 0] for argument in (grad, *arguments)]
+    results = run_kernels(backend, strided[0], strided[1:])
+    for result, argument, dense in zip(
+        results, [arguments[0], *arguments], run_kernels(backend, grad, arguments), strict=True
+    ):
+        assert result.shape == argument.shape and result.dtype == argument.dtype
+        assert result.is_contiguous() and torch.equal(result, dense)
+    memory = [tensor.untyped_storage().data_ptr() for tensor in (*strided, *results)]
+    assert len(set(memory)) == len(memory)
+
+
+@pytest.mark.parametrize("argument", range(7), ids=[*NAMES, "grad"])
+@pytest.mark.parametrize("backend", WITH_KERNELS)
+def test_nan_reaches_what_depends_on_it(backend, argument):
+    arguments = small_arguments(*sized((2, 5, 4, 6), (1, 3, 2, 3)), *sized((4, 2), (2, 1)), dtype=torch.float32)
+    grad = torch.ones_like(arguments[0])
+    [*arguments, grad][argument].view(-1)[0] = torch.nan
+    exact = [each.double().requires_grad_() for each in arguments]
+    y = atrous_selective_scan_reference(*exact)
+    expected = [y, *torch.autograd.grad(y, exact, grad.double())]
+    for name, result, exact_result in zip(["y", *NAMES], run_kernels(backend, grad, arguments), expected, strict=True):
+        assert result.isnan()[exact_result.isnan()].all(), name
+
+
+@pytest.mark.parametrize("backend", WITH_KERNELS)
+def test_several_python_threads_at_once(backend):
+    if IS_INTERPRETED and backend == "triton":
+        pytest.skip("Triton's interpreter keeps its state in global variables")
+    calls = [small_arguments(2, 9, 8, 20, 16, 3, dtype=torch.float32, seed=seed) for seed in range(12)]
+    expected = [run_kernels(backend, arguments[0], arguments) for arguments in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = list(pool.map(lambda arguments: run_kernels(backend, arguments[0], arguments), calls))
+            torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", sized([32, 256], [8]))
@@ -352,20 +419,26 @@ def test_the_environment_chooses_a_backend():
 
 
 def test_pytorch_computes_where_packages_are_missing():
+    """PyTorch's operators compute unless another backend needs neither package."""
     script = """
-import sys
+import json, sys
 sys.modules["numba"] = sys.modules["triton"] = None  # importing them raises ImportError
 import torch, evmamba_kernels as k
-print(k.choose_backend("cpu", torch.float32))
-print(k.choose_backend("cuda", torch.float32))
+from evmamba_kernels.backends import BACKENDS, why_not
+for device in ("cpu", "cuda"):
+    reasons = {name: why_not(name, device, torch.float32) for name in BACKENDS}
+    print(json.dumps([k.choose_backend(device, torch.float32).backend, reasons]))
 arguments = [torch.ones(shape) for shape in [(1, 3, 3, 2), (4, 3, 2), (4, 2, 1), (4, 2), (4, 2, 1), (4, 2)]]
 print(k.atrous_selective_scan(*arguments).shape)
 k.atrous_selective_scan(*arguments, backend="numba")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    on_cpu, on_gpu, shape = run.stdout.splitlines()
-    assert "backend='torch'" in on_cpu and "pip install numba" in on_cpu
-    assert "backend='torch'" in on_gpu and "pip install triton" in on_gpu
+    *choices, shape = run.stdout.splitlines()
+    for choice, package in zip(choices, ("numba", "triton"), strict=True):
+        backend, reasons = json.loads(choice)
+        assert f"pip install {package}" in reasons[package]
+        usable = [name for name, reason in reasons.items() if reason is None]
+        assert backend == [*usable, "torch"][0]
     assert shape == "torch.Size([1, 3, 3, 2])"
     assert run.stderr.splitlines()[-1].startswith(
         "ImportError: the CPU kernels of the atrous selective scan need numba"
@@ -373,7 +446,7 @@ k.atrous_selective_scan(*arguments, backend="numba")
 
 
 @pytest.mark.parametrize("shape", sized([(1, 4, 4, 16), (2, 5, 3, 7), (0, 3, 2, 4)], [(1, 2, 3, 3)]), ids=str)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("backend", WITH_KERNELS)
 def test_operator_registration(backend, shape):
     arguments = [argument.requires_grad_() for argument in small_arguments(*shape, 2, dtype=torch.float32)]
     torch.library.opcheck(scan_operator, (*arguments, backend))
