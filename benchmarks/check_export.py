@@ -129,7 +129,7 @@ def measure_digits() -> list[dict[str, object]]:
     return [
         {
             "runtime": name,
-            "right": (each.argmax(dim=-1) == held_out.labels).sum().item(),
+            "correct": (each.argmax(dim=-1) == held_out.labels).sum().item(),
             "of": len(held_out.labels),
             "largest difference": (each - logits["PyTorch"]).abs().max().item(),
         }

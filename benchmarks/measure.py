@@ -4,6 +4,7 @@ import argparse
 import csv
 import math
 import statistics
+import subprocess
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -95,8 +96,24 @@ def read_process_status(field: str) -> int:
 
 
 def describe_environment() -> dict[str, str]:
-    """Returns the date, the machine and the versions, the packages of baselines among them."""
-    return {"date": date.today().isoformat(), **info.describe_environment((*info.PACKAGES, "mambapy", "mamba_ssm"))}
+    """Returns the date, the commit, the machine and the versions, the packages of baselines among them."""
+    environment = info.describe_environment((*info.PACKAGES, "mambapy", "mamba_ssm"))
+    backend, _, _ = environment["scan"].partition(":")  # without the reason, whose words change with the code
+    return {"date": date.today().isoformat(), "commit": read_commit(), **environment, "scan": backend}
+
+
+def read_commit(folder: Path = Path(__file__).parent) -> str:
+    """Returns the commit of the sources around a directory, and whether sources differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("diff", "--name-only", "HEAD", "--", ":/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}, with changes" if changed else commit
 
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:

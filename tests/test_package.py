@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -100,3 +101,11 @@ def test_readme_for_an_index_has_absolute_links():
         kind, _, path = file.partition("/v1/")
         assert kind == ("raw" if path.endswith(".png") else "blob")
         assert (ROOT / path).is_file()
+
+
+def test_checks_say_why_they_cannot_install_chromium(tmp_path):
+    for program in ("bash", "dirname", "id"):
+        (tmp_path / program).symlink_to(shutil.which(program))
+    run = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("Chromium is missing, and its installation needs Debian and root: install it")

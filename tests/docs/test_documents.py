@@ -57,7 +57,7 @@ PROGRAM = typer.main.get_command(app)
 
 # of other programs, as pages name them
 FOREIGN_OPTIONS = {"--use_fsdp", "--no-build-isolation"}
-FOREIGN_PACKAGES = {"build", "mamba_ssm", "pre-commit", "twine"}
+FOREIGN_PACKAGES = {"build", "dist/*.whl", "mamba_ssm", "pre-commit", "twine"}
 AUTHORS_OPTIONS = {  # docs/migration.md
     "--accumulation-steps", "--cfg", "--data-path", "--disable_amp", "--eval", "--model_ema_decay", "--pretrained",
     "--tag", "--throughput", "--use-checkpoint",
@@ -192,7 +192,7 @@ def check_python(words: list[str]) -> None:
         parse_script(segment_shapes.main, words[1:])
     elif words[:2] == ["-m", "training_evmamba.digits"]:
         parse_script(write_digits, words[2:])
-    elif words == ["-m", "build"]:
+    elif words[:2] in (["-m", "build"], ["-m", "venv"]):
         return
     elif words[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[2:] if "/" in word)
@@ -219,7 +219,9 @@ PROGRAMS = {
     "source": check_source,
     "accelerate": check_launcher,
     "torchrun": check_launcher,
-} | dict.fromkeys(["git", "mv", "pre-commit", "twine"], lambda words: None)  # fmt: skip
+    "build/check/bin/pip": check_pip,
+    "build/check/bin/evmamba": parse_evmamba,
+} | dict.fromkeys(["git", "mkdir", "mv", "pre-commit", "rm", "twine"], lambda words: None)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
@@ -567,7 +569,7 @@ def expect_latencies() -> list[list[Cell]]:
 
 def expect_digits() -> list[list[Cell]]:
     rows = read_csv("export_digits.csv")
-    return [[row["runtime"], row["right"], float(row["largest difference"])] for row in rows]
+    return [[row["runtime"], row["correct"], float(row["largest difference"])] for row in rows]
 
 
 def expect_ablations() -> list[list[Cell]]:
