@@ -36,7 +36,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 INTRODUCTION = """\
 # EfficientVMamba
 
-A light-weight vision network that scans an image in four interleaved sequences
+A lightweight vision network that scans an image in four interleaved sequences
 ([paper](https://arxiv.org/abs/2403.09977)). Choose a picture, then look inside.
 """
 
