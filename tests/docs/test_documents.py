@@ -4,7 +4,8 @@ The tests follow README and every page in docs/ as a reader would. They run its 
 order, in a directory with a small model, small data and the Hub of the tests. The program parses commands that cannot
 run here. `<!-- not run: reason -->` above a block leaves it out.
 
-Pages for developers are not followed, but their commands, links and names are checked likewise.
+Pages for developers are not followed, but their commands, links and names are checked likewise. So are the texts and
+commands of the notebooks, which tests/examples/test_notebooks.py runs.
 """
 
 import ast
@@ -51,13 +52,16 @@ DEVELOPER_PAGES = [
     *(ROOT / name for name in ("kernels/README.md", "hub_scripts/README.md", "tests/golden/README.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
-ALL_PAGES = PAGES + DEVELOPER_PAGES
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+ALL_PAGES = PAGES + DEVELOPER_PAGES + NOTEBOOKS
 SLOW_PAGES = {"export.md", "tutorial.md"}  # writes and compiles files
 PROGRAM = typer.main.get_command(app)
 
 # of other programs, as pages name them
-FOREIGN_OPTIONS = {"--use_fsdp", "--no-build-isolation"}
-FOREIGN_PACKAGES = {"build", "dist/*.whl", "mamba_ssm", "pre-commit", "twine"}
+FOREIGN_OPTIONS = {"--use_fsdp", "--no-build-isolation", "--quiet"}
+FOREIGN_PACKAGES = {
+    "build", "dist/*.whl", "ipywidgets", "jupyterlab", "mamba_ssm", "peft", "pre-commit", "twine",
+}  # fmt: skip
 AUTHORS_OPTIONS = {  # docs/migration.md
     "--accumulation-steps", "--cfg", "--data-path", "--disable_amp", "--eval", "--model_ema_decay", "--pretrained",
     "--tag", "--throughput", "--use-checkpoint",
@@ -92,8 +96,22 @@ class Command(NamedTuple):
     runs: bool
 
 
+def read_page(page: Path) -> str:
+    """Return a page's Markdown: for a notebook, its text cells, and the commands of each code cell as a block."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            source = "\n".join(["```", *re.findall(r"^ *[%!](.+)", source, re.MULTILINE), "```"])
+        parts.append(source)
+    return "\n\n".join(parts)
+
+
 def read_tokens(page: Path) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+    return MarkdownIt("commonmark").enable("table").parse(read_page(page))
 
 
 def find_blocks(page: Path) -> list[Block]:
@@ -221,7 +239,7 @@ PROGRAMS = {
     "torchrun": check_launcher,
     "build/check/bin/pip": check_pip,
     "build/check/bin/evmamba": parse_evmamba,
-} | dict.fromkeys(["git", "mkdir", "mv", "pre-commit", "rm", "twine"], lambda words: None)
+} | dict.fromkeys(["git", "jupyter", "mkdir", "mv", "pre-commit", "rm", "twine"], lambda words: None)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
@@ -465,7 +483,7 @@ def list_anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_links_lead_to_files_and_headings(page):
-    text = page.read_text(encoding="utf-8")
+    text = read_page(page)
     links = re.findall(r"(?<=\]\()[^)\s]+(?=\))|(?<=src=\")[^\"]+|(?<=srcset=\")[^\"]+", text)
     for link in links:
         path, _, anchor = link.partition("#")
