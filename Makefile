@@ -80,16 +80,18 @@ digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	rm -rf demo/digits
 	cp -r build/digits-run/model demo/digits
 
-quality: $(INSTALLED)  ## Check style, formatting, the layers of the packages, and types.
+quality: $(INSTALLED)  ## Check style, formatting, notebooks, the layers of the packages, and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/nbstripout --verify examples/*.ipynb
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
-style: $(INSTALLED)  ## Fix style and formatting.
+style: $(INSTALLED)  ## Fix style and formatting, and clear the outputs of notebooks.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/nbstripout examples/*.ipynb
 
 clean:  ## Remove the files of the other targets.
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .grimp_cache .mypy_cache .pytest_cache .ruff_cache build dist \

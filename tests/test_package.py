@@ -44,12 +44,12 @@ def test_version_has_one_source(capsys, monkeypatch):
 
 
 def test_hooks_have_the_versions_of_the_constraints():
-    """The hooks of ruff and codespell check what `make quality` checks."""
+    """The hooks of ruff, codespell and nbstripout check what `make quality` checks."""
     constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     versions = {hook["id"].split("-")[0]: repo["rev"].removeprefix("v") for repo in repos for hook in repo["hooks"]}
-    shared = versions.keys() & {"ruff", "codespell"}
-    assert shared == {"ruff", "codespell"}
+    shared = versions.keys() & {"ruff", "codespell", "nbstripout"}
+    assert shared == {"ruff", "codespell", "nbstripout"}
     assert {name: versions[name] for name in shared} == {name: constraints[name] for name in shared}
 
 
