@@ -6,6 +6,7 @@ Batches cross the borders of epochs, so each epoch uses every image once, and al
 The augmentation of an image depends only on the seed and its place in the sequence. A run can thus resume at any step.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,21 @@ Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 def create_rng(seed: int, purpose: int, *place: int) -> np.random.Generator:
     """Return a random generator that depends only on the place in the run."""
     return np.random.default_rng((seed, purpose, *place))
+
+
+def count_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_num_workers(images: LabeledImages, recipe: Recipe) -> int:
+    """Return the number of workers of a DataLoader, at most one per CPU.
+
+    A stream keeps the recipe's number, because it determines the order of the images.
+    """
+    return min(recipe.num_workers, count_cpus()) if isinstance(images, IndexedImages) else recipe.num_workers
 
 
 @dataclass
@@ -146,6 +162,9 @@ def open_data(recipe: Recipe) -> TrainingData:
     if validation is None and recipe.validation_fraction > 0 and isinstance(training, IndexedImages):
         training, validation = hold_out(training, class_names, recipe)
         notes += describe_hold_out(validation, class_names)
+    num_workers = choose_num_workers(training, recipe)
+    if num_workers < recipe.num_workers:
+        notes.append(f"Reduced --num-workers from {recipe.num_workers} to {num_workers}, the number of available CPUs")
     images_per_epoch = recipe.images_per_epoch or training.num_images
     if images_per_epoch is None:
         raise UserError(f"the stream {training.name} does not tell its length: give --images-per-epoch")
@@ -443,10 +462,24 @@ class ValidationReader:
             return Sample(torch.zeros(3, size["height"], size["width"]), UNREADABLE_LABEL, [str(error)])
 
 
-class ValidationImages(IterableDataset):
-    """The images of one process. Each image comes once."""
+class ValidationImages(Dataset):
+    """The images of one process, by their place in its share."""
 
-    def __init__(self, images: LabeledImages, read_sample: ValidationReader, share: Share):
+    def __init__(self, images: IndexedImages, read_sample: ValidationReader, share: Share):
+        self.images, self.read_sample = images, read_sample
+        self.indices = share.indices(len(images))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Sample:
+        return self.read_sample(self.images[self.indices[place]])
+
+
+class StreamedValidationImages(IterableDataset):
+    """The images of one process from a stream. Each image comes once."""
+
+    def __init__(self, images: StreamedImages, read_sample: ValidationReader, share: Share):
         self.images, self.read_sample, self.share = images, read_sample, share
 
     def __iter__(self) -> Iterator[Sample]:
@@ -471,7 +504,10 @@ def create_training_loader(
         start: Number of the first batch.
     """
     read_sample = SampleReader(data.class_names, transform, recipe.seed)
-    options = {"num_workers": recipe.num_workers, "pin_memory": torch.cuda.is_available()}
+    options = {
+        "num_workers": choose_num_workers(data.training, recipe),
+        "pin_memory": torch.cuda.is_available(),
+    }
     if isinstance(data.training, IndexedImages):
         sampler = ShuffledBatchSampler(data.training.num_images, batch_size, recipe.seed, start, share)
         return DataLoader(
@@ -491,11 +527,11 @@ def create_validation_loader(
 ) -> DataLoader:
     """Return a loader of one process's validation images. The shares of all processes make up the dataset."""
     read_sample = ValidationReader(data.class_names, preprocess)
-    images = ValidationImages(data.validation, read_sample, share)
+    dataset_class = ValidationImages if isinstance(data.validation, IndexedImages) else StreamedValidationImages
     return DataLoader(
-        images,
+        dataset_class(data.validation, read_sample, share),
         batch_size=batch_size,
         collate_fn=collate,
-        num_workers=recipe.num_workers,
+        num_workers=choose_num_workers(data.validation, recipe),
         pin_memory=torch.cuda.is_available(),
     )

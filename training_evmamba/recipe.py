@@ -98,7 +98,11 @@ class Recipe:
     on_unreadable: Literal["skip", "stop"] = option(
         "Data", "Whether to skip unreadable images or to stop.", "skip", resumable=True
     )
-    num_workers: int = option("Data", "Processes that read and augment images, for each training process.", 4)
+    num_workers: int = option(
+        "Data",
+        "Workers that read and augment images, for each training process. Only a stream takes more than one per CPU.",
+        4,
+    )
 
     augmentation_library: Literal["auto", "timm", "pillow"] = option(
         "Augmentation",

@@ -122,11 +122,13 @@ class TrainingRun:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
-        # Three warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but
-        # nothing changes them in place. The schedule warns about the step that loss scaling wraps.
+        # Four warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but
+        # nothing changes them in place. The schedule warns about the step that loss scaling wraps. DataLoader warns
+        # about more workers than CPUs, but the order of a stream depends on their number.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         warnings.filterwarnings("ignore", ".*optimizer.step.* has been overridden")
+        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes in total")
         try:
             self.model, self.optimizer = accelerator.prepare(model, create_optimizer(model, recipe))
         except ValueError as error:

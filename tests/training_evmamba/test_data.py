@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 from collections import Counter
@@ -26,6 +27,7 @@ from training_evmamba.data import (
     open_data,
 )
 from training_evmamba.network import complete_recipe, create_image_processor
+from training_runs import start
 
 
 WHOLE = Share(0, 1)  # of a dataset
@@ -81,6 +83,47 @@ def test_training_images_depend_on_their_place_alone(make_recipe, num_workers):
         assert torch.equal(whole.pixel_values, torch.cat([part.pixel_values for part in parts]))
     # the second epoch repeats the first image, with another augmentation
     assert not torch.equal(everything[0].pixel_values, read_batches(make_recipe(seed=1), 1)[0].pixel_values)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_of_an_evaluation_depend_on_no_workers(make_recipe, num_workers):
+    """In float32, the logits of an image depend on its batch by rounding."""
+    preprocess = Preprocessor(create_image_processor(complete_recipe(make_recipe(), None)))
+    data = open_data(make_recipe())
+    loaders = [
+        create_validation_loader(data, make_recipe(num_workers=number), preprocess, 4, Share(1, 2))
+        for number in (0, num_workers)
+    ]
+    assert_same(*map(list, loaders))
+    assert [len(batch.labels) for batch in loaders[0]] == [4, 1]
+
+
+@pytest.fixture(params=["affinity", "count"])
+def one_cpu(request, monkeypatch):
+    """Let the process use one CPU, on systems with and without `os.sched_setaffinity`."""
+    if request.param == "count":
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+        yield
+    elif hasattr(os, "sched_setaffinity"):
+        cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cpus)})
+        yield
+        os.sched_setaffinity(0, cpus)
+    else:
+        pytest.skip("the system has no CPU affinity")
+
+
+def test_images_on_disk_are_read_by_one_worker_per_cpu(one_cpu, make_recipe, recwarn):
+    for number, expected in ((0, 0), (1, 1), (3, 1)):
+        recipe = make_recipe(num_workers=number)
+        data = open_data(recipe)
+        preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
+        assert create_loader(data, recipe).num_workers == expected
+        assert create_validation_loader(data, recipe, preprocess, 8, WHOLE).num_workers == expected
+        reduced = "Reduced --num-workers from 3 to 1, the number of available CPUs"
+        assert [note for note in data.notes if "workers" in note] == ([reduced] if number > 1 else [])
+    assert not recwarn.list
 
 
 def test_part_of_the_training_images_is_held_out_where_there_is_no_other_split(make_recipe, stripes):
@@ -403,6 +446,14 @@ def test_a_stream_goes_on_where_it_was(make_recipe, stream, num_workers):
     if num_workers == 0:  # the first epoch's images are 37 different ones
         pixels = torch.cat([batch.pixel_values for batch in everything])[:37]
         assert len({image.numpy().tobytes() for image in pixels}) == 37
+
+
+def test_a_stream_keeps_its_workers_in_silence(one_cpu, make_recipe, stream, tmp_path, recwarn):
+    recipe = make_recipe(dataset=stream, streaming=True, images_per_epoch=37, num_workers=2)
+    run = start(recipe, tmp_path / "run")
+    assert create_loader(run.data, recipe).num_workers == 2
+    assert not [note for note in run.data.notes if "workers" in note]
+    assert not [warning for warning in recwarn if "worker processes" in str(warning.message)]
 
 
 def test_processes_share_a_stream(make_recipe, stream):
