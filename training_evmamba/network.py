@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +15,8 @@ from transformers import BitImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.inference.labels import BY_INDEX, LabelMatcher
+from evmamba_hub.images.layouts import shorten
+from evmamba_hub.inference.labels import GUESSES, LabelMatcher
 from evmamba_hub.model_folder import find_weights, load_config
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, create_recipe
@@ -62,12 +66,84 @@ def create_image_processor(recipe: Recipe) -> BitImageProcessorPil:
     )
 
 
+@contextmanager
+def hide_load_report() -> Iterator[None]:
+    """Hide the table of transformers about weights that a checkpoint lacks or has in another shape."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def has_same_classes(id2label: dict[int, str], class_names: list[str]) -> bool:
+    """Return whether classes are those of a checkpoint in the same order. Guesses do not count."""
+    matcher = LabelMatcher(id2label, {})
+    try:
+        return matcher.match(class_names) == list(range(len(id2label))) and GUESSES.isdisjoint(matcher.ways)
+    except UserError:
+        return False
+
+
+def describe_new_head(num_classes: int, num_old: int | None) -> str:
+    """Return a sentence for the user about the new head for a checkpoint, which has a head of `num_old` classes."""
+    if num_old is None:
+        return f"The checkpoint has no head: a new one for {num_classes:,} classes is added"
+    reason = ", because their names or their order differ" if num_old == num_classes else ""
+    return f"A new head for {num_classes:,} classes replaces the checkpoint's of {num_old:,} classes{reason}"
+
+
+def load_checkpoint(
+    recipe: Recipe, checkpoint: Path, fields: dict, class_names: list[str]
+) -> tuple[EfficientVMambaForImageClassification, list[str]]:
+    """Return the network with the weights of a checkpoint, and sentences for the user about those that do not fit.
+
+    Raises:
+        UserError: If weights other than those of the head do not fit.
+    """
+    id2label = load_config(checkpoint).id2label
+    with hide_load_report():
+        model, report = EfficientVMambaForImageClassification.from_pretrained(
+            checkpoint,
+            **recipe.network,
+            **fields,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    missing, unused = report["missing_keys"], sorted(report["unexpected_keys"])
+    unfit = missing | {name for name, *_ in report["mismatched_keys"]}
+    if unfit := sorted(name for name in unfit if not name.startswith("classifier.")):
+        raise UserError(
+            f"{checkpoint} lacks {len(unfit)} weights of the network or has them in another shape, among them "
+            f"{unfit[0]}: `network` must not change the shapes of the checkpoint"
+        )
+    notes = []
+    has_head = not any(name.startswith("classifier.") for name in missing)
+    if not has_head or not has_same_classes(id2label, class_names):
+        nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
+        notes.append(describe_new_head(len(class_names), len(id2label) if has_head else None))
+    if unused:
+        weights = "1 weight" if len(unused) == 1 else f"{len(unused):,} weights"
+        notes.append(f"Ignored {weights} of the checkpoint that the network lacks: {shorten(unused)}")
+    return model, notes
+
+
 def create_model(
     recipe: Recipe, checkpoint: Path | None, class_names: list[str]
-) -> EfficientVMambaForImageClassification:
+) -> tuple[EfficientVMambaForImageClassification, list[str]]:
     """Return the network with fresh weights or those of a checkpoint, and a head for the classes.
 
     A checkpoint with the same classes keeps its head.
+
+    Returns:
+        The network, and sentences for the user about weights of the checkpoint that do not fit.
 
     Raises:
         UserError: If the network cannot be built, or the checkpoint does not fit it.
@@ -90,31 +166,9 @@ def create_model(
     try:
         if checkpoint is None:
             config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **recipe.network, **fields})
-            model = EfficientVMambaForImageClassification(config)
+            model, notes = EfficientVMambaForImageClassification(config), []
         else:
-            known = load_config(checkpoint).id2label
-            matcher = LabelMatcher(known, {})
-            try:
-                keeps_head = matcher.match(class_names) == list(range(len(known))) and BY_INDEX not in matcher.ways
-            except UserError:
-                keeps_head = False
-            model, report = EfficientVMambaForImageClassification.from_pretrained(
-                checkpoint,
-                **recipe.network,
-                **fields,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
-            unfit = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-            if unfit := sorted(name for name in unfit if not name.startswith("classifier.")):
-                raise UserError(
-                    f"{checkpoint} lacks {len(unfit)} weights of the network or has them in another shape, among them "
-                    f"{unfit[0]}: `network` must not change the shapes of the checkpoint"
-                )
-            if not keeps_head:
-                nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
-                nn.init.zeros_(model.classifier.bias)
+            model, notes = load_checkpoint(recipe, checkpoint, fields, class_names)
     except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"the network cannot be built: {error.__cause__ or error}") from error
     if model.config.num_channels != 3:
@@ -124,4 +178,4 @@ def create_model(
         )
     if recipe.frozen_stages > model.config.num_stages:
         raise UserError(f"`frozen_stages` is {recipe.frozen_stages}, the network has {model.config.num_stages} stages")
-    return model
+    return model, notes

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object, set_seed
 from huggingface_hub import constants
 from torch.distributed.tensor import DTensor
-from transformers.utils import logging
 
 from evmamba_hub.client import fetch_model
 from evmamba_hub.errors import UserError, escape_unprintable
@@ -58,7 +57,8 @@ WORKER_DIED = "DataLoader worker"  # the start of PyTorch's messages
 class TrainingRun:
     """A training run, from its recipe or its last checkpoint to the model.
 
-    At the end, its directory gets `model/`, which `from_pretrained` loads and `evmamba push` uploads.
+    At the end, its directory gets `model/`, which `from_pretrained` loads and `evmamba push` uploads. `notes` holds
+    sentences for the user about images and weights.
 
     Args:
         recipe: Values of the run.
@@ -90,16 +90,20 @@ class TrainingRun:
         if saved_recipe is not None:
             folder.check_same_recipe(saved_recipe, self.recipe)
         reason = "" if timm_problem is None else f". timm cannot be imported: {timm_problem}"
-        self.augmentation = describe_augmentation_library(self.recipe.augmentation_library) + reason
+        augmentation = describe_augmentation_library(self.recipe.augmentation_library) + reason
+        self.notes = [f"Images are augmented by {augmentation}", *self.data.notes]
         self.checkpoints = Checkpoints(folder.checkpoints_dir, self.recipe.keep_checkpoints)
 
         num_classes = len(self.data.class_names)
         self.transform, self.mix = create_augmentation(self.recipe, num_classes, self.micro_batch_size)
         self.image_processor = create_image_processor(self.recipe)
         set_seed(self.recipe.seed)
-        self.prepare(create_model(self.recipe, checkpoint, self.data.class_names))
+        model, notes_on_weights = create_model(self.recipe, checkpoint, self.data.class_names)
+        self.prepare(model)
         if saved_recipe is not None and (checkpoints := self.checkpoints.list()):
             self.resume_from(checkpoints[-1])
+        else:
+            self.notes += notes_on_weights
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             folder.begin(self.recipe, self.progress.step)
@@ -389,7 +393,6 @@ class TrainingRun:
         if not self.accelerator.is_main_process:
             return
         with staged(self.folder.model_dir) as folder:
-            logging.disable_progress_bar()
             model.save_pretrained(folder, state_dict=weights)
             self.image_processor.save_pretrained(folder)
             card = create_card(self.recipe, self.progress, model, self.data, results, self.folder.path.resolve().name)

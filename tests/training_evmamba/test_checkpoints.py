@@ -19,7 +19,7 @@ class Training:
     def __init__(self, recipe, num_steps: int):
         recipe = complete_recipe(recipe, None)
         torch.manual_seed(num_steps)
-        self.model = create_model(recipe, None, ["a", "b"])
+        self.model, _ = create_model(recipe, None, ["a", "b"])
         self.optimizer = create_optimizer(self.model, recipe)
         self.schedule = create_schedule(self.optimizer, recipe, 10, 5)
         self.ema = ExponentialMovingAverage(self.model, 0.5)

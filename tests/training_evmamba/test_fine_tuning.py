@@ -1,5 +1,6 @@
 """Runs that start from the weights of a checkpoint."""
 
+import logging
 import shutil
 
 import pytest
@@ -7,8 +8,88 @@ import torch
 from safetensors.torch import load_file
 
 from evmamba_hub.errors import UserError
+from modeling_evmamba import EfficientVMambaForImageClassification
+from training_evmamba.network import complete_recipe, create_model, hide_load_report
 from training_evmamba.recipe import create_recipe, read_values
-from training_runs import train
+from training_runs import CLASSES, start, train
+
+
+@pytest.fixture
+def said_by_transformers():
+    """The log messages of transformers."""
+    messages: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def create_classifier(recipe, class_names=CLASSES) -> EfficientVMambaForImageClassification:
+    return create_model(complete_recipe(recipe, None), None, class_names)[0]
+
+
+def load(recipe, checkpoint, class_names, **network):
+    recipe = create_recipe({**vars(complete_recipe(recipe, None)), "network": network})
+    return create_model(recipe, checkpoint, class_names)
+
+
+OTHERS = "A new head for 2 classes replaces the checkpoint's of 2 classes, because their names or their order differ"
+
+
+@pytest.mark.parametrize(
+    "class_names, notes",
+    [
+        (CLASSES, []),
+        (["a", "b", "c"], ["A new head for 3 classes replaces the checkpoint's of 2 classes"]),
+        (["a", "b"], [OTHERS]),
+        (CLASSES[::-1], [OTHERS]),
+        (["0", "1"], [OTHERS]),
+    ],
+    ids=["same", "more", "other names", "other order", "numbers"],
+)
+def test_a_new_head_is_announced_in_one_sentence(make_recipe, tmp_path, said_by_transformers, class_names, notes):
+    old = create_classifier(make_recipe())
+    old.save_pretrained(tmp_path)
+    model, said = load(make_recipe(), tmp_path, class_names)
+    assert (said, said_by_transformers) == (notes, [])
+    keeps_head = torch.equal(model.classifier.weight[:2], old.classifier.weight)
+    assert keeps_head == (not notes)
+
+
+def test_a_head_of_classes_without_names_is_not_kept(make_recipe, tmp_path):
+    """They would match any names by order, which says nothing about the classes."""
+    old = create_classifier(make_recipe(), ["LABEL_0", "LABEL_1"])
+    old.save_pretrained(tmp_path)
+    model, said = load(make_recipe(), tmp_path, CLASSES)
+    assert said == [OTHERS]
+    assert not torch.equal(model.classifier.weight, old.classifier.weight)
+
+
+def test_a_checkpoint_without_a_head(make_recipe, tmp_path, said_by_transformers):
+    old = create_classifier(make_recipe())
+    old.efficientvmamba.save_pretrained(tmp_path)
+    for class_names in (CLASSES, ["a", "b", "c"]):
+        _, said = load(make_recipe(), tmp_path, class_names)
+        assert said == [f"The checkpoint has no head: a new one for {len(class_names)} classes is added"]
+    assert said_by_transformers == []
+
+
+def test_weights_that_the_network_lacks_are_announced(make_recipe, tmp_path, said_by_transformers):
+    create_classifier(make_recipe()).save_pretrained(tmp_path)
+    _, (said,) = load(make_recipe(), tmp_path, CLASSES, block_types=["evss", "evss"], depths=[1, 0])
+    assert said.startswith("Ignored ") and " weights of the checkpoint that the network lacks: " in said
+    assert said_by_transformers == []
+
+
+def test_other_messages_of_transformers_are_kept(said_by_transformers):
+    logger = logging.getLogger("transformers.modeling_utils")
+    with hide_load_report():
+        logger.warning("Network LOAD REPORT from: here")
+        logger.warning("another warning")
+        logger.error("an error")
+    logger.warning("Network LOAD REPORT from: there")
+    assert said_by_transformers == ["another warning", "an error", "Network LOAD REPORT from: there"]
 
 
 def test_fine_tuning_keeps_the_head_of_the_same_classes(make_recipe, tmp_path):
@@ -31,7 +112,12 @@ def test_fine_tuning_on_other_classes(make_recipe, stripes, tmp_path):
         shutil.copytree(stripes / "train" / "vertical", others / name)
     options = {"model": str(tmp_path / "first" / "model"), "network": {}, "epochs": 1}
     rates = {"learning_rate": 1e-5, "min_learning_rate": 0.0}
-    train(make_recipe(dataset=str(others), **options, **rates), tmp_path / "second")
+    recipe = make_recipe(dataset=str(others), **options, **rates)
+    run = start(recipe, tmp_path / "second")
+    run.train()
+    new_head = "A new head for 3 classes replaces the checkpoint's of 2 classes"
+    assert run.notes[-1] == new_head
+    assert new_head not in start(recipe, tmp_path / "second", resume=True).notes
     first = load_file(tmp_path / "first" / "model" / "model.safetensors")
     second = load_file(tmp_path / "second" / "model" / "model.safetensors")
     assert second["classifier.weight"].shape == (3, 16)

@@ -118,7 +118,7 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
     """Train, with progress on the console of the main process. Return the results."""
     is_main_process = run.accelerator.is_main_process
     if is_main_process:
-        for note in [f"Images are augmented by {run.augmentation}", *run.data.notes]:
+        for note in run.notes:
             console.print(literal(note))
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
     with Progress(*columns, console=console, disable=not is_main_process) as progress:
@@ -164,6 +164,7 @@ def train(
     """
     require("accelerate", "datasets", "filelock", "matplotlib", extra="train")
     from huggingface_hub import get_token
+    from transformers.utils import logging
 
     from evmamba_hub.client import LOGIN_HINT, check_repo_id
     from evmamba_hub.publish.push import collect_model_files, push_model
@@ -174,6 +175,7 @@ def train(
         if get_token() is None:
             raise UserError(f"there is no access token for --push-to: {LOGIN_HINT}")
         values["name"] = values.get("name") or push_to
+    logging.disable_progress_bar()
     run = TrainingRun(load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto")
     results = train_with_progress(run, error_console)
     if not run.accelerator.is_main_process:

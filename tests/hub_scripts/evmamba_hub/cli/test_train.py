@@ -2,6 +2,7 @@ import dataclasses
 import re
 import shutil
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import typer
 import yaml
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from evmamba_hub.cli.main import app
@@ -18,6 +20,9 @@ from evmamba_hub.publish.card import load_card
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, dump_recipe, get_kinds, load_recipe
 from training_evmamba.trainer import TrainingRun
+
+
+DIGITS = Path(__file__).parents[4] / "demo" / "digits"
 
 
 @pytest.fixture
@@ -155,6 +160,15 @@ def test_uploads_the_model_and_fine_tunes_it_from_there(run, hub, make_recipe, t
     recipe = make_recipe(model="someone/stripes", network={}, epochs=1)
     TrainingRun(recipe, tmp_path / "tuned", resume=False).train()
     assert load_card(str(tmp_path / "tuned" / "model")).data.base_model == "someone/stripes"
+
+
+def test_loading_a_checkpoint_shows_nothing(stripes, tmp_path, capfd):
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in this process
+    logging.enable_progress_bar()
+    options = {"model": DIGITS, "dataset": stripes, "output-dir": tmp_path / "run", "frozen-stages": 9}
+    ended = CliRunner().invoke(app, ["train", *(f"--{name}={value}" for name, value in options.items())])
+    assert "the network has 4 stages" in str(ended.exception)
+    assert ended.output + "".join(capfd.readouterr()) == ""
 
 
 def test_asks_for_a_token_before_the_work_begins(run, hub, monkeypatch, tmp_path):
