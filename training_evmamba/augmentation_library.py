@@ -4,6 +4,7 @@ A new run chooses the library and saves it in its recipe, because both draw diff
 """
 
 import dataclasses
+from importlib.util import find_spec
 
 import torch
 
@@ -13,12 +14,14 @@ from training_evmamba.distributed import gather_problem
 from training_evmamba.recipe import Recipe
 
 
-def find_timm_import_error() -> str | None:
-    """Return why timm cannot be imported, or None if it can."""
+def find_timm_problem() -> str | None:
+    """Return the problem with timm as the predicate of a sentence, or None if it can be imported."""
+    if find_spec("timm") is None:
+        return "is not installed"
     try:
         import training_evmamba.augmentation_timm  # noqa: F401
     except Exception as error:  # a torchvision built for another PyTorch raises several types
-        return f"{type(error).__name__}: {error}"
+        return f"cannot be imported ({type(error).__name__}: {error})"
     return None
 
 
@@ -32,7 +35,7 @@ def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[R
         saved: Recipe of the resumed run. None for a new run.
 
     Returns:
-        The recipe, and why timm cannot be imported if that decided the choice, or None.
+        The recipe, and the problem with timm if that decided the choice, or None.
 
     Raises:
         UserError: If the recipe names timm and a process cannot import it.
@@ -42,7 +45,7 @@ def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[R
         library = saved.augmentation_library
     if library == "pillow":
         return dataclasses.replace(recipe, augmentation_library=library), None
-    problem = gather_problem(find_timm_import_error())
+    problem = gather_problem(find_timm_problem())
     if library == "timm" and problem is not None:
         way_out = (
             "use --augmentation-library pillow"
@@ -50,8 +53,8 @@ def choose_augmentation_library(recipe: Recipe, saved: Recipe | None) -> tuple[R
             else "choose another --output-dir: a resumed run keeps its library"
         )
         raise UserError(
-            f"the recipe augments images with timm, which cannot be imported ({problem}): install timm and the "
-            f"torchvision built for PyTorch {torch.__version__}, or {way_out}"
+            f"the recipe augments images with timm, which {problem}: install timm and the torchvision built for "
+            f"PyTorch {torch.__version__}, or {way_out}"
         )
     return dataclasses.replace(recipe, augmentation_library="pillow" if problem else "timm"), problem
 
@@ -108,3 +111,11 @@ def describe_augmentation_library(library: str) -> str:
 
         return f"timm {timm.__version__} (`create_transform` and `Mixup`)"
     return "Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)"
+
+
+def describe_choice(library: str, timm_problem: str | None) -> str:
+    """Return a sentence for the user about a library and the problem with timm that decided the choice, if any."""
+    described = describe_augmentation_library(library)
+    if timm_problem is None:
+        return f"Images are augmented by {described}"
+    return f"timm {timm_problem}, so this package augments the images with {described}"

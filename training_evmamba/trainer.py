@@ -22,7 +22,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import (
     choose_augmentation_library,
     create_augmentation,
-    describe_augmentation_library,
+    describe_choice,
 )
 from training_evmamba.callback import TrainingCallback
 from training_evmamba.checkpoints import Checkpoints, RunProgress, TrainingState, gather_averages, sync_to_disk
@@ -89,9 +89,7 @@ class TrainingRun:
         self.recipe, timm_problem = choose_augmentation_library(complete_recipe(recipe, checkpoint), saved_recipe)
         if saved_recipe is not None:
             folder.check_same_recipe(saved_recipe, self.recipe)
-        reason = "" if timm_problem is None else f". timm cannot be imported: {timm_problem}"
-        augmentation = describe_augmentation_library(self.recipe.augmentation_library) + reason
-        self.notes = [f"Images are augmented by {augmentation}", *self.data.notes]
+        self.notes = [describe_choice(self.recipe.augmentation_library, timm_problem), *self.data.notes]
         self.checkpoints = Checkpoints(folder.checkpoints_dir, self.recipe.keep_checkpoints)
 
         num_classes = len(self.data.class_names)

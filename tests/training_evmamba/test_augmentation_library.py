@@ -14,7 +14,8 @@ from evmamba_hub.publish.card import load_card
 from training_evmamba.augmentation_library import (
     choose_augmentation_library,
     create_augmentation,
-    find_timm_import_error,
+    describe_choice,
+    find_timm_problem,
 )
 from training_evmamba.recipe import read_values
 from training_runs import assert_same_models, read_losses, start, train
@@ -37,24 +38,36 @@ def forget_timm():
 
 @pytest.fixture
 def missing_timm(forget_timm) -> str:
-    """Block the import of timm, as if it were not installed. Return the message."""
+    """Block the import of timm, as if it were not installed. Return the problem."""
     sys.modules["timm.data"] = sys.modules["timm"] = None
-    return "ModuleNotFoundError: import of timm"
+    return "is not installed"
 
 
 @pytest.fixture
 def unfit_torchvision(forget_timm, monkeypatch, tmp_path) -> str:
-    """A torchvision that was built for another PyTorch. Return its message."""
+    """A torchvision that was built for another PyTorch. Return the problem."""
     message = "operator torchvision::nms does not exist"
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").touch()
     (tmp_path / "timm" / "data.py").write_text("import torchvision")
     (tmp_path / "torchvision.py").write_text(f"raise RuntimeError({message!r})")
     monkeypatch.syspath_prepend(tmp_path)
-    return f"RuntimeError: {message}"
+    return f"cannot be imported (RuntimeError: {message})"
 
 
-@pytest.fixture(params=["missing_timm", "unfit_torchvision"])
+@pytest.fixture
+def missing_torchvision(forget_timm, monkeypatch, tmp_path) -> str:
+    """Block the import of torchvision beside an installed timm. Return the problem."""
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").touch()
+    (tmp_path / "timm" / "data.py").write_text("import torchvision")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules["torchvision"] = None
+    message = "import of torchvision halted; None in sys.modules"
+    return f"cannot be imported (ModuleNotFoundError: {message})"
+
+
+@pytest.fixture(params=["missing_timm", "unfit_torchvision", "missing_torchvision"])
 def problem(request) -> str:
     return request.getfixturevalue(request.param)
 
@@ -68,11 +81,11 @@ def test_without_timm_our_operators_are_chosen_and_why(problem, make_recipe):
     recipe = make_recipe(augmentation_library="auto")
     chosen, reason = choose_augmentation_library(recipe, None)
     assert vars(chosen) == {**vars(recipe), "augmentation_library": "pillow"}
-    assert reason.startswith(problem)
+    assert reason == problem
 
 
 def test_timm_is_chosen_where_it_can_be_imported(working_timm, make_recipe):
-    assert find_timm_import_error() is None
+    assert find_timm_problem() is None
     chosen, reason = choose_augmentation_library(make_recipe(augmentation_library="auto"), None)
     assert (chosen.augmentation_library, reason) == ("timm", None)
 
@@ -86,7 +99,8 @@ def test_older_versions_of_timm_are_as_if_missing(working_timm, make_recipe, mon
     monkeypatch.delitem(sys.modules, "training_evmamba.augmentation_timm", raising=False)
     chosen, reason = choose_augmentation_library(make_recipe(augmentation_library="auto"), None)
     assert chosen.augmentation_library == "pillow"
-    assert reason.startswith("ImportError: timm>=1.0.29 is required") and "found timm==1.0.28" in reason
+    assert reason.startswith("cannot be imported (ImportError: timm>=1.0.29 is required")
+    assert "found timm==1.0.28" in reason
 
 
 def test_our_operators_where_they_are_asked_for(make_recipe):
@@ -95,7 +109,7 @@ def test_our_operators_where_they_are_asked_for(make_recipe):
 
 
 def test_timm_is_asked_for_where_it_cannot_be_imported(problem, make_recipe):
-    with pytest.raises(UserError, match=f"cannot be imported .{re.escape(problem)}.*--augmentation-library pillow"):
+    with pytest.raises(UserError, match=f"timm, which {re.escape(problem)}: .*--augmentation-library pillow"):
         choose_augmentation_library(make_recipe(augmentation_library="timm"), None)
 
 
@@ -134,21 +148,30 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, t
     assert read_values(str(path))["augmentation_library"] == "pillow"
 
 
-def test_the_library_is_said_and_saved(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "training_evmamba.augmentation_timm", None)  # as if timm were missing
+def test_a_broken_timm_is_named(unfit_torchvision, make_recipe):
+    chosen, reason = choose_augmentation_library(make_recipe(augmentation_library="auto"), None)
+    assert describe_choice(chosen.augmentation_library, reason).startswith(
+        "timm cannot be imported (RuntimeError: operator torchvision::nms does not exist), so this package augments "
+        "the images with Pillow's operators"
+    )
+
+
+def test_the_library_is_said_and_saved(missing_timm, make_recipe, tmp_path):
     recipe = make_recipe(augmentation_library="auto", epochs=1)
     said = []
     for output, resume in ((tmp_path / "run", False), (tmp_path / "run", True)):
         console = Console(record=True, width=400, force_terminal=False, file=StringIO())
         train_with_progress(start(recipe, output, resume), console)
         said.append(console.export_text().splitlines()[0])
-    words = "Images are augmented by Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)."
-    assert said[0].startswith(words + " timm cannot be imported: ModuleNotFoundError: ")
-    assert said[1] == words[:-1]
+    operators = "Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)"
+    assert said == [
+        f"timm is not installed, so this package augments the images with {operators}",
+        f"Images are augmented by {operators}",
+    ]
     assert read_values(str(tmp_path / "run" / "recipe.yaml"))["augmentation_library"] == "pillow"
     text = load_card(str(tmp_path / "run" / "model")).text
-    assert words in text and "augmentation_library: pillow" in text
-    with pytest.raises(UserError, match="augments images with timm, which cannot be imported"):
+    assert f"Images are augmented by {operators}." in text and "augmentation_library: pillow" in text
+    with pytest.raises(UserError, match="augments images with timm, which is not installed: install timm and the"):
         train(make_recipe(augmentation_library="timm", epochs=1), tmp_path / "timm")
     assert not (tmp_path / "timm").exists()
 
