@@ -1,7 +1,9 @@
 """Parameter groups, learning rates, and the moving average of the weights."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 
 import torch
 from accelerate.utils import broadcast
@@ -77,6 +79,16 @@ def create_optimizer(model: EfficientVMambaForImageClassification, recipe: Recip
     return torch.optim.AdamW(
         list(groups.values()), betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon
     )
+
+
+def count_images(recipe: Recipe, images_per_epoch: int) -> Fraction:
+    """Return the images of the recipe's epochs. In floats, 30 epochs of 100 images are a little more than 3,000."""
+    return Fraction(str(recipe.epochs)) * images_per_epoch
+
+
+def count_steps(recipe: Recipe, images_per_epoch: int) -> int:
+    """Return the steps of a run. Each takes a whole batch, so the last one may pass the end of the last epoch."""
+    return math.ceil(count_images(recipe, images_per_epoch) / recipe.batch_size)
 
 
 def create_schedule(

@@ -142,7 +142,7 @@ class Recipe:
     mix_switch_prob: float = option("Augmentation", "Probability of CutMix instead of MixUp if both are enabled.", 0.5)
     label_smoothing: float = option("Augmentation", "Label smoothing.", 0.1)
 
-    epochs: float = option("Optimization", "Passes over the training images.", 300.0)
+    epochs: float = option("Optimization", "Passes over the training images, rounded up to whole steps.", 300.0)
     batch_size: int = option("Optimization", "Images per step, over all processes.", 2048)
     gradient_accumulation_steps: int = option("Optimization", "Micro-batches per step and process.", 1)
     learning_rate: float = option("Optimization", "Peak learning rate, for this batch size.", 2e-3)

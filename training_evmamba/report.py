@@ -14,6 +14,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import describe_augmentation_library
 from training_evmamba.checkpoints import RunProgress
 from training_evmamba.data import TrainingData
+from training_evmamba.optimization import count_images
 from training_evmamba.recipe import Recipe, dump_recipe
 
 
@@ -47,19 +48,37 @@ def draw_curves(records: list[dict], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
+def to_count(number: float, noun: str) -> str:
+    """Return a number with its noun, such as "1 epoch" or "0.5 epochs"."""
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s".replace(".0 ", " ")
+
+
+def describe_length(recipe: Recipe, progress: RunProgress, data: TrainingData) -> str:
+    """Return the length of the training in steps and epochs."""
+    steps = f"{to_count(progress.step, 'step')} of {to_count(recipe.batch_size, 'image')}"
+    epochs = to_count(recipe.epochs, "epoch")
+    if data.images_per_epoch != data.training.num_images:
+        epochs += f" of {to_count(data.images_per_epoch, 'image')}"
+    if count_images(recipe, data.images_per_epoch) != progress.step * recipe.batch_size:
+        epochs += ", rounded up to whole steps"
+    return f"{steps} ({epochs})"
+
+
 def describe_training(
     recipe: Recipe, progress: RunProgress, data: TrainingData, results: dict[str, float | int] | None
 ) -> str:
     """Return the training section of the card: data, recipe and results."""
     start = f"It was fine-tuned from `{recipe.model}`" if recipe.model else "It was trained from fresh weights"
-    num_images = data.training.num_images or data.images_per_epoch
+    num_images = data.training.num_images
+    images = "a stream of images" if num_images is None else to_count(num_images, "image")
+    length = describe_length(recipe, progress, data)
     sentences = [
-        f"{start} on {num_images:,} images of {len(data.class_names)} classes, in {progress.step:,} steps "
-        f"of {recipe.batch_size} images ({recipe.epochs:g} epochs), with `evmamba train`. The weights are a moving "
-        f"average over the steps."
+        f"{start} on {images} of {len(data.class_names):,} classes, in {length}, with `evmamba train`. "
+        "The weights are a moving average over the steps."
     ]
     if progress.unreadable:
-        sentences.append(f"{len(progress.unreadable)} images could not be read and were skipped.")
+        skipped = "was skipped" if len(progress.unreadable) == 1 else "were skipped"
+        sentences.append(f"{to_count(len(progress.unreadable), 'image')} could not be read and {skipped}.")
     if results is not None:
         top5 = f", the top-5 accuracy is {results['top5']:.2%}," if "top5" in results else ""
         sentences.append(

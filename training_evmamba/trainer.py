@@ -41,6 +41,7 @@ from training_evmamba.distributed import create_accelerator
 from training_evmamba.network import complete_recipe, create_image_processor, create_model
 from training_evmamba.optimization import (
     ExponentialMovingAverage,
+    count_steps,
     create_optimizer,
     create_schedule,
     freeze,
@@ -123,7 +124,7 @@ class TrainingRun:
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
-        self.num_steps = math.ceil(recipe.epochs * steps_per_epoch)
+        self.num_steps = count_steps(recipe, self.data.images_per_epoch)
         # Four warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but
         # nothing changes them in place. The schedule warns about the step that loss scaling wraps. DataLoader warns
         # about more workers than CPUs, but the order of a stream depends on their number.

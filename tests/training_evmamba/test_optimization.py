@@ -6,6 +6,7 @@ import torch
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.optimization import (
     ExponentialMovingAverage,
+    count_steps,
     create_optimizer,
     create_schedule,
     find_depth,
@@ -111,3 +112,20 @@ def test_the_moving_average(model):
             torch.testing.assert_close(average, kept * start[name] + (1 - kept) * moved[name], check_dtype=False)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, moved[name])
+
+
+@pytest.mark.parametrize(
+    "epochs, images, batch_size, steps",
+    [
+        (5, 180, 64, 15),
+        (8, 37, 8, 37),
+        (30, 100, 12, 250),  # 30 * (100 / 12) is a little more than 250
+        (30, 166, 10, 498),
+        (0.7, 10, 1, 7),  # 0.7 * 10 too
+        (0.1, 5, 8, 1),
+        (300, 1_281_167, 2048, 187_671),
+    ],
+)
+def test_steps_are_the_epochs_rounded_up_to_whole_batches(epochs, images, batch_size, steps):
+    recipe = load_recipe("finetune", {"epochs": epochs, "batch_size": batch_size, "warmup_epochs": 0})
+    assert count_steps(recipe, images) == steps
