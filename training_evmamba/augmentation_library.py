@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import torch
 
 from evmamba_hub.errors import UserError
+from evmamba_hub.processes import gather_problem
 from training_evmamba.augmentation import Mixing, MixingSettings, TrainingTransform, TransformSettings
-from training_evmamba.distributed import gather_problem
 from training_evmamba.recipe import Recipe
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from evmamba_hub.errors import UserError
@@ -12,11 +12,6 @@ from training_evmamba.recipe import Recipe
 
 
 TRACKERS_NAME = "trackers"
-
-
-def gather_problem(problem: str | None) -> str | None:
-    """Return the first problem of any process, on all processes. Call it on all processes."""
-    return next(filter(None, gather_object([problem])), None)
 
 
 def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:

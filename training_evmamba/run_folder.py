@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.files import partial_name, write_atomic
-from training_evmamba.distributed import gather_problem
+from evmamba_hub.processes import failing_together
 from training_evmamba.recipe import Recipe, create_recipe, dump_recipe, find_changes, read_values
 
 
@@ -47,17 +47,10 @@ class RunFolder:
         """
         if self.path.is_file():
             raise UserError(f"{self.path} is a file: --output-dir takes a directory")
-        lock, is_new, problem = FileLock(self.lock_file, timeout=0), not self.path.exists(), None
-        if accelerator.is_main_process:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-            except Timeout:
-                problem = f"another run writes to {self.path}: wait until it ends, or choose another --output-dir"
-            except OSError as error:
-                problem = f"{self.path} cannot be written: {error}"
-        if problem := gather_problem(problem):
-            raise UserError(problem)
+        lock, is_new = FileLock(self.lock_file, timeout=0), not self.path.exists()
+        with failing_together():
+            if accelerator.is_main_process:
+                self.acquire(lock)
         try:
             yield
         finally:
@@ -68,6 +61,22 @@ class RunFolder:
                 if is_new:
                     with suppress(OSError):  # the run has written to the directory
                         self.path.rmdir()
+
+    def acquire(self, lock: FileLock) -> None:
+        """Create the directory, and acquire its lock.
+
+        Raises:
+            UserError: If another run owns the directory or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another run writes to {self.path}: wait until it ends, or choose another --output-dir"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error}") from error
 
     def read_recipe(self, resume: bool) -> Recipe | None:
         """Return the recipe of the run in the directory, or None if there is no run.

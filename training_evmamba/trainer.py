@@ -18,6 +18,7 @@ from evmamba_hub.errors import UserError, escape_unprintable
 from evmamba_hub.files import staged
 from evmamba_hub.images.labeled_images import Share
 from evmamba_hub.inference.evaluation import Counts, Preprocessor
+from evmamba_hub.processes import call_on_main_first, failing_together
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import (
     choose_augmentation_library,
@@ -83,9 +84,10 @@ class TrainingRun:
     def set_up(self, recipe: Recipe, resume: bool) -> None:
         """Create everything that training needs, and restore the last checkpoint."""
         folder, accelerator = self.folder, self.accelerator
-        with accelerator.local_main_process_first():
-            checkpoint = None if recipe.model is None else fetch_model(recipe.model)
-            self.data = open_data(recipe)
+        checkpoint, self.data = call_on_main_first(
+            accelerator.is_local_main_process,
+            lambda: (None if recipe.model is None else fetch_model(recipe.model), open_data(recipe)),
+        )
         saved_recipe = folder.read_recipe(resume)
         self.recipe, timm_problem = choose_augmentation_library(complete_recipe(recipe, checkpoint), saved_recipe)
         if saved_recipe is not None:
@@ -104,9 +106,10 @@ class TrainingRun:
         else:
             self.notes += notes_on_weights
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            folder.begin(self.recipe, self.progress.step)
-            self.checkpoints.clean_up()
+        with failing_together():
+            if accelerator.is_main_process:
+                folder.begin(self.recipe, self.progress.step)
+                self.checkpoints.clean_up()
         purge = {"tensorboard": {"purge_step": self.progress.step + 1}} if self.progress.step else {}
         accelerator.init_trackers(
             Path(self.recipe.name or folder.path.resolve()).name,
@@ -270,8 +273,8 @@ class TrainingRun:
                     names = {"loss": "validation_loss", "images": "validation_images"}
                     self.log({names.get(name, name): value for name, value in results.items()})
             if saves:
-                self.checkpoints.save(self.state, self.accelerator.is_main_process)
-                self.accelerator.wait_for_everyone()
+                with failing_together():
+                    self.checkpoints.save(self.state, self.accelerator.is_main_process)
                 metrics = StepMetrics()  # the time was not spent on training
         return results or self.evaluate()  # a run that was already complete
 

@@ -21,6 +21,10 @@ class Notice(UserWarning):
     """A guess or a doubt that the user should know of. A command prints its message as one line, and continues."""
 
 
+class ProcessNotice(Notice):
+    """A `Notice` that other processes of the command may not give, such as one about an image in a process's share."""
+
+
 class UserError(Exception):
     """An error that the user can fix. Its message says what is wrong and what to do. A command prints nothing else."""
 

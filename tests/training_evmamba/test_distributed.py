@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
+from process_pairs import needs_fork, run_on_two_processes
 from training_evmamba.recipe import dump_recipe
 from training_evmamba.trainer import TrainingRun
 from training_runs import assert_same_models, go_back, read_log, read_losses, train
@@ -47,6 +48,37 @@ def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
             assert f"Error: another run writes to {output}" in said
             assert "Traceback" not in said
     assert os.listdir(output) == [".lock"]
+
+
+def fail_in_training(recipe, output_dir: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        TrainingRun(recipe, output_dir, resume=False).train()
+    return str(caught.value)
+
+
+@needs_fork
+@pytest.mark.parametrize("failing", [0, 1], ids=["main process", "other process"])
+def test_data_that_only_one_process_cannot_open(make_recipe, tmp_path, failing):
+    recipes = [make_recipe(), make_recipe()]
+    recipes[failing] = make_recipe(dataset="/nowhere")
+    said = run_on_two_processes(lambda rank: fail_in_training(recipes[rank], tmp_path / "run"))
+    assert said[0] == said[1] and said[0].startswith("'/nowhere' is neither a path")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ["evmamba_hub.files.os.replace", "training_evmamba.checkpoints.save_file"])
+def test_a_disk_that_fills_up_ends_both_processes(make_recipe, tmp_path, monkeypatch, name):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def work(rank: int) -> str:
+        if rank == 0:
+            monkeypatch.setattr(name, fail)
+        return fail_in_training(make_recipe(epochs=0.2, warmup_epochs=0), tmp_path / "run")
+
+    said = run_on_two_processes(work)
+    assert said[0] == said[1] and "cannot be written" in said[0] and "No space left on device" in said[0]
 
 
 def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subprocess.CompletedProcess:

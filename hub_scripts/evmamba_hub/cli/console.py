@@ -13,7 +13,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from evmamba_hub.errors import Notice, literal
+from evmamba_hub.errors import Notice, ProcessNotice, literal
 
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -49,3 +49,10 @@ def show_notices() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.showwarning = show
         yield
+
+
+def leave_notices_to_main_process(is_main_process: bool) -> None:
+    """Hide the notices of other processes, apart from each `ProcessNotice`. Call it in commands that share work."""
+    if not is_main_process:
+        warnings.filterwarnings("ignore", category=Notice)
+        warnings.filterwarnings("default", category=ProcessNotice)

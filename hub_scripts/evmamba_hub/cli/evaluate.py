@@ -10,7 +10,7 @@ from rich import box
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column, Table
 
-from evmamba_hub.cli.console import console, error_console
+from evmamba_hub.cli.console import console, error_console, leave_notices_to_main_process
 from evmamba_hub.cli.options import BatchSizeOption, DeviceOption, DtypeOption, RevisionOption
 from evmamba_hub.errors import Notice, UserError, literal
 
@@ -82,9 +82,10 @@ def evaluate(
     from transformers.utils import logging
 
     from evmamba_hub.client import fetch_model
-    from evmamba_hub.images.labeled_images import open_dataset
+    from evmamba_hub.images.labeled_images import LabeledImages, open_dataset
     from evmamba_hub.inference.evaluation import Evaluation, join_processes, save_results
     from evmamba_hub.inference.labels import read_label_map
+    from evmamba_hub.processes import call_on_main_first, failing_together
     from evmamba_hub.publish.card import is_training_data, read_card, to_eval_results, update_card
 
     if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
@@ -92,11 +93,10 @@ def evaluate(
     logging.disable_progress_bar()
     names = {} if label_map is None else read_label_map(label_map)
     processes = join_processes(device)
-    with processes.main_process_first():
-        folder = fetch_model(model, revision)
-        # finds a card that cannot be updated before the evaluation
-        card = read_card(model) if updates_card and processes.is_main_process else ""
-        images = open_dataset(
+    leave_notices_to_main_process(processes.is_main_process)
+
+    def fetch_and_open() -> tuple[Path, LabeledImages]:
+        return fetch_model(model, revision), open_dataset(
             dataset,
             config=dataset_config,
             split=dataset_split,
@@ -104,6 +104,10 @@ def evaluate(
             image_column=image_column,
             label_column=label_column,
         )
+
+    folder, images = call_on_main_first(processes.is_main_process, fetch_and_open)
+    with failing_together():  # finds a card that cannot be updated before the evaluation
+        card = read_card(model) if updates_card and processes.is_main_process else ""
     if processes.is_main_process:
         for note in images.notes:
             error_console.print(literal(note))

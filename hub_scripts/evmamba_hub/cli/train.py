@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-from evmamba_hub.cli.console import error_console
+from evmamba_hub.cli.console import error_console, leave_notices_to_main_process
 from evmamba_hub.errors import UserError, literal, require
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader
 from training_evmamba.callback import TrainingCallback
@@ -167,6 +167,7 @@ def train(
     from transformers.utils import logging
 
     from evmamba_hub.client import LOGIN_HINT, check_repo_id
+    from evmamba_hub.inference.evaluation import join_processes
     from evmamba_hub.publish.push import collect_model_files, push_model
     from training_evmamba.trainer import TrainingRun
 
@@ -176,6 +177,7 @@ def train(
             raise UserError(f"there is no access token for --push-to: {LOGIN_HINT}")
         values["name"] = values.get("name") or push_to
     logging.disable_progress_bar()
+    leave_notices_to_main_process(join_processes().is_main_process)
     run = TrainingRun(load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto")
     results = train_with_progress(run, error_console)
     if not run.accelerator.is_main_process:

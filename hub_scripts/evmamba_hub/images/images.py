@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from evmamba_hub.errors import Notice, UserError
+from evmamba_hub.errors import ProcessNotice, UserError
 
 
 UPRIGHT = {
@@ -43,10 +43,10 @@ has_warned = mmap.mmap(-1, 1)
 
 
 def warn_once(notice: str) -> None:
-    """Issue a `Notice` about an image, unless there was one before. A dataset may hold thousands of such images."""
+    """Issue a notice about an image, unless there was one before. A dataset may hold thousands of such images."""
     if not has_warned[0]:
         has_warned[0] = 1
-        warnings.warn(f"{notice}. Further such images are not reported", Notice, stacklevel=2)
+        warnings.warn(f"{notice}. Further such images are not reported", ProcessNotice, stacklevel=2)
 
 
 def read_image(

@@ -184,12 +184,16 @@ def join_processes(device: str = "auto"):
         device: A device of PyTorch, or "auto" to let accelerate choose one for each process.
 
     Raises:
-        UserError: If accelerate is not installed, or the device cannot be used.
+        UserError: If accelerate is not installed or does not support the launch, or the device cannot be used.
     """
     require("accelerate", extra="evaluate")
     from accelerate import PartialState
 
-    return PartialState(cpu=computes_on_cpu() if device == "auto" else choose_device(device).type == "cpu")
+    cpu = computes_on_cpu() if device == "auto" else choose_device(device).type == "cpu"
+    try:
+        return PartialState(cpu=cpu)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot join the processes of this run: {error}") from error
 
 
 def choose_process_device(processes, device: str) -> torch.device:

@@ -18,6 +18,7 @@ from evmamba_hub.cli.train import find_overrides, train_with_progress, with_reci
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from modeling_evmamba import EfficientVMambaForImageClassification
+from process_pairs import needs_fork, show_in_two_processes
 from training_evmamba.recipe import Recipe, dump_recipe, get_kinds, load_recipe
 from training_evmamba.trainer import TrainingRun
 
@@ -169,6 +170,16 @@ def test_loading_a_checkpoint_shows_nothing(stripes, tmp_path, capfd):
     ended = CliRunner().invoke(app, ["train", *(f"--{name}={value}" for name, value in options.items())])
     assert "the network has 4 stages" in str(ended.exception)
     assert ended.output + "".join(capfd.readouterr()) == ""
+
+
+@needs_fork
+def test_two_processes_note_a_shorter_warmup_once(tmp_path):
+    main_process, other = show_in_two_processes(
+        "train", "--epochs=1", "--dataset=/nowhere", "--output-dir", tmp_path / "run"
+    )
+    note, error = main_process.splitlines()
+    assert note.startswith("Note: Shortened the warm-up from") and error.startswith("Error: '/nowhere' is neither")
+    assert other == error + "\n"
 
 
 def test_asks_for_a_token_before_the_work_begins(run, hub, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from evmamba_hub.images import images
 from evmamba_hub.inference.channels import fit_image_processor
 from evmamba_hub.inference.classify import load_classifier
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
+from process_pairs import needs_fork, show_in_two_processes
 
 
 LABELS = ["bus", "car", "tram"]
@@ -152,6 +153,17 @@ def test_dark_images_are_announced_once(evmamba, dataset):
     assert code == 0
     assert err.count("Note: ") == 1
     assert "a.png: it uses 12 of its 16 bits and is read as dark: if all images do, scale them to 16 bits. " in err
+
+
+@needs_fork
+def test_two_processes_note_what_both_find_once_and_each_its_own_images(create_model, dataset):
+    model = create_model(1, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    dark = dataset / "bus" / "1.png"  # the second of all images, which the second process reads
+    Image.fromarray(np.full((32, 32), 1023, dtype=np.uint16)).save(dark)
+    main_process, other = show_in_two_processes("evaluate", model, "--dataset", dataset)
+    notes, other_notes = ([line for line in said.splitlines() if "Note" in line] for said in (main_process, other))
+    assert len(notes) == 2 and all("takes gray images" in note for note in notes)
+    assert len(other_notes) == 1 and other_notes[0].startswith(f"Note: {dark}: it uses 10 of its 16 bits")
 
 
 def test_damaged_metadata_are_no_message(evmamba, dataset):
