@@ -508,9 +508,11 @@ class EfficientVMambaBackbone(BackboneMixin, EfficientVMambaPreTrainedModel):
         [(48, 56, 56), (96, 28, 28), (192, 14, 14), (384, 7, 7)]
         ```"""
         encoder_outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
-        hidden_states = dict(zip(self.stage_names, encoder_outputs.hidden_states, strict=True))
-        feature_maps = tuple(self.hidden_states_norms[stage](hidden_states[stage]) for stage in self.out_features)
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=encoder_outputs.hidden_states)
+        # inside a model that records outputs too, transformers records each state twice
+        hidden_states = tuple(dict.fromkeys(encoder_outputs.hidden_states))
+        by_stage = dict(zip(self.stage_names, hidden_states, strict=True))
+        feature_maps = tuple(self.hidden_states_norms[stage](by_stage[stage]) for stage in self.out_features)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)
 
 
 __all__ = [

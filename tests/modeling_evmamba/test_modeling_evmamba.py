@@ -10,8 +10,6 @@ from transformers import (
     AutoBackbone,
     AutoModel,
     AutoModelForImageClassification,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
 )
 
 from devices import BACKENDS, DEVICE
@@ -296,19 +294,6 @@ def test_feature_maps_have_the_strides_of_detectors(height, width):
     for feature_map, channels, stride in zip(feature_maps, backbone.channels, (4, 8, 16, 32), strict=True):
         step = stride // 4
         assert feature_map.shape == (2, channels, -(-rows // step), -(-columns // step))
-
-
-@pytest.mark.parametrize("height, width", [(64, 64), (75, 101)])
-def test_backbone_inside_upernet(height, width):
-    backbone_config = EfficientVMambaConfig(**MICRO, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = UperNetConfig(
-        backbone_config=backbone_config, hidden_size=16, num_labels=3, auxiliary_in_channels=64, auxiliary_channels=8
-    )
-    model = UperNetForSemanticSegmentation(config)
-    outputs = model(torch.randn(2, 3, height, width), labels=torch.zeros(2, height, width, dtype=torch.long))
-    assert outputs.logits.shape == (2, 3, height, width)
-    outputs.loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.backbone.hidden_states_norms.parameters())
 
 
 @pytest.mark.parametrize(
