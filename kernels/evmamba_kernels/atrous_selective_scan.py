@@ -14,8 +14,7 @@ from .backends import (
     BACKENDS,
     NAMESPACE,
     choose_backend_once,
-    in_forward_mode,
-    in_function_transform,
+    is_transformed,
     register_gradient,
 )
 
@@ -66,7 +65,7 @@ def atrous_selective_scan(
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     check_arguments(*arguments)
     choice = choose_backend_once(hidden_states.device.type, hidden_states.dtype, backend)
-    if choice.backend == "torch" or in_forward_mode() or in_function_transform():
+    if choice.backend == "torch" or is_transformed():
         return atrous_selective_scan_torch(*arguments)
     return scan_operator(*arguments, choice.backend)
 

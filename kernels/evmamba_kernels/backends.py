@@ -27,7 +27,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -178,14 +178,20 @@ def use_backend(backend: str | None) -> Iterator[None]:
         preferred_backend = previous
 
 
-def in_forward_mode() -> bool:
-    """Returns whether forward-mode differentiation is active, which would treat custom operators as constants."""
-    return forward_ad._current_level >= 0
+def is_transformed() -> bool:
+    """Returns whether PyTorch differentiates in forward mode, or applies a transform of `torch.func`.
+
+    Both need PyTorch operators. Forward mode would treat custom operators as constants, and most of them do not
+    support the transforms. Under `vmap`, `requires_grad` is unreliable.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_plain_call() -> bool:
     """Returns whether PyTorch neither traces nor transforms the call. Otherwise it must see PyTorch operators."""
-    return not (torch.compiler.is_compiling() or in_forward_mode() or in_function_transform())
+    return not (torch.compiler.is_compiling() or is_transformed())
 
 
 def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
@@ -231,14 +237,6 @@ def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
     return runs_kernels_of("triton", hidden_states)
 
 
-def in_function_transform() -> bool:
-    """Returns whether a `torch.func` transform is active, which most custom operators do not support.
-
-    Under `vmap`, `requires_grad` is unreliable.
-    """
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the tensor as `(rows, D)` with dense channels.
 
@@ -274,22 +272,25 @@ def register_gradient(
         operator: Its arguments are tensors, except for the last one.
         bwd_operator: Takes the gradient of the output and all arguments of `operator`. Returns the gradients of the
             tensors.
-        in_pytorch: Computes `operator` from the same arguments in PyTorch operators, for higher derivatives.
+        in_pytorch: Computes `operator` from the same arguments in PyTorch operators, for higher derivatives and for
+            transforms of the backward pass.
     """
 
     def keep_arguments(ctx, inputs, output) -> None:
         *tensors, ctx.last = inputs
         ctx.save_for_backward(*tensors)
 
+    def backward_in_pytorch(last, grad: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pull_back = torch.func.vjp(lambda *tensors: in_pytorch(*tensors, last), *tensors)[1]
+        return pull_back(grad)
+
     def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if is_transformed():
+            return *backward_in_pytorch(ctx.last, grad, *ctx.saved_tensors), None
         return *bwd_operator(grad, *ctx.saved_tensors, ctx.last), None
 
     def differentiate_twice(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        def backward(grad, *tensors):
-            pull_back = torch.func.vjp(lambda *tensors: in_pytorch(*tensors, ctx.last), *tensors)[1]
-            return pull_back(grad)
-
-        pull_back = torch.func.vjp(backward, *ctx.saved_tensors)[1]
+        pull_back = torch.func.vjp(partial(backward_in_pytorch, ctx.last), *ctx.saved_tensors)[1]
         return *pull_back(grads), None
 
     operator.register_autograd(differentiate, setup_context=keep_arguments)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.library import CustomOpDef
 
 import evmamba_kernels
@@ -316,6 +317,27 @@ def test_function_transforms(backend):
     [expected] = torch.autograd.grad(gradient.sum(), variable)
     torch.testing.assert_close(torch.func.hessian(loss)(u).sum(dim=(0, 1, 2, 3)), expected)
     torch.testing.assert_close(torch.func.grad(lambda u: torch.func.grad(loss)(u).sum())(u), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_of_a_backward_pass(backend):
+    """The forward pass came before, outside of the transform. The backward pass is linear in its argument."""
+    u, *parameters = small_arguments(2, 3, 2, 3, dtype=torch.float32)
+    u.requires_grad_()
+    y = atrous_selective_scan(u, *parameters, backend=backend)
+    grad = y.detach()
+
+    def backward(grad, **options):
+        return torch.autograd.grad(y, u, grad, retain_graph=True, **options)[0]
+
+    expected = backward(grad)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(backward(forward_ad.make_dual(torch.zeros_like(grad), grad))).tangent
+    torch.testing.assert_close(tangent, expected)
+    torch.testing.assert_close(torch.func.jvp(backward, (torch.zeros_like(grad),), (grad,))[1], expected)
+    torch.testing.assert_close(torch.func.vmap(backward)(grad[None])[0], expected)
+    adjoint = torch.func.grad(lambda grad: (backward(grad, create_graph=True) * expected).sum())(grad)
+    torch.testing.assert_close((adjoint * grad).sum(), expected.square().sum())
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
