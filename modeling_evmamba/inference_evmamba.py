@@ -152,8 +152,8 @@ class PackedLinear(PackedLayer, nn.Linear):
     @property
     def weight(self) -> NoReturn:  # type: ignore[override]  # it has none that others can read
         raise RuntimeError(
-            "this model was optimized for inference, and its packed weights can be neither read nor changed: quantize "
-            "or adapt the original"
+            "this model was optimized for inference, and its packed weights can be neither read nor changed: "
+            "quantize, adapt or trace the original"
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

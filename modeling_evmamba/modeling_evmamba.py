@@ -48,6 +48,11 @@ from .layer_norm import layer_norm_gated, layer_norm_mean
 
 NUM_SCAN_GROUPS = 4  # skip sampling with step 2: one group per parity of row and column
 
+# Graphs of `torch.fx.symbolic_trace` call these functions as they are, since they branch on sizes.
+torch.fx.wrap("atrous_selective_scan")
+torch.fx.wrap("layer_norm_gated")
+torch.fx.wrap("layer_norm_mean")
+
 
 class EfficientVMambaLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of a feature map (B, C, H, W)."""
@@ -101,6 +106,29 @@ class EfficientVMambaDropPath(nn.Module):
         return f"p={self.drop_prob}"
 
 
+@torch.fx.wrap
+def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, patch_size: int) -> None:
+    """Check the shape of a batch of images.
+
+    Raises:
+        ValueError: If the network cannot take the images. The message names the reason.
+    """
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            "pixel_values must have the shape (batch_size, num_channels, height, width), "
+            f"got {tuple(pixel_values.shape)}"
+        )
+    _, actual_channels, height, width = pixel_values.shape
+    if actual_channels != num_channels:
+        raise ValueError(
+            f"pixel_values must have {num_channels} channels, as in the configuration, got {actual_channels}"
+        )
+    if height < patch_size or width < patch_size:
+        raise ValueError(
+            f"images must hold at least one patch of {patch_size} x {patch_size} pixels, got {height} x {width}"
+        )
+
+
 class EfficientVMambaEmbeddings(nn.Module):
     """Patch embeddings. Drops the pixels at the bottom and right that fill no patch."""
 
@@ -114,21 +142,7 @@ class EfficientVMambaEmbeddings(nn.Module):
         self.layernorm = EfficientVMambaLayerNorm(config.hidden_sizes[0], eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                "pixel_values must have the shape (batch_size, num_channels, height, width), "
-                f"got {tuple(pixel_values.shape)}"
-            )
-        _, num_channels, height, width = pixel_values.shape
-        if num_channels != self.num_channels:
-            raise ValueError(
-                f"pixel_values must have {self.num_channels} channels, as in the configuration, got {num_channels}"
-            )
-        if height < self.patch_size or width < self.patch_size:
-            raise ValueError(
-                f"images must hold at least one patch of {self.patch_size} x {self.patch_size} pixels, "
-                f"got {height} x {width}"
-            )
+        check_pixel_values(pixel_values, self.num_channels, self.patch_size)
         return self.layernorm(self.patch_embeddings(pixel_values))
 
 
@@ -301,6 +315,16 @@ class EfficientVMambaInvertedResidualLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(update)
 
 
+@torch.fx.wrap
+def pad_map(hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pad a feature map (B, C, H, W) with zeros at the bottom and right."""
+    missing_rows, missing_columns = height - hidden_states.shape[2], width - hidden_states.shape[3]
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # one graph for odd and even sides
+    if is_traced or missing_rows or missing_columns:
+        return F.pad(hidden_states, (0, missing_columns, 0, missing_rows))
+    return hidden_states
+
+
 class EfficientVMambaPatchMerging(nn.Module):
     """Patch merging: turns each cell of 2 x 2 pixels into one. Pads an odd side with zeros."""
 
@@ -312,12 +336,8 @@ class EfficientVMambaPatchMerging(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))
         height, width = hidden_states.shape[2:]
         rows, columns = (height + 1) // 2, (width + 1) // 2
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # one graph for odd and even sides
-        if is_traced or height % 2 or width % 2:
-            hidden_states = F.pad(hidden_states, (0, 2 * columns - width, 0, 2 * rows - height))
-        cells = (
-            hidden_states.permute(0, 2, 3, 1).unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
-        )  # (B, H/2, 2, W/2, 2, C)
+        padded = pad_map(hidden_states, 2 * rows, 2 * columns)
+        cells = padded.permute(0, 2, 3, 1).unflatten(1, (rows, 2)).unflatten(3, (columns, 2))  # (B, H/2, 2, W/2, 2, C)
         cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), column-major inside a cell
         return apply_to_pixels(self.reduction, self.layernorm(cells)).permute(0, 3, 1, 2)
 
@@ -420,7 +440,7 @@ class EfficientVMambaModel(EfficientVMambaPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndNoAttention:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
-        encoder_outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
+        encoder_outputs = self.encoder(self.embeddings(pixel_values), return_dict=True, **kwargs)
         last_hidden_state = encoder_outputs.last_hidden_state  # (B, C, H, W)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=last_hidden_state,
@@ -459,7 +479,7 @@ class EfficientVMambaForImageClassification(EfficientVMambaPreTrainedModel):
             config.num_labels - 1]`. If `config.num_labels == 1` a regression loss is computed (Mean-Square loss), If
             `config.num_labels > 1` a classification loss is computed (Cross-Entropy).
         """
-        outputs = self.efficientvmamba(pixel_values, **kwargs)
+        outputs = self.efficientvmamba(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
 
         loss = None
@@ -507,7 +527,7 @@ class EfficientVMambaBackbone(BackboneMixin, EfficientVMambaPreTrainedModel):
         >>> [tuple(feature_map.shape[1:]) for feature_map in feature_maps]
         [(48, 56, 56), (96, 28, 28), (192, 14, 14), (384, 7, 7)]
         ```"""
-        encoder_outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
+        encoder_outputs = self.encoder(self.embeddings(pixel_values), return_dict=True, **kwargs)
         # inside a model that records outputs too, transformers records each state twice
         hidden_states = tuple(dict.fromkeys(encoder_outputs.hidden_states))
         by_stage = dict(zip(self.stage_names, hidden_states, strict=True))

@@ -191,7 +191,7 @@ def is_transformed() -> bool:
 
 def is_plain_call() -> bool:
     """Returns whether PyTorch neither traces nor transforms the call. Otherwise it must see PyTorch operators."""
-    return not (torch.compiler.is_compiling() or is_transformed())
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
 
 
 def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:

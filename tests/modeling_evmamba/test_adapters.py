@@ -110,5 +110,5 @@ def test_optimized_copies_and_adapters_refuse_each_other():
         with pytest.raises(TypeError, match="merge adapters first"):
             optimize_for_inference(adapted.get_base_model().to(dtype))
     optimized = optimize_for_inference(create_model())
-    with pytest.raises(RuntimeError, match="quantize or adapt the original"):
+    with pytest.raises(RuntimeError, match="quantize, adapt or trace the original"):
         peft.get_peft_model(optimized, ADAPTERS["lora"](target_modules="all-linear"))

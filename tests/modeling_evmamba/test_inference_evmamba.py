@@ -199,3 +199,10 @@ def test_what_optimized_models_do_not_compute_is_refused():
 def test_other_models_are_refused():
     with pytest.raises(TypeError, match="takes an EfficientVMamba model, got a Linear"):
         optimize_for_inference(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore")  # a trace reads every deprecated property
+def test_traces_are_refused():
+    optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()))
+    with pytest.raises(RuntimeError, match="quantize, adapt or trace the original"):
+        torch.jit.trace(optimized, torch.randn(1, 3, 32, 32), strict=False)

@@ -106,7 +106,7 @@ def test_optimized_copies_and_quantizers_refuse_each_other(quantizer):
         optimize_for_inference(model)
     if quantizer.startswith("bitsandbytes"):
         return  # it only replaces layers while transformers loads a model
-    with pytest.raises(RuntimeError, match="quantize or adapt the original"):
+    with pytest.raises(RuntimeError, match="quantize, adapt or trace the original"):
         QUANTIZERS[quantizer](optimized)
 
 
