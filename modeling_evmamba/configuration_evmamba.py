@@ -23,6 +23,9 @@ from transformers.utils import auto_docstring
 
 BLOCK_TYPES = ("evss", "inverted_residual")
 
+# Fields that are not stored, and the field that each one follows from.
+DERIVED_FIELDS = {"hidden_size": "hidden_sizes", "num_stages": "depths", "num_hidden_layers": "depths"}
+
 # The published networks (paper, table 1). They share the defaults below for all other fields.
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 4, 2]},
@@ -113,11 +116,21 @@ class EfficientVMambaConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        for name, source in DERIVED_FIELDS.items():
+            if name in kwargs and (value := kwargs.pop(name)) != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` follows from `{source}` and is {getattr(self, name)}, got {value}: leave it out"
+                )
         super().__post_init__(**kwargs)
 
     @property
     def num_stages(self) -> int:
         return len(self.depths)
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Channels of the pooled features, which models with a vision tower read."""
+        return self.hidden_sizes[-1] if self.hidden_sizes else None
 
     def validate_architecture(self):
         """Validate the architecture. `@strict` calls it.

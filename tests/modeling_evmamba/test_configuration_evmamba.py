@@ -37,6 +37,17 @@ def test_stage_names_follow_the_number_of_stages():
     assert config.stage_names == ["stem", "stage1", "stage2"]
 
 
+def test_hidden_size_follows_from_the_hidden_sizes(tmp_path):
+    config = EfficientVMambaConfig(**VARIANTS["base"], hidden_size=768, num_stages=4, num_hidden_layers=4)
+    assert config.hidden_size == 768
+    assert "hidden_size" not in config.to_dict()
+    config.hidden_sizes = [8, 16, 32, 64]
+    assert config.hidden_size == 64
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 64
+    assert AutoConfig.from_pretrained(tmp_path, hidden_sizes=[8, 16, 32, 48]).hidden_size == 48
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -63,6 +74,10 @@ def test_stage_names_follow_the_number_of_stages():
         ({"drop_path_rate": -0.1}, "`drop_path_rate` must lie in"),
         ({"layer_norm_eps": 0.0}, "`layer_norm_eps` must be positive"),
         ({"initializer_range": -1.0}, "`initializer_range` must be positive"),
+        ({"hidden_size": 192}, "`hidden_size` follows from `hidden_sizes` and is 384, got 192: leave it out"),
+        ({"hidden_sizes": [], "hidden_size": 192}, "`hidden_size` follows from `hidden_sizes`"),
+        ({"num_stages": 3}, "`num_stages` follows from `depths` and is 4, got 3: leave it out"),
+        ({"num_hidden_layers": 10}, "`num_hidden_layers` follows from `depths` and is 4, got 10: leave it out"),
         ({"out_features": ["stage9"]}, "out_features must be a subset of stage_names"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
