@@ -10,11 +10,13 @@ benchmarks/NOTES.md lists the gain of each step.
 """
 
 import copy
+from math import prod
 from typing import NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .atrous_selective_scan import atrous_selective_scan
 from .depthwise_conv import depthwise_conv, depthwise_conv_and_mean
@@ -69,6 +71,7 @@ def optimize_for_inference(model: Model) -> Model:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norms(model)
     if packs:
+        register_packed_flops()
         write_channels_last(model)
         fuse_layers(model)
         pack_linear_layers(model)
@@ -120,6 +123,17 @@ def write_channels_last(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, EfficientVMambaEmbeddings):
             module.patch_embeddings.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
+
+
+def count_packed_flops(map_shape, *arguments, out_shape, **named_arguments) -> int:
+    return 2 * prod(out_shape) * map_shape[-1]
+
+
+def register_packed_flops() -> None:
+    """Register the FLOPs of oneDNN's linear layers with PyTorch's `FlopCounterMode`, which does not know them."""
+    operator = torch.ops.mkldnn._linear_pointwise
+    if operator not in flop_registry:
+        register_flop_formula(operator)(count_packed_flops)
 
 
 class PackedLayer(nn.Module):

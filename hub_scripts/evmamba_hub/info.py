@@ -8,28 +8,26 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.model_folder import check_model_dir
 from evmamba_kernels import choose_backend
+from evmamba_kernels.atrous_selective_scan import MACS_PER_STATE
 from modeling_evmamba import (
     VARIANTS,
     EfficientVMambaConfig,
     EfficientVMambaForImageClassification,
     EfficientVMambaPreTrainedModel,
 )
-from modeling_evmamba.modeling_evmamba import EfficientVMambaES2D
 
 
 PACKAGES = ("efficientvmamba", "torch", "transformers", "huggingface_hub", "numba", "triton", "onnxruntime", "timm")
 
-SCAN_MACS_PER_STATE = 9  # the authors' convention
-
 MACS_CONVENTION = (
     "GMACs count the multiply-accumulates of convolutions and linear layers, including the projections to delta, B "
-    f"and C. The scan adds {SCAN_MACS_PER_STATE} per state (pixels x channels x states), as the authors count it. "
+    f"and C. The scan adds {MACS_PER_STATE} per state (pixels x channels x states), as the authors count it. "
     "Norms, activations and gates are left out."
 )
 
@@ -55,37 +53,11 @@ def measure_size(
         height, width: The sides of the image in pixels.
         model_class: The class of the network, which determines its head.
     """
-    macs = 0
-
-    def count_convolution(module: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
-        nonlocal macs
-        macs += output.numel() * module.weight[0].numel()
-
-    def count_linear(module: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
-        nonlocal macs
-        macs += output.numel() * module.in_features
-
-    def count_scan(module: EfficientVMambaES2D, inputs: tuple, output: torch.Tensor) -> None:
-        nonlocal macs
-        num_pixels = output.shape[:3].numel()  # of (B, H, W, C): the padding of odd sides does not count
-        _, channels, rank = module.dt_proj_weight.shape
-        state_size = module.A_log.shape[-1]
-        projections = rank + 2 * state_size + rank
-        macs += num_pixels * channels * (projections + SCAN_MACS_PER_STATE * state_size)
-
-    counters: dict[type[nn.Module], Callable] = {
-        nn.Conv2d: count_convolution,
-        nn.Linear: count_linear,
-        EfficientVMambaES2D: count_scan,
-    }
     with torch.device("meta"), torch.no_grad():
         model = model_class(config).eval()
-        for module in model.modules():
-            for counted_class, counter in counters.items():
-                if isinstance(module, counted_class):
-                    module.register_forward_hook(counter)
-        model(torch.empty(1, config.num_channels, height, width))
-    return Size(sum(parameter.numel() for parameter in model.parameters()), macs)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, config.num_channels, height, width))
+    return Size(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
 
 
 def measure_latency(call: Callable[[], object], num_calls: int, warm_up_calls: int = 1) -> list[float]:
@@ -189,7 +161,6 @@ def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         packages: Names of distributions whose versions to include.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    scan = choose_backend("cpu" if accelerator is None else accelerator.type, torch.float32)
     return {
         "system": platform.platform(terse=True),
         "cpu": read_cpu_name(),
@@ -197,8 +168,17 @@ def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         "accelerator": "none" if accelerator is None else describe_accelerator(accelerator),
         "python": platform.python_version(),
         **{package: find_version(package) for package in packages},
-        "scan": f"{scan.backend}: {scan.reason}",
+        "scan": describe_scan(accelerator or torch.device("cpu")),
     }
+
+
+def describe_scan(device: torch.device) -> str:
+    """Returns the active backend and the reason for it, or why the one that the environment requests cannot run."""
+    try:
+        scan = choose_backend(device.type, torch.float32)
+    except (ValueError, ImportError) as error:
+        return f"none: {error}"
+    return f"{scan.backend}: {scan.reason}"
 
 
 def describe_accelerator(device: torch.device) -> str:

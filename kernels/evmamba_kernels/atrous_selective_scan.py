@@ -7,6 +7,8 @@ PyTorch sees every backend as the operator `torch.ops.evmamba_kernels.atrous_sel
 which consists of PyTorch operators: compilers trace through it.
 """
 
+from math import prod
+
 import torch
 
 from .atrous_selective_scan_torch import NUM_GROUPS, atrous_selective_scan_torch
@@ -15,8 +17,12 @@ from .backends import (
     NAMESPACE,
     choose_backend_once,
     is_transformed,
+    register_flops,
     register_gradient,
 )
+
+
+MACS_PER_STATE = 9  # multiply-accumulates of the recurrence per pixel, channel and state, as the authors count
 
 
 def atrous_selective_scan(
@@ -64,6 +70,8 @@ def atrous_selective_scan(
     """
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     check_arguments(*arguments)
+    if hidden_states.is_meta and not is_transformed():
+        return scan_operator(*arguments, "torch")  # computes nothing, and counters of FLOPs see it
     choice = choose_backend_once(hidden_states.device.type, hidden_states.dtype, backend)
     if choice.backend == "torch" or is_transformed():
         return atrous_selective_scan_torch(*arguments)
@@ -167,3 +175,19 @@ def fake_scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log,
 
 
 register_gradient(scan_operator, scan_bwd_operator, lambda *arguments: atrous_selective_scan_torch(*arguments[:-1]))
+
+
+def count_flops(map_shape, x_proj_shape, dt_proj_shape, dt_bias_shape, A_shape, D_shape, backend, *, out_shape) -> int:
+    """Count the FLOPs of the projections and the recurrence for the pixels of the feature map, without the padding."""
+    _, num_outputs, _ = x_proj_shape
+    rank, state_size = dt_proj_shape[-1], A_shape[-1]
+    return 2 * prod(map_shape) * (num_outputs + rank + MACS_PER_STATE * state_size)
+
+
+def count_bwd_flops(grad_shape, *shapes, out_shape) -> int:
+    """Count twice the FLOPs of the forward pass, as PyTorch does for linear layers."""
+    return 2 * count_flops(*shapes, out_shape=grad_shape)
+
+
+register_flops(scan_operator, count_flops)
+register_flops(scan_bwd_operator, count_bwd_flops)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 
 LOWER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,6 +201,8 @@ def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
     A requested backend decides for the scan and all other operators. Without a request, the backend only needs to
     support the feature map. So a new backend of the scan leaves the other kernels as they are.
     """
+    if hidden_states.is_meta:
+        return False
     device_type, dtype = hidden_states.device.type, hidden_states.dtype
     if preferred_backend is not None:
         return choose_backend(device_type, dtype).backend == backend
@@ -300,3 +303,15 @@ def register_gradient(
     def fake_backward(grad, *arguments):
         *tensors, _ = arguments
         return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+def register_flops(operator: torch.library.CustomOpDef, count: Callable[..., int]) -> None:
+    """Register the FLOPs of `operator` with PyTorch's `FlopCounterMode`, where a multiply-accumulate has two.
+
+    Args:
+        operator: The operator.
+        count: Takes the shapes of all arguments, and the shape of the output as `out_shape`. Arguments that are no
+            tensors stay as they are.
+    """
+    namespace, name = operator._qualname.split("::")
+    register_flop_formula(getattr(getattr(torch.ops, namespace), name))(count)

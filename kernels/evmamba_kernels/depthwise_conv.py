@@ -5,10 +5,12 @@ convolution, the activation, and the mean. The kernel for inference on CPUs take
 With gradients, on other devices and in compiled graphs, PyTorch operators run instead.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 
-from .backends import NAMESPACE, check_argument, is_for_cpu_kernel
+from .backends import NAMESPACE, check_argument, is_for_cpu_kernel, register_flops
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -105,3 +107,12 @@ def convolution_and_mean_operator(
 def fake_convolution_and_mean(hidden_states, weight, bias, activation):
     batch_size, _, _, channels = hidden_states.shape
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(batch_size, channels)
+
+
+def count_flops(map_shape, weight_shape, bias_shape, activation, *, out_shape) -> int:
+    """Count the FLOPs of the convolution alone, as PyTorch does."""
+    return 2 * prod(map_shape) * prod(weight_shape[1:])
+
+
+register_flops(convolution_operator, count_flops)
+register_flops(convolution_and_mean_operator, count_flops)

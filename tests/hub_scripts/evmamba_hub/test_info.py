@@ -3,8 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from evmamba_hub.info import measure_size
+from evmamba_hub.info import describe_environment, measure_size
+from evmamba_kernels import backends
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig
 
 
@@ -32,6 +34,24 @@ def test_one_scan_block_counted_by_hand():
     head = 16 * 10
     macs = measure_size(config, 4 * height, 4 * width).macs
     assert macs == stem + projections + scan + convolutions + gate + head
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton", "torch"])
+def test_requested_backends_change_no_sizes(backend, monkeypatch):
+    """The networks are counted on the meta device, on which no backend computes."""
+    monkeypatch.setattr(backends, "preferred_backend", backend)
+    assert measure_size(EfficientVMambaConfig(**VARIANTS["tiny"], num_labels=1000), 224, 224).macs == 787_017_984
+    scan = describe_environment()["scan"]
+    if backend in choose_backends():
+        assert scan == f"{backend}: it was requested"
+    else:
+        assert scan.startswith(f"none: the backend '{backend}' computes on ")
+
+
+def choose_backends() -> list[str]:
+    """Returns the backends that compute on the device of the environment."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return ["torch", *(name for name, entry in backends.BACKENDS.items() if device.type in entry.device_types)]
 
 
 def test_info_prints_the_sizes():
