@@ -125,7 +125,10 @@ class TrainingRun:
         recipe, accelerator = self.recipe, self.accelerator
         freeze(model, recipe)
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if hasattr(model, "activation_checkpointing_enable"):
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            else:  # before transformers 5.23
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = count_steps(recipe, self.data.images_per_epoch)
         # Four warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but

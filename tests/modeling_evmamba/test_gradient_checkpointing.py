@@ -21,7 +21,9 @@ from modeling_evmamba.modeling_evmamba import (
 Model = TypeVar("Model", bound=nn.Module)
 
 VARIANTS = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+
+# how models enable it, by the oldest version of transformers that is supported, and by transformers 5.23 or newer
+METHODS = ["gradient_checkpointing_enable", "activation_checkpointing_enable"]
 
 
 def create_model(model_class: type[Model] = EfficientVMambaForImageClassification) -> Model:
@@ -67,8 +69,16 @@ def batch_norms_of(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+def enable_checkpointing(model: nn.Module, use_reentrant: bool = True) -> nn.Module:
+    """Returns the model, with checkpoints by the newest method that it has."""
+    name = [name for name in METHODS if hasattr(model, name)][-1]
+    getattr(model, name)({"use_reentrant": use_reentrant})
+    return model
+
+
 @VARIANTS
-@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("name", METHODS)
 def test_method_of_the_model(name, use_reentrant):
     model = create_model()
     if not hasattr(model, name):
@@ -104,8 +114,7 @@ def test_wrapped_parts(part):
 @VARIANTS
 def test_nested_checkpoints(use_reentrant):
     model = create_model()
-    checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = enable_checkpointing(copy.deepcopy(model), use_reentrant)
 
     def compute(images):
         return checkpoint(lambda images: checkpointed(images).logits, images, use_reentrant=use_reentrant)
@@ -146,8 +155,7 @@ def wrap(model: nn.Module) -> nn.Module:
 )
 def test_other_batch_norms(change, use_reentrant):
     model = change(create_model())
-    checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = enable_checkpointing(copy.deepcopy(model), use_reentrant)
     check_same(train(checkpointed), train(model))
 
 
@@ -155,7 +163,7 @@ def test_batch_norms_keep_their_buffers():
     """Others may hold them too, such as DistributedDataParallel."""
     model = create_model()
     before = dict(model.named_buffers())
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     train(model)
     assert all(buffer is before[name] for name, buffer in model.named_buffers())
 
@@ -166,8 +174,7 @@ def test_frozen_stem(use_reentrant):
     model = create_model()
     model.efficientvmamba.embeddings.requires_grad_(False)
     model.enable_input_require_grads()
-    checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = enable_checkpointing(copy.deepcopy(model), use_reentrant)
     actual, expected = train(checkpointed), train(model)
     check_same(actual, expected)
     assert sum(gradient is None for gradient in actual["gradients"]) == 4
@@ -176,8 +183,7 @@ def test_frozen_stem(use_reentrant):
 @VARIANTS
 def test_backbone(use_reentrant):
     backbone = create_model(EfficientVMambaBackbone)
-    checkpointed = copy.deepcopy(backbone)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = enable_checkpointing(copy.deepcopy(backbone), use_reentrant)
     actual, expected = (
         train(each, lambda images, each=each: each(images).feature_maps[0]) for each in (checkpointed, backbone)
     )
@@ -189,8 +195,7 @@ def test_backbone(use_reentrant):
 def test_compiled(use_reentrant):
     """As PyTorch differentiates graphs, without generated code."""
     model = create_model()
-    checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = enable_checkpointing(copy.deepcopy(model), use_reentrant)
     torch._dynamo.reset()
     compiled = torch.compile(checkpointed, backend="aot_eager")
     check_same(train(checkpointed, lambda images: compiled(images).logits), train(model))
