@@ -25,7 +25,7 @@ from evmamba_hub.client import Files, check_downloads, translate_hub_errors, upl
 from evmamba_hub.errors import UserError, escape_unprintable
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import LabeledImages
-from evmamba_hub.images.layouts import match_splits
+from evmamba_hub.images.layouts import find_split_kind, match_splits
 from evmamba_hub.info import MACS_CONVENTION, find_variant, measure_size
 from evmamba_hub.publish.card_metadata import (
     MEASURED,
@@ -200,24 +200,43 @@ def is_training_data(card: str, images: LabeledImages, dataset: str) -> bool:
         dataset: The directory or Hub id that they were opened from.
     """
     recipe = read_recipe(card)
-    trained_on = str(recipe.get("dataset"))
+    trained_on, trained_split = str(recipe.get("dataset")), str(recipe.get("train_split"))
+    split = images.split
     if images.hub_id is None:
-        is_same = os.path.realpath(trained_on) == os.path.realpath(dataset)
+        (trained_root, inner), (root, split) = separate_split(trained_on, None), separate_split(dataset, split)
+        trained_split = inner or trained_split
+        is_same = os.path.realpath(trained_root) == os.path.realpath(root)
     else:
         is_same = trained_on == images.hub_id and recipe.get("dataset_config") in (None, images.config)
-    return is_same and (images.split is None or bool(match_splits([images.split], str(recipe["train_split"]))))
+    return is_same and (split is None or bool(match_splits([split], trained_split)))
+
+
+def separate_split(dataset: str, split: str | None) -> tuple[Path, str | None]:
+    """Returns the directory of a dataset and the split. The directory of a split, such as `imagenet/val`, has both.
+
+    Args:
+        dataset: The directory of the dataset, or of its split.
+        split: The split that was opened. None if the dataset was opened without splits.
+    """
+    path = Path(os.path.abspath(dataset))
+    is_split = path.name == split or (split is None and find_split_kind(path.name) is not None)
+    return (path.parent, path.name) if is_split and path.parent.name else (path, split)
 
 
 def to_eval_results(results: dict) -> list[EvalResult]:
     """Convert the results of `evmamba evaluate` to the entries of a card."""
-    name = escape_unprintable(results["dataset_id"] or Path(results["dataset"]).resolve().name)
+    name, split = results["dataset_id"], results["dataset_split"]
+    if name is None:
+        directory, split = separate_split(results["dataset"], split)
+        name = directory.name
+    name = escape_unprintable(name)
     return [
         EvalResult(
             task_type=TASK,
             dataset_type=name,
             dataset_name=name,
             dataset_config=results["dataset_config"],
-            dataset_split=results["dataset_split"],
+            dataset_split=split,
             dataset_revision=results["dataset_revision"],
             metric_type=metric_type,
             metric_name=metric_name,

@@ -22,8 +22,9 @@ from transformers import BitImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.labeled_images import LabeledImage
+from evmamba_hub.images.labeled_images import LabeledImage, open_dataset
 from evmamba_hub.inference.evaluation import Counts, Preprocessor, choose_process_device
+from evmamba_hub.publish.card import is_training_data
 from hub_server import USERS, Fault
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
@@ -521,16 +522,22 @@ def test_an_accuracy_on_training_images_is_told(evmamba, few_digits, tmp_path, r
     assert code == 0 and ("so this is no held-out accuracy: choose other images" in err) == warns
 
 
-@pytest.mark.parametrize("split, warns", [("train", True), ("validation", False)])
-def test_an_accuracy_on_another_split_is_held_out(evmamba, few_digits, tmp_path, split, warns):
+@pytest.mark.parametrize("trained_on", ["splits", "splits/training"])
+@pytest.mark.parametrize(
+    "dataset, split, warns",
+    [
+        ("splits", "train", True),
+        ("splits", "validation", False),
+        ("splits/training", None, True),
+        ("splits/val", None, False),
+    ],
+)
+def test_an_accuracy_on_another_split_is_held_out(few_digits, tmp_path, trained_on, dataset, split, warns):
     for name in ("training", "val"):
         shutil.copytree(few_digits, tmp_path / "splits" / name)
-    shutil.copytree(DIGITS, tmp_path / "model")
-    recipe = f"dataset: {tmp_path / 'splits'}\ntrain_split: train\n"
-    (tmp_path / "model" / "README.md").write_text(f"# x\n```yaml\n{recipe}```\n")
-    arguments = [tmp_path / "model", "--dataset", tmp_path / "splits", "--update-card"]
-    code, _, err = evmamba("evaluate", *arguments, "--dataset-split", split)
-    assert code == 0 and ("so this is no held-out accuracy" in err) == warns
+    card = f"# x\n```yaml\ndataset: {tmp_path / trained_on}\ntrain_split: train\n```\n"
+    images = open_dataset(str(tmp_path / dataset), split=split)
+    assert is_training_data(card, images, str(tmp_path / dataset)) == warns
 
 
 def test_results_and_card_are_replaced_as_a_whole(evmamba, few_digits, tmp_path):

@@ -128,6 +128,23 @@ def test_the_table_shows_the_values_of_the_metadata():
     assert "0.25" not in ModelCard(add_results(card, ["model"], others)).text
 
 
+@pytest.mark.parametrize(
+    "directory, split, expected",
+    [
+        ("digits", None, ("digits", None)),
+        ("digits", "validation", ("digits", "validation")),  # as `evmamba train` gives it
+        ("digits/validation", "validation", ("digits", "validation")),  # as `evmamba evaluate` gives it
+        ("digits/train/../Val/", None, ("digits", "Val")),
+        ("digits/fold 3", "fold 3", ("digits", "fold 3")),
+        ("digits/fold 3", None, ("fold 3", None)),
+        ("/test", None, ("test", None)),
+    ],
+)
+def test_a_directory_has_one_name_with_and_without_its_split(directory, split, expected):
+    results = {**RESULTS, "dataset_id": None, "dataset": directory, "dataset_split": split}
+    assert {(result.dataset_name, result.dataset_split) for result in to_eval_results(results)} == {expected}
+
+
 def test_results_in_the_newer_form():
     (path, content), *others = result_entries(to_eval_results(RESULTS)).items()
     assert (path, others) == (".eval_results/flowers.yaml", [])
