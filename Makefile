@@ -76,7 +76,9 @@ docs: $(INSTALLED)  ## Build the documentation into build/site, with all links c
 digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	rm -rf build/digits build/digits-run
 	$(BIN)/python -m training_evmamba.digits build/digits --examples demo/examples
-	$(BIN)/evmamba train --recipe digits --dataset build/digits --output-dir build/digits-run
+	$(BIN)/evmamba train --recipe digits --dataset build/digits --output-dir build/digits-run \
+		--name demo/digits --license apache-2.0 \
+		--about-data "$$(cat demo/digits_data.md)" --about-limits "$$(cat demo/digits_limits.md)"
 	rm -rf demo/digits
 	cp -r build/digits-run/model demo/digits
 

@@ -74,6 +74,8 @@ def test_the_card_states_the_recipe():
     stated = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
     recipe = load_recipe("digits", {"dataset": stated["dataset"]})
     assert find_changes(create_recipe(stated), recipe) == {}
+    for name in ("digits_data.md", "digits_limits.md"):  # as `make digits` gives them
+        assert (DEMO / name).read_text().strip() in card.text
 
 
 @pytest.mark.parametrize("digit", EXAMPLES)

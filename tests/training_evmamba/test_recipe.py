@@ -30,6 +30,13 @@ def test_presets_name_fields_and_survive_a_file(preset, tmp_path):
     assert values.keys() <= {field.name for field in dataclasses.fields(Recipe)}
 
 
+@pytest.mark.parametrize("preset", list_presets())
+def test_presets_say_nothing_about_the_data_in_the_card(preset):
+    """A preset trains on any dataset."""
+    card = {field.name for field in dataclasses.fields(Recipe) if field.metadata["group"] == "Card"}
+    assert {getattr(load_recipe(preset, {}), name) for name in card} == {None}
+
+
 @pytest.mark.parametrize("preset, batch_size", [("tiny", 2048), ("small", 2048), ("base", 1024)])
 def test_the_authors_recipe(preset, batch_size):
     """arXiv 2403.09977 and the authors' logs."""
