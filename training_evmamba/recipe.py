@@ -77,9 +77,7 @@ class Recipe:
     dataset_config: str | None = option("Data", "Configuration of the dataset.", None)
     dataset_revision: str | None = option("Data", "Branch, tag or commit of the dataset on the Hub.", None)
     streaming: bool = option("Data", "Stream a dataset of the Hub instead of downloading it first.", False)
-    train_split: str = option(
-        "Data", "Split to train on, by this name or another usual one for the same.", TRAIN_SPLIT
-    )
+    train_split: str = option("Data", "Split to train on. Other usual names of it are found too.", TRAIN_SPLIT)
     validation_split: str | None = option(
         "Data",
         "Split to evaluate on. Default: validation or test, or another usual name for it, if the dataset has one.",

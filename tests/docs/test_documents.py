@@ -42,7 +42,7 @@ from examples import segment_shapes
 from golden_values import original_state_dict
 from hub_server import HubServer
 from training_evmamba.digits import main as write_digits
-from training_evmamba.recipe import Recipe, list_presets
+from training_evmamba.recipe import Recipe, create_recipe, list_presets, load_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -397,6 +397,25 @@ def test_every_value_of_a_recipe_is_in_the_table():
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in mentions
     assert set(list_presets()) <= set(mentions)
+
+
+def test_values_of_the_presets_are_those_of_the_recipes():
+    """The table has all values that differ between presets, except those of the data, the network and its images."""
+    heading, *rows = find_tables(ROOT / "docs" / "training.md", "Recipes")[1]
+    presets = [load_recipe(name, {}) for name in list_presets()]
+    names = [row[0].removeprefix("--").replace("-", "_") for row in rows]
+    left_out = {"network", "variant", "dataset", "image_size", "image_mean", "image_std", "crop_pct"}
+    left_out |= {"num_workers", "augmentation_library"}
+    differing = {name for name in vars(presets[0]) if len({str(getattr(each, name)) for each in presets}) > 1}
+    assert set(names) == differing - left_out
+    for name, row in zip(names, rows, strict=True):
+        for cell, title in zip(row[1:], heading[1:], strict=True):
+            value = [float(part) for part in cell.split()] if " " in cell else cell
+            for preset in title.split(", "):
+                assert load_recipe(preset, {name: value}) == load_recipe(preset, {}), (name, preset)
+    of_files, of_tiny = create_recipe({}), load_recipe("tiny", {})
+    assert {name for name in names if getattr(of_files, name) != getattr(of_tiny, name)} == {"mixed_precision"}
+    assert of_files.mixed_precision == "no"
 
 
 def test_every_extra_is_in_the_table():

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from training_evmamba.trainer import TrainingRun
 
 
+DEFAULT_RECIPE = "finetune"
+
+
 def parse_fields(text: str) -> dict[str, Any]:
     try:
         fields = yaml.load(text, CoreLoader)
@@ -38,6 +41,15 @@ def parse_number_or_none(text: str, kind: type) -> Any:
         return text if text == NONE else kind(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is neither a valid {kind.__name__} nor `{NONE}`") from None
+
+
+def show_value(value: Any) -> str:
+    """Returns a value as the command line takes it, rounded. Nothing is set by an empty text."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(show_value, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value in (None, {}) else str(value)
 
 
 def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
@@ -56,10 +68,9 @@ def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
         parser, metavar = partial(parse_number_or_none, kind=number), f"<{number.__name__}|{NONE}>"
     elif may_be_none and get_origin(kind) is Literal:
         kind = Literal[(*get_args(kind), NONE)]
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    shown = "" if default in (None, {}) else f" \\[{default}]"
+    default = show_value(getattr(load_recipe(DEFAULT_RECIPE, {}), field.name))
     option = typer.Option(
-        help=field.metadata["help"] + shown,
+        help=field.metadata["help"] + (f" \\[{default}]" if default else ""),
         rich_help_panel=field.metadata["group"],
         show_default=False,
         parser=parser,
@@ -133,7 +144,7 @@ def train(
         typer.Option(
             help="Preset (`tiny`, `small`, `base`, `finetune`, `digits`), or YAML file of the options below."
         ),
-    ] = "finetune",
+    ] = DEFAULT_RECIPE,
     resume: Annotated[
         Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
     ] = "no",
@@ -146,7 +157,8 @@ def train(
 ) -> None:
     """Train a network from scratch, or fine-tune a checkpoint on your own images.
 
-    A recipe holds every value, and each option overrides one value. The output directory gets the complete recipe
+    A recipe holds every value, and each option overrides one value. Values in brackets are those of `finetune`, the
+    default recipe. The output directory gets the complete recipe
     (`recipe.yaml`), the log (`log.jsonl`), checkpoints, the curves, and `model`. Load `model` with `from_pretrained`,
     or upload it with `evmamba push`.
 

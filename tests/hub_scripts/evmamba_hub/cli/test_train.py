@@ -51,6 +51,17 @@ def test_the_help_lists_all_values():
         assert f"--{field.name.replace('_', '-')}" in options
 
 
+def test_the_help_shows_the_values_of_the_default_recipe():
+    text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).stdout
+    shown = {
+        "epochs": "20", "learning-rate": "0.0005", "warmup-epochs": "1", "mixup-alpha": "0", "layer-decay": "0.8",
+        "crop-scale": "0.35 1", "crop-ratio": "0.75 1.333", "report-to": "tensorboard", "ema-decay": "0.99",
+    }  # fmt: skip
+    for name, value in shown.items():
+        assert re.search(rf"--{name} .*\[{re.escape(value)}\]", text), name
+    assert "--model" in text and not re.search(r"--(model|image-size|license) .*\[", text)
+
+
 def test_options_have_the_same_names_in_training_and_evaluation():
     of_training, of_evaluation = (
         set(re.findall(r"--[a-z0-9-]+", CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"}).stdout))
