@@ -37,9 +37,14 @@ class RunProgress:
     step: int = 0
     images_per_epoch: int = 0  # with `class_names`, detects a changed dataset
     class_names: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # skipped images
+    unreadable: list[str] = field(default_factory=list)  # skipped training images
+    unreadable_held_out: list[str] = field(default_factory=list)  # skipped validation images
     num_processes: int = 1  # each draws different random numbers
     top1: float | None = None  # of the averaged weights, if evaluated at this step
+
+    @property
+    def num_unreadable(self) -> int:
+        return len(self.unreadable) + len(self.unreadable_held_out)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import transformers
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
+from evmamba_hub.images.labeled_images import IndexedImages
 from evmamba_hub.publish.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
 from evmamba_hub.publish.card_metadata import create_placeholder_id
 from modeling_evmamba import EfficientVMambaForImageClassification
@@ -70,15 +71,19 @@ def describe_training(
     """Return the training section of the card: data, recipe and results."""
     start = f"It was fine-tuned from `{recipe.model}`" if recipe.model else "It was trained from fresh weights"
     num_images = data.training.num_images
+    unreadable = f"{to_count(progress.num_unreadable, 'more image')} could not be read."
+    if not isinstance(data.training, IndexedImages):
+        unreadable = "Unreadable images were skipped."  # their number is unknown: names in a stream change every epoch
+    elif num_images is not None:
+        num_images -= len(progress.unreadable)
     images = "a stream of images" if num_images is None else to_count(num_images, "image")
     length = describe_length(recipe, progress, data)
     sentences = [
         f"{start} on {images} of {len(data.class_names):,} classes, in {length}, with `evmamba train`. "
         "The weights are a moving average over the steps."
     ]
-    if progress.unreadable:
-        skipped = "was skipped" if len(progress.unreadable) == 1 else "were skipped"
-        sentences.append(f"{to_count(len(progress.unreadable), 'image')} could not be read and {skipped}.")
+    if progress.num_unreadable:
+        sentences.append(unreadable)
     if results is not None:
         top5 = f", the top-5 accuracy is {results['top5']:.2%}," if "top5" in results else ""
         sentences.append(

@@ -326,7 +326,7 @@ class TrainingRun:
                 f"the loss of step {step} is {losses[~losses.isfinite()][0].item()}: lower --learning-rate, or train "
                 f"with --mixed-precision no. {self.describe_last_checkpoint()}"
             )
-        self.report_unreadable(metrics.unreadable)
+        self.report_unreadable(metrics.unreadable, self.progress.unreadable)
         seconds, norms = time.monotonic() - metrics.start, torch.stack(metrics.norms)
         self.log(
             {
@@ -347,12 +347,12 @@ class TrainingRun:
             )
         return batch
 
-    def report_unreadable(self, names: list[str]) -> None:
-        """Record the unreadable images of all processes, and report new ones."""
-        names = set(gather_object(names)) - set(self.progress.unreadable)
-        for name in sorted(names):
+    def report_unreadable(self, names: list[str], known: list[str]) -> None:
+        """Add the unreadable images of all processes to the known ones, and report new ones."""
+        new = sorted(set(gather_object(names)) - set(known))
+        for name in new:
             self.callback.on_unreadable(name)
-        self.progress.unreadable += sorted(names)
+        known += new
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float | int] | None:
@@ -386,7 +386,7 @@ class TrainingRun:
         if accelerator.num_processes > 1:
             counts = counts.add_up()
         set_training_mode(self.model, self.recipe)
-        self.report_unreadable(unreadable)
+        self.report_unreadable(unreadable, self.progress.unreadable_held_out)
         if counts.num_images == 0:
             raise UserError(f"{self.data.validation.name} holds no readable image to evaluate on")
         return counts.summarize()

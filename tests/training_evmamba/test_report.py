@@ -47,11 +47,19 @@ def test_the_length_of_a_stream(make_recipe, num_images, expected):
 
 
 @pytest.mark.parametrize(
-    "names, expected",
+    "training, held_out, expected",
     [
-        (["a.png"], "1 image could not be read and was skipped."),
-        (["a.png", "b.png"], "2 images could not be read and were skipped."),
+        (["a"], [], ["on 36 images of 2 classes", "steps. 1 more image could not be read."]),
+        (["a"], ["b"], ["on 36 images of 2 classes", "steps. 2 more images could not be read."]),
+        ([], ["b"], ["on 37 images of 2 classes", "steps. 1 more image could not be read."]),
     ],
 )
-def test_unreadable_images_are_counted(make_recipe, names, expected):
-    assert expected in describe(make_recipe(), open_data(make_recipe()), unreadable=names)
+def test_unreadable_images_do_not_count(make_recipe, training, held_out, expected):
+    text = describe(make_recipe(), open_data(make_recipe()), unreadable=training, unreadable_held_out=held_out)
+    assert all(part in text for part in expected)
+
+
+def test_unreadable_images_of_a_stream_have_no_number(make_recipe):
+    stream = StreamedImages(name="stream", class_names=["a", "b"], num_images=100, stream=None, columns=None)
+    text = describe(make_recipe(), TrainingData(stream, None, ["a", "b"], 100, []), unreadable=["a", "b"])
+    assert "on 100 images of" in text and "steps. Unreadable images were skipped." in text

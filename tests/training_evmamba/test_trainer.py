@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from evmamba_hub.cli.train import train_with_progress
+from evmamba_hub.cli.train import describe_result, train_with_progress
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from evmamba_hub.publish.push import collect_model_files
@@ -183,7 +183,9 @@ def test_unreadable_images_are_counted(make_recipe, stripes, tmp_path, capsys):
     text = console.export_text()
     assert text.count("Skipped") == 2
     assert "train/vertical/01.png: it is not an image" in text
-    assert "2 images could not be read and were skipped." in load_card(str(tmp_path / "run" / "model")).text
+    card = load_card(str(tmp_path / "run" / "model")).text
+    assert "on 36 images of 2 classes" in card and "2 more images could not be read." in card
+    assert describe_result(run, results).endswith("on 9 held-out images, skipped 2 unreadable images")
     with pytest.raises(
         UserError, match=r"01\.png: it is not .*: replace the image, or skip it with --on-unreadable skip"
     ):

@@ -136,6 +136,18 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
         return run.train(ProgressCallback(progress))
 
 
+def describe_result(run: "TrainingRun", results: dict[str, float | int] | None) -> str:
+    """Returns the directory of the model, its accuracy, and the number of skipped images."""
+    from training_evmamba.report import to_count
+
+    parts = [str(run.folder.model_dir)]
+    if results is not None:
+        parts.append(f"top-1 {results['top1']:.2%} on {to_count(results['images'], 'held-out image')}")
+    if num_unreadable := run.progress.num_unreadable:
+        parts.append(f"skipped {to_count(num_unreadable, 'unreadable image')}")
+    return ", ".join(parts)
+
+
 @with_recipe_options
 def train(
     output_dir: Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")],
@@ -194,8 +206,8 @@ def train(
     results = train_with_progress(run, error_console)
     if not run.accelerator.is_main_process:
         return
-    accuracy = "" if results is None else f", top-1 {results['top1']:.2%} on {results['images']:,} held-out images"
-    error_console.print("[bold green]Trained[/]", literal(f"{run.folder.model_dir}{accuracy}"))
+    error_console.print("[bold green]Trained[/]", literal(describe_result(run, results)))
+    error_console.print("Try it:", literal(f"evmamba classify IMAGE --model {run.folder.model_dir}", "bold"))
     if push_to is not None:
         upload = push_model(
             push_to,

@@ -72,6 +72,16 @@ def test_options_have_the_same_names_in_training_and_evaluation():
     assert not (of_training | of_evaluation) & {"--workers", "--config", "--split"}
 
 
+def test_the_end_names_the_next_step(evmamba, make_recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe(epochs=0.2, warmup_epochs=0)))
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in this process
+    code, _, err = evmamba("train", "--recipe", tmp_path / "recipe.yaml", "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    *_, result, step = err.splitlines()
+    assert re.fullmatch(r"Trained .*/model, top-1 \d+\.\d\d% on 10 held-out images", result)
+    assert step == f"Try it: evmamba classify IMAGE --model {tmp_path / 'run' / 'model'}"
+
+
 def test_options_replace_values_of_the_recipe(run):
     output = run(
         "--epochs=0.75",
