@@ -104,18 +104,29 @@ def create_augmentation(recipe: Recipe, num_labels: int, batch_size: int) -> tup
     return transform, mix
 
 
-def describe_augmentation_library(library: str) -> str:
-    """Describe a library with its version."""
-    if library == "timm":
+def describe_augmentation(recipe: Recipe) -> str:
+    """Return the operators that a recipe enables, with their library."""
+    enabled = {
+        "random crops": True,
+        "horizontal flips": recipe.horizontal_flip,
+        "random inversion": recipe.random_invert,
+        "RandAugment": recipe.rand_augment,
+        "random erasing": recipe.random_erasing,
+        "MixUp": recipe.mixup_alpha,
+        "CutMix": recipe.cutmix_alpha,
+    }
+    *others, last = (name for name, value in enabled.items() if value)
+    library = "on Pillow and PyTorch"
+    if recipe.augmentation_library == "timm":
         import timm
 
-        return f"timm {timm.__version__} (`create_transform` and `Mixup`)"
-    return "Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)"
+        library = f"of timm {timm.__version__}"
+    return f"{', '.join(others)} and {last} {library}" if others else f"{last} {library}"
 
 
-def describe_choice(library: str, timm_problem: str | None) -> str:
-    """Return a sentence for the user about a library and the problem with timm that decided the choice, if any."""
-    described = describe_augmentation_library(library)
+def describe_choice(recipe: Recipe, timm_problem: str | None) -> str:
+    """Return a sentence for the user about the augmentation and the problem with timm that decided it, if any."""
+    described = describe_augmentation(recipe)
     if timm_problem is None:
         return f"Images are augmented by {described}"
-    return f"timm {timm_problem}, so this package augments the images with {described}"
+    return f"timm {timm_problem}, so this package augments the images by {described}"

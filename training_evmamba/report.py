@@ -12,7 +12,7 @@ from evmamba_hub.images.labeled_images import IndexedImages
 from evmamba_hub.publish.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
 from evmamba_hub.publish.card_metadata import create_placeholder_id
 from modeling_evmamba import EfficientVMambaForImageClassification
-from training_evmamba.augmentation_library import describe_augmentation_library
+from training_evmamba.augmentation_library import describe_augmentation
 from training_evmamba.checkpoints import RunProgress
 from training_evmamba.data import TrainingData
 from training_evmamba.optimization import count_images
@@ -93,7 +93,7 @@ def describe_training(
     parts = [
         *([recipe.about_data.strip()] if recipe.about_data else []),
         " ".join(sentences),
-        f"Images are augmented by {describe_augmentation_library(recipe.augmentation_library)}.",
+        f"Images are augmented by {describe_augmentation(recipe)}.",
         f"The recipe, with PyTorch {torch.__version__} and transformers {transformers.__version__}:",
         f"```yaml\n{dump_recipe(recipe)}```",
     ]

@@ -92,7 +92,7 @@ class TrainingRun:
         self.recipe, timm_problem = choose_augmentation_library(complete_recipe(recipe, checkpoint), saved_recipe)
         if saved_recipe is not None:
             folder.check_same_recipe(saved_recipe, self.recipe)
-        self.notes = [describe_choice(self.recipe.augmentation_library, timm_problem), *self.data.notes]
+        self.notes = [describe_choice(self.recipe, timm_problem), *self.data.notes]
         self.checkpoints = Checkpoints(folder.checkpoints_dir, self.recipe.keep_checkpoints)
 
         num_classes = len(self.data.class_names)

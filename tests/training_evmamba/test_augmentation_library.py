@@ -150,10 +150,27 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_pillow(make_recipe, t
 
 def test_a_broken_timm_is_named(unfit_torchvision, make_recipe):
     chosen, reason = choose_augmentation_library(make_recipe(augmentation_library="auto"), None)
-    assert describe_choice(chosen.augmentation_library, reason).startswith(
+    assert describe_choice(chosen, reason).startswith(
         "timm cannot be imported (RuntimeError: operator torchvision::nms does not exist), so this package augments "
-        "the images with Pillow's operators"
+        "the images by random crops, "
     )
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, "random crops, horizontal flips and RandAugment"),
+        ({"horizontal_flip": 0, "rand_augment": None}, "random crops"),
+        ({"horizontal_flip": 0, "rand_augment": None, "cutmix_alpha": 1}, "random crops and CutMix"),
+        (
+            {"random_invert": 0.5, "random_erasing": 0.25, "mixup_alpha": 0.2},
+            "random crops, horizontal flips, random inversion, RandAugment, random erasing and MixUp",
+        ),
+    ],
+)
+def test_only_enabled_operators_are_named(make_recipe, options, expected):
+    said = describe_choice(make_recipe(**options), None)
+    assert said == f"Images are augmented by {expected} on Pillow and PyTorch"
 
 
 def test_the_library_is_said_and_saved(missing_timm, make_recipe, tmp_path):
@@ -163,9 +180,9 @@ def test_the_library_is_said_and_saved(missing_timm, make_recipe, tmp_path):
         console = Console(record=True, width=400, force_terminal=False, file=StringIO())
         train_with_progress(start(recipe, output, resume), console)
         said.append(console.export_text().splitlines()[0])
-    operators = "Pillow's operators (RandAugment, crops) and PyTorch's (erasing, MixUp, CutMix)"
+    operators = "random crops, horizontal flips and RandAugment on Pillow and PyTorch"
     assert said == [
-        f"timm is not installed, so this package augments the images with {operators}",
+        f"timm is not installed, so this package augments the images by {operators}",
         f"Images are augmented by {operators}",
     ]
     assert read_values(str(tmp_path / "run" / "recipe.yaml"))["augmentation_library"] == "pillow"
@@ -185,7 +202,8 @@ def test_timm_augments_and_a_run_goes_on_with_it(make_recipe, tmp_path):
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     console = Console(record=True, width=400, force_terminal=False, file=StringIO())
     train_with_progress(start(make_recipe(**options), unbroken), console)
-    words = f"Images are augmented by timm {timm.__version__} (`create_transform` and `Mixup`)"
+    words = "Images are augmented by random crops, horizontal flips, random inversion, RandAugment, random erasing, "
+    words += f"MixUp and CutMix of timm {timm.__version__}"
     assert console.export_text().splitlines()[0] == words
     assert words in load_card(str(unbroken / "model")).text
     assert read_values(str(unbroken / "recipe.yaml"))["augmentation_library"] == "timm"
