@@ -98,6 +98,19 @@ def describe_new_head(num_classes: int, num_old: int | None) -> str:
     return f"A new head for {num_classes:,} classes replaces the checkpoint's of {num_old:,} classes{reason}"
 
 
+def describe_frozen_fresh_weights(recipe: Recipe) -> list[str]:
+    """Return sentences for the user about options that keep fresh values as they are."""
+    kept = {
+        "--frozen-stages": "stages with fresh weights, which thus stay random" if recipe.frozen_stages else None,
+        "--freeze-batch-norm": "fresh statistics of batch norms" if recipe.freeze_batch_norm else None,
+    }
+    return [
+        f"{option} freezes {values}: leave it out, or start from a checkpoint with --model"
+        for option, values in kept.items()
+        if values
+    ]
+
+
 def load_checkpoint(
     recipe: Recipe, checkpoint: Path, fields: dict, class_names: list[str]
 ) -> tuple[EfficientVMambaForImageClassification, list[str]]:
@@ -143,7 +156,7 @@ def create_model(
     A checkpoint with the same classes keeps its head.
 
     Returns:
-        The network, and sentences for the user about weights of the checkpoint that do not fit.
+        The network, and sentences for the user about weights that do not fit, or stay fresh.
 
     Raises:
         UserError: If the network cannot be built, or the checkpoint does not fit it.
@@ -166,7 +179,7 @@ def create_model(
     try:
         if checkpoint is None:
             config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **recipe.network, **fields})
-            model, notes = EfficientVMambaForImageClassification(config), []
+            model, notes = EfficientVMambaForImageClassification(config), describe_frozen_fresh_weights(recipe)
         else:
             model, notes = load_checkpoint(recipe, checkpoint, fields, class_names)
     except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:

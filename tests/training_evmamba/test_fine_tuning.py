@@ -82,6 +82,22 @@ def test_weights_that_the_network_lacks_are_announced(make_recipe, tmp_path, sai
     assert said_by_transformers == []
 
 
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, []),
+        ({"frozen_stages": 1}, ["--frozen-stages freezes stages with fresh weights, which thus stay random"]),
+        ({"freeze_batch_norm": True}, ["--freeze-batch-norm freezes fresh statistics of batch norms"]),
+    ],
+)
+def test_fresh_weights_that_are_frozen_are_announced(make_recipe, tmp_path, options, kept):
+    recipe = complete_recipe(make_recipe(**options), None)
+    model, said = create_model(recipe, None, CLASSES)
+    assert said == [f"{words}: leave it out, or start from a checkpoint with --model" for words in kept]
+    model.save_pretrained(tmp_path)
+    assert load(recipe, tmp_path, CLASSES)[1] == []
+
+
 def test_other_messages_of_transformers_are_kept(said_by_transformers):
     logger = logging.getLogger("transformers.modeling_utils")
     with hide_load_report():
