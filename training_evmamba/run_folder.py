@@ -91,8 +91,8 @@ class RunFolder:
             return None
         if not resume:
             raise UserError(
-                f"{self.path} already contains a run: pass `--resume auto` to continue it, or choose another "
-                "--output-dir"
+                f"{self.path} already contains a run: pass `--resume auto` to continue it, or "
+                f"{self.describe_new_run()}"
             )
         # recipes without this field are older than the choice: Pillow augmented their runs
         return create_recipe({"augmentation_library": "pillow", **read_values(str(self.recipe_file))})
@@ -102,9 +102,14 @@ class RunFolder:
         if changes:
             listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
             raise UserError(
-                f"{self.path} holds a run with another recipe ({listed}): resume with the same recipe, or choose "
-                "another --output-dir"
+                f"{self.path} holds a run with another recipe ({listed}): resume with the same recipe, or "
+                f"{self.describe_new_run()}"
             )
+
+    def describe_new_run(self) -> str:
+        """Return what to do instead of resuming, for error messages."""
+        further = f", with --model {self.model_dir} to train the finished model further"
+        return f"choose another --output-dir{further if self.model_dir.is_dir() else ''}"
 
     def begin(self, recipe: Recipe, step: int) -> None:
         """Write the recipe, and drop the log lines after a step.

@@ -176,7 +176,8 @@ class TrainingRun:
         if (saved.images_per_epoch, saved.class_names) != (fresh.images_per_epoch, fresh.class_names):
             raise UserError(
                 f"the dataset has changed since the run began: it had {saved.images_per_epoch:,} images of "
-                f"{len(saved.class_names)} classes, now {fresh.images_per_epoch:,} of {len(fresh.class_names)}"
+                f"{len(saved.class_names)} classes, now {fresh.images_per_epoch:,} of {len(fresh.class_names)}. "
+                f"Restore it, or {self.folder.describe_new_run()}"
             )
         if saved.num_processes != fresh.num_processes:
             raise UserError(

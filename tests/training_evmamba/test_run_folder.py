@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -77,12 +78,15 @@ def test_resuming_needs_the_same_recipe_and_data(make_recipe, stripes, tmp_path)
     shutil.copytree(stripes, images)
     output = tmp_path / "run"
     train(make_recipe(dataset=str(images)), output)
-    with pytest.raises(UserError, match="already contains a run: pass `--resume auto` to continue it"):
+    new_run = re.escape(f"choose another --output-dir, with --model {output / 'model'} to train the finished model")
+    with pytest.raises(UserError, match=f"a run: pass `--resume auto` to continue it, or {new_run} further"):
         train(make_recipe(dataset=str(images)), output)
-    with pytest.raises(UserError, match=r"another recipe .*learning_rate was 0.003, is 0.001"):
+    with pytest.raises(UserError, match=rf"another recipe .*learning_rate was 0.003, is 0.001.*, or {new_run}"):
         train(make_recipe(dataset=str(images), learning_rate=1e-3), output, resume=True)
+    shutil.rmtree(output / "model")
     (images / "train" / "vertical" / "01.png").unlink()
-    with pytest.raises(UserError, match="the dataset has changed since the run began: it had 37 images"):
+    changed = "the dataset has changed since the run began: it had 37 images"
+    with pytest.raises(UserError, match=f"{changed} .* Restore it, or choose another --output-dir$"):
         train(make_recipe(dataset=str(images)), output, resume=True)
 
 
