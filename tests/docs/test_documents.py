@@ -25,6 +25,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 import typer
@@ -32,11 +36,14 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from transformers import BitImageProcessorPil
 from typer.testing import CliRunner
 
 from evmamba_demo.bundled import find_bundled_model, find_examples, find_photographs
 from evmamba_hub.cli.main import app
 from evmamba_hub.convert.original_checkpoint import BLOCK_NAMES, MODULE_NAMES
+from evmamba_hub.images.images import read_image
+from evmamba_hub.publish.card import TEMPLATE
 from evmamba_hub.publish.push import collect_model_files
 from examples import segment_shapes
 from golden_values import original_state_dict
@@ -355,6 +362,34 @@ def test_a_reader_can_follow_the_page(page, desk):
         elif block.language == "python" and block.runs:
             code = "\n" * (block.line - 1) + block.code  # a traceback then names the line of the page
             exec(compile(code, page, "exec"), namespace)
+
+
+@pytest.fixture
+def turned_image(tmp_path) -> Path:
+    """Return a digit in transparent ink, stored turned, with the EXIF orientation that turns it upright."""
+    digit = PIL.Image.open(find_examples()[7]).convert("L")
+    ink = PIL.Image.merge("LA", [PIL.Image.new("L", digit.size), PIL.ImageOps.invert(digit)])
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    ink.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    return tmp_path / "turned.png"
+
+
+def test_the_export_page_prepares_images_as_the_package_does(turned_image):
+    (block,) = [each for each in BLOCKS if each.page.name == "export.md" and "def preprocess" in each.code]
+    functions = [each for each in ast.parse(block.code).body if isinstance(each, ast.FunctionDef | ast.ImportFrom)]
+    namespace = {"np": np}
+    exec(compile(ast.Module(functions, []), block.page, "exec"), namespace)
+    processor = BitImageProcessorPil.from_pretrained(find_bundled_model())
+    expected = processor(read_image(turned_image), return_tensors="np").pixel_values
+    np.testing.assert_allclose(namespace["preprocess"](turned_image, processor.to_dict()), expected, atol=1e-6)
+
+
+def test_pages_and_cards_turn_the_images_that_they_open():
+    texts = [page.read_text(encoding="utf-8") for page in [*PAGES, find_bundled_model() / "README.md", TEMPLATE]]
+    assert sum(text.count("exif_transpose(Image.open(") for text in texts) >= 3
+    for text in texts:
+        assert not re.search(r"(?<!exif_transpose\()Image\.open\(", text)
 
 
 # Names

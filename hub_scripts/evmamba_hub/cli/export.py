@@ -43,7 +43,7 @@ def export(
 
         evmamba export efficientvmamba-tiny efficientvmamba-tiny.onnx
 
-        evmamba export efficientvmamba-tiny efficientvmamba-tiny.pt2 --format aoti --image-size 224 224
+        evmamba export efficientvmamba-tiny efficientvmamba-tiny-compiled.pt2 --format aoti --image-size 224 224
     """
     from transformers.utils import logging
 
