@@ -364,6 +364,19 @@ def test_a_reader_can_follow_the_page(page, desk):
             exec(compile(code, page, "exec"), namespace)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_command_of_a_page_writes_over_the_result_of_another(page):
+    outputs = []
+    for block in find_blocks(page):
+        for command in find_commands(block) if block.language == "" else []:
+            match command.words:
+                case ["evmamba", "convert" | "export", _, output, *_] if not output.startswith("--"):
+                    outputs.append(output)
+                case ["evmamba", "train", *words] if "--resume" not in words:
+                    outputs.append(words[words.index("--output-dir") + 1])
+    assert len(set(outputs)) == len(outputs)
+
+
 @pytest.fixture
 def turned_image(tmp_path) -> Path:
     """Return a digit in transparent ink, stored turned, with the EXIF orientation that turns it upright."""
