@@ -41,6 +41,29 @@ class Prediction(NamedTuple):
     backend: str  # that ran the scan
 
 
+def name_models(models: list[str]) -> dict[str, str]:
+    """Returns models by the names that visitors see. A directory that is given twice is one model.
+
+    The name is the Hub id, or the last part of a directory's path: visitors need not know the layout of the disk. If
+    several models have this name, it is as many last parts as tell them apart.
+    """
+    places: dict[str | Path, str] = {}
+    for model in models:
+        places.setdefault(Path(model).resolve() if Path(model).is_dir() else model, model)
+    names = {}
+    for place, model in places.items():
+        num_parts = 1
+        while [shorten_place(other, num_parts) for other in places].count(shorten_place(place, num_parts)) > 1:
+            num_parts += 1
+        names[shorten_place(place, num_parts)] = model
+    return names
+
+
+def shorten_place(place: str | Path, num_parts: int) -> str:
+    """Returns the last parts of a directory's path. Hub ids stay whole."""
+    return place if isinstance(place, str) else Path(*place.parts[-num_parts:]).as_posix()
+
+
 class Models:
     """Classifiers by name, loaded on first use.
 
@@ -51,8 +74,7 @@ class Models:
     """
 
     def __init__(self, models: list[str], allow_any: bool, device: str = "auto"):
-        # directories go by their last name: visitors need not know the layout of the disk
-        self.places = {Path(model).resolve().name if Path(model).is_dir() else model: model for model in models}
+        self.places = name_models(models)
         self.names = list(self.places)
         self.allow_any = allow_any
         self.lock = Lock()

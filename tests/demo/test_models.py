@@ -10,7 +10,7 @@ from PIL import Image
 
 from evmamba_demo.bundled import find_bundled_model, find_examples
 from evmamba_demo.interface import Demonstration
-from evmamba_demo.models import Models, predict
+from evmamba_demo.models import Models, name_models, predict
 from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
@@ -47,6 +47,30 @@ def test_a_network_of_one_channel_is_shown(tmp_path, picture):
     ):
         assert view.size == (448, 448)
     assert "They took" in demonstration.compare(picture, "gray", models.names[1])[2]
+
+
+def test_models_of_equal_names_are_told_apart(tmp_path):
+    folders = [tmp_path / name for name in ("runs/few/model", "runs/many/model", "digits", "someone/tiny", "tiny")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folders[0])
+    few, many, digits, someone, tiny = map(str, folders)
+    assert list(name_models([few, many])) == ["few/model", "many/model"]
+    bundled = find_bundled_model()
+    assert name_models([digits, str(bundled)]) == {
+        f"{tmp_path.name}/digits": digits,
+        f"{bundled.parent.name}/digits": str(bundled),
+    }
+    assert name_models([few, f"{few}/", str(tmp_path / "link"), "someone/x", "someone/x"]) == {
+        "model": few,
+        "someone/x": "someone/x",
+    }
+    assert name_models([someone, tiny, "someone/tiny", "tiny"]) == {
+        f"{tmp_path.name}/someone/tiny": someone,
+        f"{tmp_path.name}/tiny": tiny,
+        "someone/tiny": "someone/tiny",
+        "tiny": "tiny",
+    }
 
 
 @pytest.mark.parametrize("num_channels", [2, 4])
