@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -30,13 +31,17 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CONFIG_NAME
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.model_folder import check_model_dir
+from evmamba_hub.model_folder import check_is_converted, check_model_dir
 
 
 Files = dict[str, Path | bytes]  # path in the repository -> local file or content
 RepoType = Literal["model", "dataset", "space"]
 
 LOGIN_HINT = "log in with `hf auth login` or set HF_TOKEN"
+
+OFFLINE_VARIABLES = "HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"  # each one keeps the client offline
+
+SIMILARITY = 0.75  # of two names, from 0 to 1, of which one is probably a misspelling of the other
 
 # The client does not retry some requests (creation, commit) itself. Retry them while the Hub is busy.
 BUSY_STATUS_CODES = (429, 503)
@@ -76,15 +81,16 @@ def translate_hub_errors(repo_id: str, *, may_be_path: bool = False) -> Iterator
 
 def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str:
     """Returns the message for an error of the Hub's client: what is wrong, and what to do."""
+    similar = ask_for_similar(repo_id) if may_be_path else ""
     if isinstance(error, HFValidationError):
         return (
-            f"{repo_id!r} is neither a path nor a valid repository id: give user/name, of letters, digits, '-', '_' "
-            "and '.'"
+            f"{repo_id!r} is neither a path{similar} nor a valid repository id: give user/name, of letters, digits, "
+            "'-', '_' and '.'"
         )
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated: accept its conditions on {constants.ENDPOINT}/{repo_id} and {LOGIN_HINT}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{repo_id} is neither a path here nor a repository on the Hub. If it is private, {LOGIN_HINT}"
+        return f"{repo_id} is neither a path here{similar} nor a repository on the Hub. If it is private, {LOGIN_HINT}"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such revision: give the name of a branch or tag, or the hash of a commit"
     if isinstance(error, HfHubHTTPError):
@@ -101,11 +107,25 @@ def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str
         if status == 429 or status >= 500:
             return f"{answered}: the server is overloaded or fails, run the command again later"
         return redact_token(f"{answered}: {error.server_message}") if error.server_message else answered
-    no_path = f"there is no file or directory {repo_id}, and " if may_be_path else ""
+    no_path = f"there is no file or directory {repo_id}{similar}, and " if may_be_path else ""
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return f"{no_path}{repo_id} is not in the cache: unset {OFFLINE_VARIABLES} to download it"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{no_path}{constants.ENDPOINT} is needed for {repo_id}: unset {OFFLINE_VARIABLES} to reach it"
     return (
         f"{no_path}{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check "
         f"{'the path or ' if may_be_path else ''}the connection and run the command again"
     )
+
+
+def ask_for_similar(path: str) -> str:
+    """Returns a question for a message about a path that does not exist: whether the directory beside it is meant."""
+    try:
+        names = [each.name for each in Path(path).parent.iterdir() if each.is_dir()]
+    except OSError:
+        return ""
+    similar = get_close_matches(Path(path).name, names, n=1, cutoff=SIMILARITY)
+    return f" (did you mean {Path(path).with_name(similar[0])}?)" if similar else ""
 
 
 def redact_token(text: str) -> str:
@@ -235,6 +255,7 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
                 f"{model} is a directory, only repositories on the Hub have revisions: leave the revision out"
             )
         return Path(model)
+    check_is_converted(model)
     with translate_hub_errors(model, may_be_path=True):
         folder = Path(
             snapshot_download(

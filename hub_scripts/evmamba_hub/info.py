@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.model_folder import check_model_dir
+from evmamba_hub.model_folder import check_is_converted, check_model_dir
 from evmamba_kernels import choose_backend
 from evmamba_kernels.atrous_selective_scan import MACS_PER_STATE
 from modeling_evmamba import (
@@ -108,6 +108,7 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
         }
     if Path(model).exists():
         check_model_dir(Path(model))
+    check_is_converted(model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

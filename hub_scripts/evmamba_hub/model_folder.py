@@ -1,6 +1,7 @@
 """The directory of a model, as `save_pretrained` writes it: configuration, class and weights."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -9,7 +10,7 @@ from transformers.utils import CONFIG_NAME
 
 import modeling_evmamba
 from evmamba_hub.errors import UserError
-from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
+from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaPreTrainedModel
 
 
 WRITERS = "`save_pretrained`, `evmamba convert` or `evmamba train`"
@@ -20,6 +21,9 @@ ADVICE = {
     (".onnx", ".pt2"): "give the directory of the model that it was exported from",
     (".zip", ".gz", ".tgz", ".7z", ".rar"): "unpack it first",
 }
+
+# Names of directories that documentation gives to the authors' converted weights, or their variant alone.
+CONVERTED_NAME = re.compile(rf"(?:efficientvmamba-)?({'|'.join(VARIANTS)})", re.IGNORECASE)
 
 
 def check_model_dir(path: Path) -> None:
@@ -35,6 +39,21 @@ def check_model_dir(path: Path) -> None:
         raise UserError(f"{path} is a file, and a model is a directory: {describe_way_out(path)}")
     else:
         raise UserError(f"{path} is not a directory: give one that {WRITERS} wrote")
+
+
+def check_is_converted(model: str) -> None:
+    """Check that a model is no missing directory with the name of the authors' converted weights.
+
+    Raises:
+        UserError: If the directory does not exist, and the name is no id of a repository. The message says how to
+            convert the weights.
+    """
+    variant = CONVERTED_NAME.fullmatch(Path(model).name)
+    if variant and len(Path(model).parts) != 2 and not Path(model).exists():
+        raise UserError(
+            f"there is no directory {model}: convert the authors' weights first with `evmamba convert "
+            f"TerryPei/EfficientVMamba-{variant[1].capitalize()} {model}`"
+        )
 
 
 def describe_lack(model_dir: Path) -> str:

@@ -62,7 +62,8 @@ def test_the_cache(hub, repo_id):
     assert hub.phases().count("download") == 1
 
 
-def test_offline_after_one_download(hub, repo_id):
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_after_one_download(hub, repo_id, variable):
     """The Hub's client reads HF_HUB_OFFLINE at import, so the code runs in separate processes."""
     AutoModelForImageClassification.from_pretrained(repo_id)
     hub.requests.clear()
@@ -70,20 +71,28 @@ def test_offline_after_one_download(hub, repo_id):
         "import sys, torch, modeling_evmamba; from transformers import AutoModelForImageClassification as A; "
         "from evmamba_hub.client import fetch_model; from evmamba_hub.errors import UserError\n"
         "print(A.from_pretrained(sys.argv[1]).classifier.bias.tolist(), fetch_model(sys.argv[1]).is_dir())\n"
-        "try: fetch_model('someone/never-downloaded')\nexcept UserError as error: print(error)"
+        "from evmamba_hub.convert.convert import download; from evmamba_hub.publish.push import push_model\n"
+        "for call in (lambda: fetch_model('someone/never'), lambda: download('someone/never', None),\n"
+        "             lambda: push_model('someone/never', {}, message='')):\n"
+        "    try: call()\n    except UserError as error: print(error)"
     )
     completed = subprocess.run(
         [sys.executable, "-c", script, repo_id],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, variable: "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert completed.returncode == 0, completed.stderr
-    loaded, message = completed.stdout.splitlines()
+    loaded, *messages = completed.stdout.splitlines()
     assert loaded == f"{digits().classifier.bias.tolist()} True"
-    assert message.startswith("there is no file or directory someone/never-downloaded, and ")
-    assert "cannot be reached for someone/never-downloaded" in message and "check the path or the conn" in message
+    no_path = "there is no file or directory someone/never, and "
+    unset = "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
+    assert messages == [
+        f"{no_path}someone/never is not in the cache: {unset} to download it",
+        f"{no_path}{hub.endpoint} is needed for someone/never: {unset} to reach it",
+        f"{hub.endpoint} is needed for someone/never: {unset} to reach it",
+    ]
     assert hub.requests == []
 
 
@@ -106,6 +115,47 @@ def test_a_path_that_does_not_exist_without_a_connection(evmamba, hub, monkeypat
         "Error: there is no file or directory no-such-thing, and http"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model, repo_id",
+    [
+        ("efficientvmamba-tiny", "TerryPei/EfficientVMamba-Tiny"),
+        ("./efficientvmamba-small/", "TerryPei/EfficientVMamba-Small"),
+        ("some/where/EfficientVMamba-Base", "TerryPei/EfficientVMamba-Base"),
+        ("tiny", "TerryPei/EfficientVMamba-Tiny"),
+    ],
+)
+def test_weights_that_are_not_converted_yet(evmamba, hub, model, repo_id):
+    for arguments in [("classify", EXAMPLES, "--model", model), ("info", model)]:
+        code, _, err = evmamba(*arguments)
+        assert code == 1 and err == (
+            f"Error: there is no directory {model}: convert the authors' weights first with `evmamba convert "
+            f"{repo_id} {model}`\n"
+        )
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "name, meant, is_connected",
+    [
+        ("flowrs", "flowers", False),
+        ("Flowers", "flowers", False),
+        ("data/flower", "data/flowers", False),
+        ("data/flower", "data/flowers", True),
+        ("./flowrs", "flowers", True),
+    ],
+)
+def test_a_misspelled_directory(evmamba, hub, monkeypatch, tmp_path, name, meant, is_connected):
+    monkeypatch.chdir(tmp_path)
+    for directory in ("flowers", "data/flowers"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "flowrs.json").touch()
+    if not is_connected:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for arguments in [("evaluate", DIGITS, "--dataset", name), ("classify", EXAMPLES, "--model", name)]:
+        code, _, err = evmamba(*arguments)
+        assert code == 1 and f"(did you mean {meant}?)" in err and name in err
 
 
 def test_a_path_to_upload_to_is_none(evmamba, hub, monkeypatch):
