@@ -89,7 +89,9 @@ def convert(
         )
         console.print(literal(f"  keys        {conversion.keys}"))
         if conversion.not_taken:
-            console.print(literal(f"  not taken   {', '.join(conversion.not_taken)}: choose with --prefix"))
+            kinds = [kind for kind in conversion.not_taken.values() if kind != conversion.weights]
+            option = f"--weights {kinds[0]}" if len(kinds) == len(conversion.not_taken) == 1 else "--prefix"
+            console.print(literal(f"  not taken   {', '.join(conversion.not_taken)}: choose with {option}"))
         if conversion.left_out:
             left_out = [f"{module} (tensors: {number})" for module, number in conversion.left_out.items()]
             console.print(literal(f"  left out    {shorten(left_out)}"))

@@ -28,7 +28,7 @@ class Conversion:
     weights: str  # "ema" or "raw"
     num_labels: int | None  # None for a backbone
     keys: str  # that were converted, such as "state_dict.backbone.*"
-    not_taken: list[str]  # the keys of other networks in the checkpoint
+    not_taken: dict[str, str]  # the keys of other networks in the checkpoint -> "ema" or "raw"
     left_out: dict[str, int]  # other modules beside the network -> their number of tensors
 
 

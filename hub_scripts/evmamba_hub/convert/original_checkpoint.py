@@ -159,7 +159,7 @@ class OriginalCheckpoint:
     config: EfficientVMambaConfig
     state_dict: dict[str, torch.Tensor]
     source: StoredNetwork
-    not_taken: list[str]  # names of the other networks in the file
+    not_taken: dict[str, str]  # names of the other networks in the file -> "ema" or "raw"
 
     @property
     def is_backbone(self) -> bool:
@@ -385,7 +385,7 @@ def load_original_checkpoint(path: Path, weights: str | None = None, prefix: str
         except Misfit as error:
             misfits.append(error)
         else:
-            not_taken = [other.name for other in networks if other is not network]
+            not_taken = {other.name: other.weights for other in networks if other is not network}
             return OriginalCheckpoint(model_class, config, state_dict, network, not_taken)
     message = f"{path.name} does not fit the network: {min(misfits, key=lambda error: error.num_problems)}"
     if len(misfits) < len(networks):

@@ -229,7 +229,8 @@ def test_a_copy_of_the_model(evmamba, tmp_path, content, options, keys, not_take
     assert code == 0
     report = read_report(out)
     assert report["keys"] == f"state_dict.{keys}*"
-    assert report["not taken"] == f"state_dict.{not_taken}*: choose with --prefix"
+    option = "--weights ema" if "ema" in not_taken else "--weights raw" if "ema" in keys else "--prefix"
+    assert report["not taken"] == f"state_dict.{not_taken}*: choose with {option}"
     assert report["weights"] == f"{'ema' if 'ema' in keys else 'raw'}, float32"
     assert "left out" not in report
     assert_golden(tmp_path / "converted")
@@ -268,6 +269,14 @@ def test_an_average_that_does_not_fit_is_no_reason_to_take_the_raw_weights(evmam
         "choose one with --weights or --prefix: ema.*, net.*\n",
     )
     assert evmamba("convert", tmp_path / "source.pth", tmp_path / "converted", "--weights", "raw")[0] == 0
+
+
+def test_the_raw_weights_of_several_networks_are_chosen_by_prefix(evmamba, tmp_path):
+    torch.save(prefixed("ema.") | under("net.", other()) | under("teacher.", other()), tmp_path / "source.pth")
+    code, out, _ = evmamba("convert", tmp_path / "source.pth", tmp_path / "converted")
+    assert code == 0 and read_report(out)["not taken"] == "net.*, teacher.*: choose with --prefix"
+    code, out, _ = evmamba("convert", tmp_path / "source.pth", tmp_path / "second", "--prefix", "teacher.")
+    assert code == 0 and read_report(out)["not taken"] == "ema.*, net.*: choose with --prefix"
 
 
 def test_copies_under_entries(evmamba, tmp_path):
