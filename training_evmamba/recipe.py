@@ -70,8 +70,8 @@ class Recipe:
 
     dataset: str | None = option(
         "Data",
-        "Image folder with a directory per class, optionally below a directory per split; a directory of `datasets`; "
-        "or the Hub id of a dataset.",
+        "Image folder with a directory per class, optionally below a directory per split; a directory that `datasets` "
+        "wrote; or the Hub id of a dataset.",
         None,
     )
     dataset_config: str | None = option("Data", "Configuration of the dataset.", None)

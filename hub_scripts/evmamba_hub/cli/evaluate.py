@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich import box
@@ -20,8 +20,8 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Directory with a directory of images per class, or with such a directory per split; directory of a "
-            "dataset; or Hub id of a dataset."
+            help="Directory with a directory of images per class, or with such a directory per split; directory that "
+            "`datasets` wrote; or Hub id of a dataset."
         ),
     ],
     revision: RevisionOption = None,
@@ -47,6 +47,9 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    on_unreadable: Annotated[
+        Literal["skip", "stop"], typer.Option(help="Whether to skip unreadable images or to stop.")
+    ] = "stop",
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
     num_workers: Annotated[int, typer.Option(min=1, help="Number of threads that read and resize images.")] = 4,
@@ -65,8 +68,8 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of a classifier on a dataset.
 
-    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name, and numbers by
-    number. The command shows how the labels matched.
+    Show top-1 and top-5 accuracy, the loss, and the most frequent confusions. Labels match by name, WordNet id, number
+    or order. The command shows how the labels matched.
 
     The command needs the extra `evaluate`: run `pip install ".[evaluate]"` in a clone of the repository. Start the
     command with `accelerate launch` to share the images among processes.
@@ -128,6 +131,7 @@ def evaluate(
         dtype=dtype,
         workers=num_workers,
         label_map=names,
+        on_unreadable=on_unreadable,
         progress_file=output,
     )
     with Progress(
@@ -157,6 +161,8 @@ def show_results(results: dict) -> None:
     title = literal(f"{results['model']} on {results['dataset']}", "table.title")
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_row("images", f"{results['images']:,}")
+    if results["unreadable"]:
+        table.add_row("unreadable, skipped", f"{results['unreadable']:,}")
     if results["labels_matched"]:  # those of a stream are unknown if all images were counted before an interruption
         table.add_row("labels matched", describe_ways(results["labels_matched"]))
     table.add_row("top-1", f"{results['top1']:.2%}")

@@ -15,7 +15,7 @@ from functools import reduce
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,7 @@ class Part(NamedTuple):
     pairs: torch.Tensor  # (pairs,) int64: label * classes + prediction
     images: torch.Tensor  # (pairs,) int64: the number of images of each pair
     sums: torch.Tensor  # (2,) float64: the sum of the losses, the number of images with the label in the top 5
+    unreadable: torch.Tensor  # () int64: the number of skipped images
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Counts:
     @classmethod
     def start(cls, num_classes: int) -> "Counts":
         none = torch.empty(0, dtype=torch.int64)
-        return cls(num_classes, [Part(none, none, torch.zeros(2, dtype=torch.float64))])
+        return cls(num_classes, [Part(none, none, torch.zeros(2, dtype=torch.float64), torch.tensor(0))])
 
     def merge(self) -> Part:
         """Merge the parts into one, in which each pair occurs once. Return it."""
@@ -104,25 +105,31 @@ class Counts:
         images = torch.zeros_like(pairs).index_add(0, places, torch.cat([part.images for part in self.parts]))
         # from left to right, so that the sum of losses does not depend on earlier merges
         sums = reduce(torch.add, [part.sums for part in self.parts])
-        self.parts = [Part(pairs, images, sums)]
+        unreadable = torch.stack([part.unreadable for part in self.parts]).sum()
+        self.parts = [Part(pairs, images, sums, unreadable)]
         return self.parts[0]
 
     @property
     def confusion(self) -> torch.Tensor:
         """The confusion matrix as its entries (pairs, 3) int64: label, prediction, number of images above 0."""
-        pairs, images, _ = self.merge()
+        pairs, images, *_ = self.merge()
         return torch.stack([pairs // self.num_classes, pairs % self.num_classes, images], dim=1)
 
     @property
     def num_images(self) -> int:
         return int(self.merge().images.sum())
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: logits (B, classes), labels (B,)."""
+    @property
+    def num_unreadable(self) -> int:
+        return int(self.merge().unreadable)
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor, num_unreadable: int = 0) -> None:
+        """Count a batch: logits (B, classes), labels (B,), and the number of images beside them that were skipped."""
         logits, labels = logits.cpu().double(), labels.cpu()
         top5 = logits.topk(min(5, self.num_classes), dim=-1).indices
         sums = torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (top5 == labels[:, None]).sum()])
-        self.parts.append(Part(labels * self.num_classes + top5[:, 0], torch.ones_like(labels), sums))
+        pairs = labels * self.num_classes + top5[:, 0]
+        self.parts.append(Part(pairs, torch.ones_like(labels), sums, torch.tensor(num_unreadable)))
         if len(self.parts) > MAX_PARTS:
             self.merge()
 
@@ -216,6 +223,16 @@ def choose_process_device(processes, device: str) -> torch.device:
     return torch.device(device)
 
 
+class Batch(NamedTuple):
+    pixel_values: torch.Tensor  # (B, C, H, W), or (0,) if all images are unreadable
+    labels: torch.Tensor  # (B,)
+    num_unreadable: int  # the images that were skipped
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels) + self.num_unreadable
+
+
 class Evaluation:
     """The evaluation of a model on the share of a dataset that belongs to this process."""
 
@@ -231,11 +248,12 @@ class Evaluation:
         dtype: str,
         workers: int,
         label_map: dict[str, str],
+        on_unreadable: Literal["skip", "stop"],
         progress_file: Path | None,
     ):
         """Load the model, and the counts of an interrupted evaluation.
 
-        A `Notice` says so if the labels match by a guess.
+        A `Notice` says so if the labels match by a guess, and names each image that is skipped.
 
         Args:
             processes: The result of `join_processes`.
@@ -247,6 +265,7 @@ class Evaluation:
             dtype: "float32", "bfloat16" or "float16".
             workers: The number of threads in each process that read and resize images.
             label_map: The model's label by the dataset's name, as for `LabelMatcher`.
+            on_unreadable: Whether to skip unreadable images, or to stop at the first one.
             progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
@@ -269,6 +288,7 @@ class Evaluation:
         check_backend(self.device, self.model.dtype)
         self.model = self.model.to(self.device).eval()
         self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
+        self.on_unreadable = on_unreadable
         self.id2label = self.model.config.id2label
         self.matcher = LabelMatcher(self.id2label, label_map)
         labels = find_labels(dataset)
@@ -287,12 +307,17 @@ class Evaluation:
         # an evaluation resumes only if these are the same
         self.settings = json.dumps([str(folder.resolve()), weights, *parts, dtype, label_map])
         self.counts = self.load_progress() or Counts.start(self.model.config.num_labels)
-        self.num_resumed, self.seconds = self.counts.num_images, 0.0
+        self.num_resumed, self.seconds = self.num_done, 0.0
 
     @property
     def num_images(self) -> int | None:
         """The number of images of this process, or None if it is unknown."""
         return None if self.dataset.num_images is None else len(self.share.indices(self.dataset.num_images))
+
+    @property
+    def num_done(self) -> int:
+        """The number of images of this process that were counted or skipped."""
+        return self.counts.num_images + self.counts.num_unreadable
 
     def load_progress(self) -> Counts | None:
         if self.progress_file is None:
@@ -321,8 +346,8 @@ class Evaluation:
             self.indices[label] = self.matcher.match_one(name)
         return self.indices[label]
 
-    def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield pixel values (B, C, H, W) and labels (B,) of the remaining images. Threads prepare the next batch."""
+    def load_batches(self) -> Iterator[Batch]:
+        """Yield the batches of the remaining images. Threads prepare the next batch."""
         images = islice(self.dataset.read(self.share), self.num_resumed, None)
         with ThreadPoolExecutor(self.workers) as pool:
 
@@ -333,32 +358,51 @@ class Evaluation:
             batch = start()
             while batch:
                 following = start()
-                pixel_values = [future.result() for future, _ in batch]
-                if len({image.shape for image in pixel_values}) > 1:
-                    raise UserError("the model's image processor keeps images of different sizes: use --batch-size 1")
-                yield torch.stack(pixel_values), torch.tensor([index for _, index in batch])
+                yield self.collect(batch)
                 batch = following
+
+    def collect(self, prepared: list[tuple[Future, int]]) -> Batch:
+        """Returns a batch of prepared images with the model's indices of their labels."""
+        pixel_values, labels = [], []
+        for future, index in prepared:
+            try:
+                pixel_values.append(future.result())
+            except UserError as error:
+                if self.on_unreadable == "stop":
+                    raise UserError(f"{error}: replace the image, or skip it with --on-unreadable skip") from error
+                warnings.warn(f"skipped {error}", Notice, stacklevel=2)
+            else:
+                labels.append(index)
+        if len({image.shape for image in pixel_values}) > 1:
+            raise UserError("the model's image processor keeps images of different sizes: use --batch-size 1")
+        images = torch.stack(pixel_values) if pixel_values else torch.empty(0)
+        return Batch(images, torch.tensor(labels, dtype=torch.int64), len(prepared) - len(labels))
+
+    def compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:  # (B, classes)
+        if len(pixel_values) == 0:
+            return torch.empty(0, self.counts.num_classes)
+        return self.model(pixel_values.to(self.device, self.model.dtype)).logits
 
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
         """Evaluate, and yield the number of images of each batch. An interruption saves the counts.
 
         Raises:
-            UserError: If an image or a label is invalid, or the counts cannot be saved.
+            UserError: If an image or a label is invalid, or the counts cannot be saved. Unreadable images are errors
+                if `on_unreadable` is "stop".
         """
         self.save_progress()  # find an unwritable disk before the work
         begin, saved = None, time.monotonic()
         try:
-            for pixel_values, labels in self.load_batches():
-                pixel_values = pixel_values.to(self.device, self.model.dtype)
-                if begin is None:
-                    self.model(pixel_values)  # warm-up: the first call compiles kernels
+            for batch in self.load_batches():
+                if begin is None and len(batch.labels):
+                    self.compute_logits(batch.pixel_values)  # warm-up: the first call compiles kernels
                     begin = time.monotonic()
-                self.counts.add(self.model(pixel_values).logits, labels)
+                self.counts.add(self.compute_logits(batch.pixel_values), batch.labels, batch.num_unreadable)
                 if time.monotonic() - saved > SAVE_INTERVAL:
                     self.save_progress()
                     saved = time.monotonic()
-                yield len(labels)
+                yield batch.num_images
         finally:
             self.seconds = 0.0 if begin is None else time.monotonic() - begin
             with suppress(UserError):  # a full disk must hide neither the results nor another error
@@ -368,17 +412,19 @@ class Evaluation:
         """Returns the results of all processes. Call it on all processes.
 
         Raises:
-            UserError: If the dataset holds no images.
+            UserError: If the dataset holds no images, or none that can be read.
         """
         from accelerate.utils import gather
 
-        num_new = self.counts.num_images - self.num_resumed
+        num_new = self.num_done - self.num_resumed
         work = torch.tensor([[num_new, self.seconds]], dtype=torch.float64)
         if self.processes.num_processes > 1:
             self.counts = self.counts.add_up()
             work = gather(work.to(self.processes.device)).cpu()
         if self.counts.num_images == 0:
             self.discard_progress()
+            if self.counts.num_unreadable:
+                raise UserError(f"none of the {self.counts.num_unreadable} images of {self.dataset.name} can be read")
             raise no_images(self.dataset)
         seconds = work[:, 1].max().item()
         return {
@@ -391,6 +437,7 @@ class Evaluation:
             "dataset_revision": self.dataset.revision,
             "labels_matched": dict(self.matcher.ways),
             **self.counts.summarize(),
+            "unreadable": self.counts.num_unreadable,
             "images_per_second": work[:, 0].sum().item() / seconds if seconds > 0 else None,
             "processes": self.processes.num_processes,
             "batch_size": self.batch_size,

@@ -292,6 +292,62 @@ def at_second_batch(monkeypatch):
     return prepare
 
 
+def damage(folder: Path, positions: list[int]) -> list[Path]:
+    """Damage images of a dataset by their positions. Return them."""
+    paths = sorted(folder.glob("*/*.png"))
+    damaged = [paths[position] for position in positions]
+    for path in damaged:
+        path.write_bytes(b"no image")
+    return damaged
+
+
+def test_unreadable_images_stop_the_evaluation_or_are_skipped_and_counted(evmamba, few_digits, tmp_path):
+    """A whole batch is unreadable, and a part of another one."""
+    damaged = damage(few_digits, [4, 5, 6, 7, 30])
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", "4", "--output", tmp_path / "results.json"]
+    code, _, err = evmamba("evaluate", *arguments)
+    assert code == 1 and err.splitlines()[-1] == (
+        f"Error: {damaged[0]}: it is not an image in a format that Pillow reads: replace the image, or skip it with "
+        "--on-unreadable skip"
+    )
+    code, out, err = evmamba("evaluate", *arguments, "--on-unreadable", "skip")
+    assert code == 0 and "Resuming after 4 images" in err
+    for path in damaged:
+        assert err.count(f"Note: skipped {path}: it is not an image") == 1
+    assert "unreadable, skipped" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["images"], results["unreadable"]) == (65, 5)
+    for path in damaged:
+        path.unlink()
+    expected = evaluate(evmamba, *arguments)
+    assert expected["unreadable"] == 0
+    for name in ("images", "top1", "top5", "most_confused", "worst_classes"):
+        assert results[name] == expected[name]
+    assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_skipped_images_are_not_read_again(evmamba, few_digits, tmp_path, at_second_batch):
+    def interrupt() -> None:
+        raise UserError("interrupted")
+
+    (path,) = damage(few_digits, [1])
+    arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--on-unreadable", "skip", "--output"]
+    expected = evaluate(evmamba, *arguments, tmp_path / "expected.json")
+    at_second_batch(interrupt)
+    code, _, err = evmamba("evaluate", *arguments, tmp_path / "results.json")
+    assert code == 1 and f"skipped {path}" in err
+    code, _, err = evmamba("evaluate", *arguments, tmp_path / "results.json")
+    assert code == 0 and "Resuming after 8 images" in err and "skipped" not in err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {**results, "images_per_second": None} == {**expected, "images_per_second": None}
+
+
+def test_a_dataset_that_cannot_be_read(evmamba, few_digits):
+    damage(few_digits, list(range(70)))
+    code, _, err = evmamba("evaluate", DIGITS, "--dataset", few_digits, "--on-unreadable", "skip")
+    assert code == 1 and err.splitlines()[-1] == f"Error: none of the 70 images of {few_digits} can be read"
+
+
 def test_ctrl_c_while_a_batch_is_counted(evmamba, few_digits, tmp_path, at_second_batch):
     arguments = [DIGITS, "--dataset", few_digits, "--batch-size", 8, "--output"]
     expected = evaluate(evmamba, *arguments, tmp_path / "expected.json")
