@@ -75,9 +75,14 @@ AUTHORS_OPTIONS = {  # docs/migration.md
 }  # fmt: skip
 
 # as `evmamba evaluate` writes them
-RESULTS = {"dataset": "imagenet/val", "top1": 0.9, "top5": 1.0, "loss": 0.3} | dict.fromkeys(
-    ["dataset_id", "dataset_config", "dataset_split", "dataset_revision"]
-)
+RESULTS = {
+    "model": "my-model",
+    "classes": 10,
+    "dataset": "imagenet/val",
+    "top1": 0.9,
+    "top5": 1.0,
+    "loss": 0.3,
+} | dict.fromkeys(["dataset_id", "dataset_config", "dataset_split", "dataset_revision"])
 
 # Options that make a command small enough for a test.
 EXTRA_OPTIONS = {

@@ -62,7 +62,7 @@ def push(
             license=license,
             base_model=base_model,
             datasets=dataset or [],
-            results=[] if results is None else read_results(results),
+            results=[] if results is None else read_results(results, model_dir, repo_id),
         )
     files = collect_model_files(model_dir, repo_id, details)
     if dry_run:

@@ -430,6 +430,7 @@ class Evaluation:
         return {
             "model": self.name,
             "model_revision": self.commit,
+            "classes": len(self.id2label),
             "dataset": self.dataset.name,
             "dataset_id": self.dataset.hub_id,
             "dataset_config": self.dataset.config,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ from huggingface_hub import (
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from evmamba_hub.client import Files, check_downloads, translate_hub_errors, upload
-from evmamba_hub.errors import UserError, escape_unprintable
+from evmamba_hub.errors import Notice, UserError, escape_unprintable
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import LabeledImages
 from evmamba_hub.images.layouts import find_split_kind, match_splits
 from evmamba_hub.info import MACS_CONVENTION, find_variant, measure_size
+from evmamba_hub.model_folder import load_config
 from evmamba_hub.publish.card_metadata import (
     MEASURED,
     add_entries,
@@ -251,16 +253,34 @@ def to_eval_results(results: dict) -> list[EvalResult]:
     ]
 
 
-def read_results(path: Path) -> list[EvalResult]:
-    """Read the results from a file that `evmamba evaluate` wrote.
+def read_results(path: Path, model_dir: Path, repo_id: str) -> list[EvalResult]:
+    """Read the results of a model from a file that `evmamba evaluate` wrote.
+
+    A `Notice` says so if the evaluated model had another name.
+
+    Args:
+        path: The file.
+        model_dir: The directory of the model.
+        repo_id: Its id on the Hub.
 
     Raises:
-        UserError: If the file holds no such results.
+        UserError: If the file holds no such results, or those of a model with another number of classes.
     """
     try:
-        return to_eval_results(json.loads(path.read_text(encoding="utf-8")))
+        results = json.loads(path.read_text(encoding="utf-8"))
+        model, num_classes, entries = results["model"], results["classes"], to_eval_results(results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no results, give a file that `evmamba evaluate` wrote: {error!r}") from error
+    num_labels = load_config(model_dir).num_labels
+    if num_classes != num_labels:
+        raise UserError(
+            f"{path} holds results of {model}, which has {num_classes} classes, and {model_dir} has {num_labels}: "
+            "evaluate this model"
+        )
+    if model != repo_id and os.path.realpath(model) != os.path.realpath(model_dir):
+        notice = f"{path} holds results of {model}: check that {model_dir} is the same model"
+        warnings.warn(notice, Notice, stacklevel=2)
+    return entries
 
 
 def list_entries(results: Iterable[EvalResult]) -> dict[str, list[dict]]:

@@ -1,12 +1,14 @@
 """The content of model cards, and its sources."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import Notice, UserError
 from evmamba_hub.publish.card import (
     TOP1,
     UNKNOWN_TRAINING,
@@ -42,6 +44,14 @@ def render_classifier_card(details: CardDetails) -> ModelCard:
     return render_card(
         "someone/model", EfficientVMambaConfig(num_labels=7), EfficientVMambaForImageClassification, details
     )
+
+
+def write_results(folder: Path, model: str, num_classes: int) -> Path:
+    """Write a model of seven classes, and results of a model of any number. Return their path."""
+    EfficientVMambaConfig(num_labels=7).save_pretrained(folder / "model")
+    path = folder / "results.json"
+    path.write_text(json.dumps({**RESULTS, "model": model, "classes": num_classes}))
+    return path
 
 
 def metadata(card: ModelCard) -> dict:
@@ -157,7 +167,27 @@ def test_results_in_the_newer_form():
 def test_files_that_hold_no_results(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match="holds no results"):
-        read_results(tmp_path / "results.json")
+        read_results(tmp_path / "results.json", tmp_path, "someone/model")
+
+
+@pytest.mark.parametrize("model", ["someone/model", "MODEL", "MODEL/../model/"])
+def test_results_of_this_model(tmp_path, recwarn, model):
+    path = write_results(tmp_path, model.replace("MODEL", str(tmp_path / "model")), 7)
+    assert [result.metric_value for result in read_results(path, tmp_path / "model", "someone/model")] == [
+        0.8765,
+        0.98,
+        0.5,
+    ]
+    assert not recwarn.list
+
+
+def test_results_of_another_model(tmp_path):
+    path = write_results(tmp_path, "demo/digits", 10)
+    with pytest.raises(UserError, match=r"of demo/digits, which has 10 classes, and .*model has 7: evaluate"):
+        read_results(path, tmp_path / "model", "someone/model")
+    path = write_results(tmp_path, "someone/other", 7)
+    with pytest.warns(Notice, match="holds results of someone/other: check that .*model is the same model"):
+        assert len(read_results(path, tmp_path / "model", "someone/model")) == 3
 
 
 def test_markup_in_names_is_data():
