@@ -27,7 +27,7 @@ def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None
     table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
     console.print(table)
     if replaced:
-        console.print(f"Other files of these names would be deleted in the repository: {', '.join(replaced)}")
+        console.print(f"Deleted in the repository, unless uploaded above: {', '.join(replaced)}")
     card = files["README.md"]
     console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
 
