@@ -14,7 +14,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 
 from evmamba_hub.errors import Notice, UserError
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, describe_yaml_error, dump_yaml
@@ -189,6 +190,12 @@ class Recipe:
         None,
         resumable=True,
     )
+    base_model: str | None = option(
+        "Card",
+        "Hub id of the model that was fine-tuned, if --model is a directory. Default: --model, if it is an id.",
+        None,
+        resumable=True,
+    )
     license: str | None = option("Card", "License of the weights, by its identifier on the Hub.", None, resumable=True)
     about_data: str | None = option("Card", "Text of the card about the training images.", None, resumable=True)
     about_limits: str | None = option("Card", "Text of the card about limits of the model.", None, resumable=True)
@@ -244,6 +251,13 @@ class Recipe:
             )
         if self.model is not None and self.variant is not None:
             raise ValueError("give `model` (to fine-tune) or `variant` (fresh weights), not both")
+        if self.base_model is not None:
+            if self.model is None:
+                raise ValueError("`base_model` names what `model` was made from: give `model` too, or leave it out")
+            try:
+                validate_repo_id(self.base_model)
+            except HFValidationError:
+                raise ValueError(f"`base_model` is an id on the Hub, as user/name, got {self.base_model!r}") from None
 
 
 def get_kinds(annotation: Any) -> set:

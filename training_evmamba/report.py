@@ -65,11 +65,19 @@ def describe_length(recipe: Recipe, progress: RunProgress, data: TrainingData) -
     return f"{steps} ({epochs})"
 
 
+def find_base_model(recipe: Recipe) -> str | None:
+    """Return the Hub id of the model that was fine-tuned. A directory has none, if the recipe does not give it."""
+    if recipe.base_model is None and recipe.model is not None and not Path(recipe.model).is_dir():
+        return recipe.model
+    return recipe.base_model
+
+
 def describe_training(
     recipe: Recipe, progress: RunProgress, data: TrainingData, results: dict[str, float | int] | None
 ) -> str:
     """Return the training section of the card: data, recipe and results."""
-    start = f"It was fine-tuned from `{recipe.model}`" if recipe.model else "It was trained from fresh weights"
+    origin = find_base_model(recipe) or recipe.model
+    start = f"It was fine-tuned from `{origin}`" if origin else "It was trained from fresh weights"
     num_images = data.training.num_images
     unreadable = f"{to_count(progress.num_unreadable, 'more image')} could not be read."
     if not isinstance(data.training, IndexedImages):
@@ -124,7 +132,7 @@ def create_card(
         eval_results = to_eval_results({**dataset, **details_of_dataset, **results})
     details = CardDetails(
         license=recipe.license,
-        base_model=recipe.model if recipe.model and not Path(recipe.model).is_dir() else None,
+        base_model=find_base_model(recipe),
         datasets=[data.training.hub_id] if data.training.hub_id else [],
         training=describe_training(recipe, progress, data, results),
         limits=recipe.about_limits.strip() if recipe.about_limits else UNKNOWN_LIMITS,

@@ -109,6 +109,8 @@ def test_the_command_line_comes_before_the_file():
         ({"variant": "huge"}, "expected one of"),
         ({"network": 3}, "`network` holds fields of EfficientVMambaConfig"),
         ({"model": "someone/flowers", "variant": "tiny"}, "not both"),
+        ({"base_model": "someone/tiny"}, "`base_model` names what `model` was made from: give `model` too"),
+        ({"model": "tiny", "base_model": "./tiny"}, "`base_model` is an id on the Hub, as user/name, got './tiny'"),
     ],
 )
 def test_refuses_what_no_run_can_have(values, message):

@@ -3,10 +3,11 @@
 import pytest
 
 from evmamba_hub.images.labeled_images import StreamedImages
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.checkpoints import RunProgress
 from training_evmamba.data import TrainingData, open_data
 from training_evmamba.optimization import count_steps
-from training_evmamba.report import describe_training
+from training_evmamba.report import create_card, describe_training
 
 
 def describe(recipe, data, **progress) -> str:
@@ -44,6 +45,24 @@ def test_the_length_of_the_training(make_recipe, options, expected):
 def test_the_length_of_a_stream(make_recipe, num_images, expected):
     stream = StreamedImages(name="stream", class_names=["a", "b"], num_images=num_images, stream=None, columns=None)
     assert expected in describe(make_recipe(), TrainingData(stream, None, ["a", "b"], 100, []))
+
+
+@pytest.mark.parametrize(
+    "options, base_model",
+    [
+        ({"model": "someone/tiny"}, "someone/tiny"),
+        ({"model": "HERE"}, None),
+        ({"model": "HERE", "base_model": "someone/tiny"}, "someone/tiny"),
+        ({"model": "someone/copy", "base_model": "someone/tiny"}, "someone/tiny"),
+    ],
+)
+def test_a_card_names_the_id_of_the_base_model(make_recipe, tmp_path, options, base_model):
+    recipe = make_recipe(**{**options, "model": options["model"].replace("HERE", str(tmp_path))})
+    data = open_data(recipe)
+    model = EfficientVMambaForImageClassification(EfficientVMambaConfig(hidden_sizes=[8] * 4, depths=[1] * 4))
+    card = create_card(recipe, RunProgress(), model, data, None, "run")
+    assert card.data.base_model == base_model
+    assert f"It was fine-tuned from `{base_model or tmp_path}` on 37 images" in card.text
 
 
 @pytest.mark.parametrize(
