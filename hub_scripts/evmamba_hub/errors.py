@@ -67,9 +67,13 @@ def literal(text: object, style: str = "") -> Text:
 
 
 def to_line(error: UserError) -> str:
-    """Returns the message of an error without line breaks. Messages of other libraries may bring some."""
-    message, cause = str(error), str(error.__cause__ or "")
-    return message.replace(cause, " ".join(cause.split())) if cause else message
+    """Returns the message of an error without line breaks that messages of other libraries bring.
+
+    Line breaks in names stay: they are escaped when the message is shown.
+    """
+    cause, text = error.__cause__, str(error.__cause__ or "")
+    line = to_line(cause) if isinstance(cause, UserError) else " ".join(text.split())
+    return str(error).replace(text, line) if text else str(error)
 
 
 @contextmanager

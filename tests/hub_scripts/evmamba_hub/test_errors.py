@@ -56,6 +56,10 @@ def test_a_message_is_one_line(capsys):
     error.__cause__ = foreign
     exit_with(error)
     assert capsys.readouterr().err == "Error: a\\nb cannot be loaded: no such field: depths\n"
+    longer = UserError(f"{error}: replace it")
+    longer.__cause__ = error
+    exit_with(longer)
+    assert capsys.readouterr().err == "Error: a\\nb cannot be loaded: no such field: depths: replace it\n"
 
 
 def test_stderr_that_cannot_encode_a_name(monkeypatch, tmp_path):
