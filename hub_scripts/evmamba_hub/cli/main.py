@@ -30,16 +30,16 @@ app = typer.Typer(
 
 for command in (
     classify,
-    info,
-    convert,
-    push,
-    republish,
-    push_space,
-    export,
-    check_runtimes,
-    demo,
     train,
     evaluate,
+    export,
+    check_runtimes,
+    convert,
+    push,
+    push_space,
+    republish,
+    demo,
+    info,
 ):
     app.command()(command)
 
