@@ -180,7 +180,7 @@ def test_other_heads_refuse_the_backbone(head, message):
     """If this fails, the head may work by now: move it to HEADS."""
     skip_missing(head)
     config = EfficientVMambaConfig(**head.backbone_fields)
-    with pytest.raises((AttributeError, RuntimeError, ValueError), match=message):
+    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError), match=message):
         head.create(config)(**head.inputs())
 
 

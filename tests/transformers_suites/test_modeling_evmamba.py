@@ -114,7 +114,7 @@ class EfficientVMambaModelTest(ModelTesterMixin, PipelineTesterMixin, unittest.T
             config_class=EfficientVMambaConfig,
             has_text_modality=False,
             state_size=8,
-            hidden_size=37,  # not a field: unknown arguments are kept
+            number=37,  # not a field: unknown arguments are kept
             common_properties=["hidden_sizes", "num_channels"],
         )
 
