@@ -27,7 +27,7 @@ from transformers import AutoModelForImageClassification, BitImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import modeling_evmamba  # noqa: F401, registers the model with the Auto classes
-from evmamba_hub.errors import Notice, UserError, require
+from evmamba_hub.errors import Notice, ProcessNotice, UserError, require
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import IndexedImages, LabeledImage, LabeledImages, Share
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
@@ -370,7 +370,7 @@ class Evaluation:
             except UserError as error:
                 if self.on_unreadable == "stop":
                     raise UserError(f"{error}: replace the image, or skip it with --on-unreadable skip") from error
-                warnings.warn(f"skipped {error}", Notice, stacklevel=2)
+                warnings.warn(f"skipped {error}", ProcessNotice, stacklevel=2)
             else:
                 labels.append(index)
         if len({image.shape for image in pixel_values}) > 1:

@@ -158,12 +158,16 @@ def test_dark_images_are_announced_once(evmamba, dataset):
 @needs_fork
 def test_two_processes_note_what_both_find_once_and_each_its_own_images(create_model, dataset):
     model = create_model(1, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
-    dark = dataset / "bus" / "1.png"  # the second of all images, which the second process reads
+    # the second process reads every second image
+    dark, damaged = dataset / "bus" / "1.png", dataset / "car" / "0.png"
+    damaged.write_bytes(b"")
     Image.fromarray(np.full((32, 32), 1023, dtype=np.uint16)).save(dark)
-    main_process, other = show_in_two_processes("evaluate", model, "--dataset", dataset)
+    main_process, other = show_in_two_processes("evaluate", model, "--dataset", dataset, "--on-unreadable", "skip")
     notes, other_notes = ([line for line in said.splitlines() if "Note" in line] for said in (main_process, other))
     assert len(notes) == 2 and all("takes gray images" in note for note in notes)
-    assert len(other_notes) == 1 and other_notes[0].startswith(f"Note: {dark}: it uses 10 of its 16 bits")
+    assert len(other_notes) == 2
+    assert any(note.startswith(f"Note: {dark}: it uses 10 of its 16 bits") for note in other_notes)
+    assert any(note.startswith(f"Note: skipped {damaged}: it is not an image") for note in other_notes)
 
 
 def test_damaged_metadata_are_no_message(evmamba, dataset):
