@@ -208,7 +208,7 @@ def test_only_weights_that_would_be_loaded_in_place_of_the_new_ones_are_deleted(
     assert files.keys() >= set(kept)
 
     shown = evmamba("push", DIGITS, REPO_ID, "--dry-run")[1]
-    (line,) = [line for line in shown.splitlines() if line.startswith("Other files of these names would be deleted")]
+    (line,) = [line for line in shown.splitlines() if line.startswith("Deleted in the repository")]
     patterns = line.partition(": ")[2].split(", ")
     assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in stale)
     assert not any(fnmatch(name, pattern) for pattern in patterns for name in kept)
