@@ -1,4 +1,10 @@
-"""The web page: a picture, its classification, and explanations. Every function is also an endpoint."""
+"""The web page: a picture, its classification, and explanations. Every function is also an endpoint.
+
+A visitor may change the picture while older requests run. Their answers must not replace those of the new picture:
+
+- One event writes a result. `trigger_mode="always_last"` runs it again if an input changes while it runs.
+- The requests of all events run one after the other, so their answers arrive in order.
+"""
 
 import errno
 import socket
@@ -15,6 +21,7 @@ from gradio.components.image_editor import EditorData
 from gradio.data_classes import ImageData
 from gradio.utils import get_space
 from PIL import Image
+from transformers import ImageClassificationPipeline
 
 from evmamba_demo import drawings, explanations
 from evmamba_demo.bundled import find_examples, find_photographs
@@ -24,7 +31,6 @@ from evmamba_hub.errors import UserError
 
 MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 64  # requests in the queue; Gradio rejects further ones
-MAX_RUNNING = 2  # forward passes at a time; each one uses all cores
 CACHE_SECONDS = 3600  # uploads and pictures older than this are deleted
 PANEL_WIDTH = 220  # minimum width of a panel of "Look inside" in pixels: three fit side by side on a laptop
 
@@ -48,15 +54,31 @@ Photographs: Stefan van der Walt, Rachel Michetti and SpaceX (public domain),
 """
 
 
-def readable(function: Callable) -> Callable:
-    """Shows a `UserError` as a message on the page."""
+def reject(function: Callable) -> Callable:
+    """For an endpoint: raise a `UserError` as the error that clients read."""
 
     @wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args):
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         except UserError as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
+
+    return wrapper
+
+
+def explain(function: Callable, num_outputs: int) -> Callable:
+    """For the page: show a `UserError` as the last output, which is a text, and clear the other outputs.
+
+    After an error, Gradio would keep the outputs of an older picture, and forget that an event is to run again.
+    """
+
+    @wraps(function)
+    def wrapper(*args):
+        try:
+            return function(*args)
+        except UserError as error:
+            return *[None] * (num_outputs - 1), escape(str(error))
 
     return wrapper
 
@@ -129,7 +151,6 @@ class Demonstration:
             raise UserError(f"The network has the stages 1 to {self.num_stages}, not {stage}.")
         return int(stage)
 
-    @readable
     def classify(self, picture: str | None) -> tuple:
         """Returns labels with scores, what the network saw, and the latency."""
         if picture is None:
@@ -142,7 +163,6 @@ class Demonstration:
         )
         return found.scores, own_file(self.to_picture(found.pixel_values)), described
 
-    @readable
     def activation_map(self, picture: str | None, label: str | None, stage: float, opacity: float) -> tuple:
         """Draws an activation map of a class over the picture, and says how to read it."""
         if picture is None:
@@ -158,7 +178,6 @@ class Demonstration:
             how = f"Orange shows where stage {stage} raises the logit of {name}. The map is an estimate (Grad-CAM)."
         return own_file(drawings.draw_activation(view, activation, opacity / 100)), how
 
-    @readable
     def scan_paths(self, picture: str | None, stage: float, progress: float) -> tuple:
         """Draws the four sequences of the scan up to a percentage of their steps, and says how to read them."""
         if picture is None:
@@ -179,7 +198,6 @@ class Demonstration:
         )
         return own_file(drawings.draw_scan(view, paths, height, width, progress / 100)), how
 
-    @readable
     def receptive_field(self, picture: str | None, stage: float, across: float, down: float) -> tuple:
         """Draws which pixels change a cell of a stage, at a place in percent of the sides, and says how to read it."""
         if picture is None:
@@ -198,7 +216,6 @@ class Demonstration:
         view = drawings.draw_receptive_field(view, influence, (row + 0.5) / height, (column + 0.5) / width)
         return own_file(view), how
 
-    @readable
     def compare(self, picture: str | None, first_model: str, second_model: str) -> tuple:
         """Returns labels with scores of two models, and whether the models agree."""
         if picture is None:
@@ -219,7 +236,7 @@ class Demonstration:
             yield table, table
 
 
-def label_choices(scores: dict | None) -> gr.Dropdown:
+def offer_labels(scores: dict | None) -> gr.Dropdown:
     """Returns the labels of a classification, the most likely first, as the choices of "Look inside"."""
     labels = list(scores or {})
     return gr.Dropdown(choices=labels, value=labels[0] if labels else None)
@@ -229,10 +246,11 @@ def take_drawing(drawing: dict) -> Image.Image:
     return drawing["composite"]
 
 
-def pick_place(view: str, event: gr.SelectData) -> tuple[float, float]:
-    """Returns the place of a click in percent of the sides."""
+def pick_place(view: str, event: gr.SelectData) -> tuple[float, float, str]:
+    """Returns the place of a click in percent of the sides, and a name of the click."""
     with Image.open(view) as image:
-        return round(100 * event.index[0] / image.width, 1), round(100 * event.index[1] / image.height, 1)
+        across, down = 100 * event.index[0] / image.width, 100 * event.index[1] / image.height
+    return round(across, 1), round(down, 1), uuid4().hex
 
 
 def create_app(models: Models) -> gr.Blocks:
@@ -240,7 +258,7 @@ def create_app(models: Models) -> gr.Blocks:
     demonstration = Demonstration(models)
     reads_digits = set(demonstration.model.config.label2id) <= set("0123456789")
     examples = find_examples() if reads_digits else find_photographs() + find_examples()
-    network = {"concurrency_id": "network", "concurrency_limit": MAX_RUNNING}
+    network = {"concurrency_id": "network", "concurrency_limit": 1}  # a forward pass uses all cores
 
     def show(label: str, alt_text: str, **settings) -> gr.Image:
         return gr.Image(label=label, alt_text=alt_text, interactive=False, format="png", buttons=[], **settings)
@@ -280,11 +298,12 @@ def create_app(models: Models) -> gr.Blocks:
                         )
                         guard_drawing(drawing)
                         take = gr.Button("Classify the drawing", variant="primary")
-                gr.Examples(
-                    [[str(example)] for example in examples],
-                    picture,
-                    examples_per_page=len(examples),
-                    api_visibility="private",
+                gallery = gr.Dataset(
+                    components=[picture],
+                    samples=[[str(example)] for example in examples],
+                    samples_per_page=len(examples),
+                    type="index",
+                    label="Examples",
                 )
                 if not reads_digits:
                     gr.Markdown(PHOTOGRAPHERS, elem_id="photographers")
@@ -341,7 +360,7 @@ def create_app(models: Models) -> gr.Blocks:
                             field_how = gr.Markdown(elem_id="field-how")
                             across = gr.Slider(0, 100, 50, step=0.1, label="Across (%)", elem_id="across")
                             down = gr.Slider(0, 100, 50, step=0.1, label="Down (%)", elem_id="down")
-                with gr.Tab("Compare") as compare_tab:
+                with gr.Tab("Compare"):
                     gr.Markdown("Classify the picture with two models.")
                     if models.allow_any:
                         gr.Markdown("Choose a model, or type a Hub id or a directory.")
@@ -376,59 +395,64 @@ def create_app(models: Models) -> gr.Blocks:
                         headers=["side", "pixels", "milliseconds"], label="Measurements", interactive=False
                     )
 
-        classified = gr.on(
-            [picture.change, app.load],
-            demonstration.classify,
-            picture,
-            [labels, preview, timing],
-            api_name="classify",
-            **network,
-        )
-        chosen = classified.success(label_choices, labels, label, api_visibility="private")
-        picked = field.select(pick_place, field, [across, down], api_visibility="private")
+        classified = gr.State()  # another value after each classification
+        picked = gr.State()  # another value after each click on a place
 
-        def follow(function: Callable, triggers: list, after: list, inputs: list, outputs: list) -> None:
-            """Call a function at events and after other functions. It is also an endpoint of its name."""
+        def classify_and_offer_labels(picture: str | None) -> tuple:
+            scores, view, described = explain(demonstration.classify, 3)(picture)
+            return scores, view, described, offer_labels(scores), uuid4().hex
+
+        def answer(function: Callable, inputs: list, outputs: list) -> None:
+            """Offer a function as the endpoint of its name."""
+            gr.on([], reject(function), inputs, outputs, api_name=function.__name__, **network)
+
+        def write(function: Callable, triggers: list, inputs: list, outputs: list) -> None:
+            """Make a function the one that writes its outputs on the page."""
             gr.on(
                 triggers,
                 function,
                 inputs,
                 outputs,
-                api_name=function.__name__,
+                api_visibility="private",
                 trigger_mode="always_last",
                 **network,
             )
-            for event in after:
-                event.success(function, inputs, outputs, api_visibility="private", **network)
 
-        follow(
+        def answer_and_write(function: Callable, triggers: list, inputs: list, outputs: list) -> None:
+            answer(function, inputs, outputs)
+            write(explain(function, len(outputs)), triggers, inputs, outputs)
+
+        answer(demonstration.classify, [picture], [labels, preview, timing])
+        write(
+            classify_and_offer_labels,
+            [picture.change, app.load],
+            [picture],
+            [labels, preview, timing, label, classified],
+        )
+        answer_and_write(
             demonstration.activation_map,
-            [label.input, stage.input, opacity.input],
-            [chosen],
+            [classified.change, label.input, stage.input, opacity.input],
             [picture, label, stage, opacity],
             [activation, activation_how],
         )
-        follow(
+        answer_and_write(
             demonstration.scan_paths,
-            [scan_stage.input, progress.input],
-            [chosen],
+            [classified.change, scan_stage.input, progress.input],
             [picture, scan_stage, progress],
             [scan, scan_how],
         )
-        follow(
+        field.select(pick_place, field, [across, down, picked], api_visibility="private", trigger_mode="multiple")
+        answer_and_write(
             demonstration.receptive_field,
-            [stage.input, across.input, down.input],
-            [chosen, picked],
+            [classified.change, picked.change, stage.input, across.input, down.input],
             [picture, stage, across, down],
             [field, field_how],
         )
-        gr.on(
-            [compare.click, compare_tab.select],
+        answer_and_write(
             demonstration.compare,
+            [classified.change, compare.click],
             [picture, *pair],
             [*verdicts, agreement],
-            api_name="compare",
-            **network,
         )
         gr.on(
             [start.click, measure_tab.select],
@@ -438,8 +462,24 @@ def create_app(models: Models) -> gr.Blocks:
             api_name="measure",
             **network,
         )
-        take.click(take_drawing, drawing, picture, api_visibility="private")
+        # `gr.Examples` would ignore a click while it loads another example, and replace `picture.preprocess`
+        gallery.click(
+            lambda index: gallery.samples[index][0]["path"],
+            gallery,
+            picture,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+            trigger_mode="always_last",
+        )
+        take.click(take_drawing, drawing, picture, api_visibility="private", trigger_mode="always_last")
     return app.queue(max_size=MAX_WAITING)
+
+
+def compile_kernels(classifier: ImageClassificationPipeline) -> None:
+    """Compile the kernels of both directions, so that the first requests do not wait for it."""
+    pixel_values = predict(classifier, Image.new("RGB", (64, 64))).pixel_values.to(classifier.model.device)
+    explanations.effective_receptive_field(classifier.model, pixel_values, classifier.model.config.num_stages, 0, 0)
 
 
 def check_address(host: str, port: int) -> None:
@@ -476,7 +516,7 @@ def launch(models: list[str], allow_any: bool, host: str | None, port: int | Non
     if host is not None and port is not None:
         check_address(host, port)
     shown = Models(models, allow_any)
-    predict(shown.shown, Image.new("RGB", (64, 64)))  # compiles kernels before the first request
+    compile_kernels(shown.shown)
     app = create_app(shown)
     try:
         app.launch(

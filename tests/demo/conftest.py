@@ -7,13 +7,14 @@ import subprocess
 import time
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 import torch
+from filelock import FileLock
 from packaging.requirements import Requirement
 
 from evmamba_demo.bundled import find_space_files
@@ -34,27 +35,60 @@ class Space(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def space_folder(tmp_path_factory) -> Path:
-    """The files of the Space. Spaces that share them compile the kernels once."""
-    folder = tmp_path_factory.mktemp("space")
-    for name, source in collect_space_files(find_space_files(), "someone/space", "someone/model").items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
-    return folder
+def shared_folder(tmp_path_factory) -> Path:
+    """A directory for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
-def python(space_folder, tmp_path_factory) -> Path:
+def starting(shared_folder) -> FileLock:
+    """Lets one process at a time create or start a Space. The first compiles the kernels, the others find them."""
+    return FileLock(shared_folder / "starting.lock")
+
+
+@pytest.fixture(scope="session")
+def space_folder(shared_folder, starting) -> Path:
+    """The files of the Space."""
+    folder = shared_folder / "space"
+    with starting:
+        if not folder.exists():
+            write_space(folder)
+    return folder
+
+
+def write_space(folder: Path) -> None:
+    for name, source in collect_space_files(find_space_files(), "someone/space", "someone/model").items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def python(space_folder, shared_folder, starting) -> Path:
     """The Python of an environment with the Space's requirements.txt alone, without the repository."""
-    environment = tmp_path_factory.mktemp("environment")
-    venv.create(environment)
-    requirements = (space_folder / "requirements.txt").read_text().split()
-    link_distributions(environment, [Requirement(line).name for line in requirements])
+    environment = shared_folder / "environment"
+    with starting:
+        if not environment.exists():
+            venv.create(environment)
+            requirements = (space_folder / "requirements.txt").read_text().split()
+            link_distributions(environment, [Requirement(line).name for line in requirements])
     return environment / "bin" / "python"
 
 
+def wait_for_answer(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 300  # enough to compile the kernels on busy cores
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(url, timeout=10).status_code == 200:
+                return
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
 @contextmanager
-def run_space(python: Path, folder: Path, model: Path, uploads: Path, **settings: str) -> Iterator[Space]:
+def run_space(
+    python: Path, folder: Path, model: Path, uploads: Path, starting: FileLock, **settings: str
+) -> Iterator[Space]:
     """Run a Space that shows a model, with environment variables as settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,21 +102,18 @@ def run_space(python: Path, folder: Path, model: Path, uploads: Path, **settings
     }
     variables.pop("PYTHONPATH", None)
     log = uploads.with_suffix(".log")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [python, "app.py"], cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT
-        )
     url = f"http://127.0.0.1:{port}"
+    with starting:
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [python, "app.py"], cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            wait_for_answer(url, process, log)
+        except BaseException:
+            process.kill()
+            raise
     try:
-        deadline = time.monotonic() + 300  # enough to compile the kernels on busy cores
-        while True:
-            try:
-                if httpx.get(url, timeout=10).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
         yield Space(url, process.pid, folder, python)
     finally:
         process.terminate()
@@ -90,15 +121,15 @@ def run_space(python: Path, folder: Path, model: Path, uploads: Path, **settings
 
 
 @pytest.fixture(scope="session")
-def space(python, space_folder, tmp_path_factory):
+def space(python, space_folder, starting, tmp_path_factory):
     model = tmp_path_factory.mktemp("models") / "shown"
     shutil.copytree(DEMO / "digits", model)
-    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads")) as space:
+    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads"), starting) as space:
         yield space
 
 
 @pytest.fixture(scope="session")
-def photograph_space(python, space_folder, tmp_path_factory):
+def photograph_space(python, space_folder, starting, tmp_path_factory):
     """A Space as the Hub runs it, with ImageNet's classes and fresh weights."""
     model = tmp_path_factory.mktemp("models") / "photographs"
     id2label = dict(enumerate(load_labels()))
@@ -112,5 +143,5 @@ def photograph_space(python, space_folder, tmp_path_factory):
     EfficientVMambaForImageClassification(config).save_pretrained(model)
     shutil.copyfile(DEMO / "digits" / "preprocessor_config.json", model / "preprocessor_config.json")
     settings = {"SYSTEM": "spaces", "SPACE_ID": "someone/space"}
-    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads"), **settings) as space:
+    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads"), starting, **settings) as space:
         yield space

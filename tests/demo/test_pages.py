@@ -1,16 +1,23 @@
 """The pages of the running Space in headless Chromium. Screenshots go to `.cache/screenshots`."""
 
+import re
 import shutil
+import time
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from gradio_client import Client, handle_file
+from PIL import Image, ImageChops
+from playwright.sync_api import Page, Route, expect, sync_playwright
 
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "demo" / "examples"
 SCREENSHOTS = ROOT / ".cache" / "screenshots"
+FOLLOWERS = ("activation_map", "scan_paths", "receptive_field", "compare")  # functions that run after a classification
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -29,24 +36,24 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 
 
 @pytest.fixture(scope="module")
-def browser():
+def context():
+    """Pages of one context share the cache of the page's program."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
+        yield browser.new_context()
         browser.close()
 
 
 @pytest.fixture
-def open_page(browser, space):
+def open_page(context, space):
     """Open the page. All that it loads must come from the Space."""
-    contexts, addresses = [], set()
+    pages, addresses = [], set()
 
     def open_page(width: int = 1280, height: int = 1000, dark: bool = False) -> Page:
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
         page = context.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme="dark" if dark else "light")
         page.set_default_timeout(20_000)
         page.on("request", lambda request: addresses.add(urlsplit(request.url)))
         page.goto(space.url)
@@ -54,11 +61,15 @@ def open_page(browser, space):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     assert {address.netloc for address in addresses if address.scheme.startswith("http")} == {
         urlsplit(space.url).netloc
     }
+
+
+def click_example(page: Page, index: int) -> None:
+    page.locator(".gallery-item, .gallery button").nth(index).click()
 
 
 def upload(page: Page, path: Path) -> None:
@@ -66,9 +77,9 @@ def upload(page: Page, path: Path) -> None:
 
 
 def save_screenshot(page: Page, name: str) -> None:
-    page.wait_for_timeout(1500)  # until the last change is drawn
+    settle(page)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True, animations="disabled")
 
 
 def settle(page: Page) -> None:
@@ -89,6 +100,60 @@ def open_narrow_tab(page: Page, name: str) -> None:
         page.locator(".overflow-menu > button:visible").first.click()
         tab = page.locator(f".overflow-dropdown button:visible:has-text('{name}')")
     tab.first.click()
+
+
+class SlowNetwork:
+    """Hold a page's calls of functions until `let_go`."""
+
+    def __init__(self, page: Page, space, *functions: str):
+        self.page, self.functions, self.held = page, functions, []
+        self.names = {each["id"]: each["api_name"] for each in httpx.get(f"{space.url}/config").json()["dependencies"]}
+        page.route("**/queue/join*", self.receive)
+
+    def receive(self, route: Route) -> None:
+        if self.names[route.request.post_data_json["fn_index"]].startswith(self.functions):
+            self.held.append(route)
+        else:
+            route.continue_()
+
+    def wait(self, calls: int) -> None:
+        """Wait until that many calls are held."""
+        deadline = time.monotonic() + 30
+        while len(self.held) < calls and time.monotonic() < deadline:
+            self.page.wait_for_timeout(50)
+        assert len(self.held) >= calls
+
+    def let_go(self, latest_first: bool = False) -> None:
+        """Let the calls pass one after the other."""
+        self.functions = ()
+        while self.held:
+            self.held.pop(-1 if latest_first else 0).continue_()
+            self.page.wait_for_timeout(300)
+
+
+def expect_everything_of(page: Page, space, digit: int) -> None:
+    """Compare every tab with the answers of the endpoints to an example."""
+    client, picture = Client(space.url, verbose=False), handle_file(EXAMPLES / f"digit_{digit}.png")
+    expect(page.locator("#labels h2")).to_have_text(str(digit))
+    open_tab(page, "Compare")
+    expect(page.locator("#agreement")).to_contain_text(f"Both say “{digit}”")
+    open_tab(page, "Look inside")
+    expect(page.locator("#label input")).to_have_value(str(digit))
+    expect(page.locator("#activation-how")).to_contain_text(f"“{digit}”")
+    settle(page)
+    opacity, progress, across = (
+        float(page.locator(f"#{name} input[type=number]").input_value()) for name in ("opacity", "progress", "across")
+    )
+    for panel, endpoint, arguments in [
+        ("activation", "/activation_map", (str(digit), 4, opacity)),
+        ("scan", "/scan_paths", (2, progress)),
+        ("field", "/receptive_field", (4, across, 50)),
+    ]:
+        shown = Image.open(BytesIO(httpx.get(page.locator(f"#{panel} img").get_attribute("src")).content))
+        answered = Image.open(client.predict(picture, *arguments, api_name=endpoint)[0])
+        difference = ImageChops.difference(shown.convert("RGB"), answered.convert("RGB"))
+        assert max(high for _, high in difference.getextrema()) <= 2, panel
+    client.close()
 
 
 def test_upload_and_look_inside(open_page):
@@ -148,7 +213,7 @@ def test_draw(open_page):
     x, top, bottom = box["x"] + box["width"] / 2, box["y"] + 0.25 * box["height"], box["y"] + 0.75 * box["height"]
     page.mouse.move(x, top)
     page.mouse.down()
-    page.mouse.move(x, bottom, steps=15)
+    page.mouse.move(x, bottom, steps=4)
     page.mouse.up()
     page.wait_for_timeout(300)
     page.get_by_role("button", name="Classify the drawing").click()
@@ -158,13 +223,16 @@ def test_draw(open_page):
 
 def test_example_compare_and_measure(open_page):
     page = open_page()
-    page.locator(".gallery-item, .gallery button").nth(7).click()
+    click_example(page, 7)
     expect(page.locator("#labels h2")).to_have_text("7")
     open_tab(page, "Compare")
-    expect(page.locator("#agreement")).to_contain_text("Both say “7”")  # opening the tab compares
-    page.locator(".gallery-item, .gallery button").nth(2).click()
+    expect(page.locator("#agreement")).to_contain_text("Both say “7”")  # the page compares every picture
+    click_example(page, 2)
     expect(page.locator("#labels h2")).to_have_text("2")
-    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.locator("#agreement")).to_contain_text("Both say “2”")
+    settle(page)
+    with page.expect_request("**/queue/join*"):
+        page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.locator("#agreement")).to_contain_text("Both say “2”")
     save_screenshot(page, "compare")
     open_tab(page, "Measure")
@@ -176,12 +244,89 @@ def test_example_compare_and_measure(open_page):
 def test_an_error_is_shown_and_the_next_picture_works(open_page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     page = open_page()
+    click_example(page, 4)
+    expect(page.locator("#labels h2")).to_have_text("4")
     upload(page, tmp_path / "broken.png")
-    expect(page.get_by_text("it is not an image in a format that Pillow reads").first).to_be_visible()
+    message = "it is not an image in a format that Pillow reads"
+    expect(page.get_by_text(message).first).to_be_visible()
     save_screenshot(page, "error")
+    for tab, texts in [
+        ("Classify", ["timing"]),
+        ("Compare", ["agreement"]),
+        ("Look inside", ["activation-how", "scan-how", "field-how"]),
+    ]:
+        open_tab(page, tab)
+        for text in texts:
+            expect(page.locator(f"#{text}")).to_contain_text(message)
+    for panel in ("labels h2", "preview img", "activation img", "scan img", "field img"):  # of the picture before
+        expect(page.locator(f"#{panel}")).to_have_count(0)
+    expect(page.locator("#label input")).to_have_value("")
     page.get_by_role("button", name="Remove Image").or_(page.get_by_role("button", name="Clear")).first.click()
     upload(page, EXAMPLES / "digit_5.png")
     expect(page.locator("#labels h2")).to_have_text("5")
+
+
+def test_a_late_error_does_not_hide_a_newer_picture(open_page, space, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page = open_page()
+    settle(page)
+    network = SlowNetwork(page, space, "classify")
+    upload(page, tmp_path / "broken.png")
+    network.wait(1)
+    click_example(page, 3)
+    network.let_go()
+    expect_everything_of(page, space, 3)
+
+
+def test_late_classes_do_not_replace_those_of_a_newer_picture(open_page, space):
+    page = open_page()
+    settle(page)
+    network = SlowNetwork(page, space, "classify")
+    click_example(page, 7)
+    network.wait(1)
+    upload(page, EXAMPLES / "digit_3.png")
+    expect(page.locator("#picture img")).to_have_attribute("src", re.compile("digit_3"))
+    network.let_go()
+    expect_everything_of(page, space, 3)
+
+
+def test_late_followers_do_not_replace_those_of_a_newer_picture(open_page, space):
+    page = open_page()
+    settle(page)
+    network = SlowNetwork(page, space, *FOLLOWERS)
+    click_example(page, 7)
+    network.wait(3)
+    upload(page, EXAMPLES / "digit_3.png")
+    expect(page.locator("#labels h2")).to_have_text("3")
+    network.let_go()
+    expect_everything_of(page, space, 3)
+
+
+def test_late_answers_to_sliders_do_not_replace_those_of_a_newer_picture(open_page, space):
+    page = open_page()
+    open_tab(page, "Look inside")
+    settle(page)
+    network = SlowNetwork(page, space, *FOLLOWERS)
+    for name in ("opacity", "progress", "across"):
+        page.locator(f"#{name} input[type=range]").press("ArrowRight")
+    network.wait(3)
+    upload(page, EXAMPLES / "digit_3.png")
+    open_tab(page, "Classify")
+    expect(page.locator("#labels h2")).to_have_text("3")
+    network.let_go(latest_first=True)
+    expect_everything_of(page, space, 3)
+
+
+def test_pictures_in_quick_succession_leave_those_of_the_last(open_page, space):
+    page = open_page()
+    for clicked, uploaded in [(7, 3), (5, 2), (1, 4)]:
+        click_example(page, clicked)
+        with page.expect_response("**/upload*"):
+            upload(page, EXAMPLES / f"digit_{uploaded}.png")
+    click_example(page, 6)
+    click_example(page, 8)
+    expect(page.locator("#picture img")).to_have_attribute("src", re.compile("digit_8"))
+    expect_everything_of(page, space, 8)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -203,13 +348,13 @@ def test_no_half_of_the_page_is_empty(open_page, dark):
     save_screenshot(page, f"look_inside_{'dark' if dark else 'light'}")
 
 
-@pytest.mark.parametrize("tab", ["activation", "scan", "field"])
-def test_captions_are_short(open_page, tab):
+def test_captions_are_short(open_page):
     page = open_page()
     open_tab(page, "Look inside")
-    caption = page.locator(f"#{tab}-how")
-    expect(caption).not_to_be_empty()
-    assert len(caption.inner_text().split()) <= 25
+    for panel in ("activation", "scan", "field"):
+        caption = page.locator(f"#{panel}-how")
+        expect(caption).not_to_be_empty()
+        assert len(caption.inner_text().split()) <= 25, panel
 
 
 def test_a_cleared_picture_asks_for_one(open_page):
@@ -218,31 +363,28 @@ def test_a_cleared_picture_asks_for_one(open_page):
     expect(page.locator("#timing")).to_contain_text("Give a picture first")
 
 
-def test_a_space_shows_photographs_and_can_be_shared(browser, photograph_space):
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    try:
-        page = context.new_page()
-        page.goto(photograph_space.url)
-        expect(page.locator("#labels h2")).not_to_be_empty()
-        expect(page.locator(".gallery-item, .gallery button")).to_have_count(15)
-        expect(page.locator("#photographers")).to_contain_text("CC BY 2.0")
-        expect(page.get_by_role("button", name="Duplicate this Space")).to_be_visible()
-        expect(page.get_by_role("button", name="Copy a link")).to_be_visible()
-        save_screenshot(page, "photographs")
+def test_a_space_shows_photographs_and_can_be_shared(context, photograph_space):
+    page = context.new_page()
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    page.goto(photograph_space.url)
+    expect(page.locator("#labels h2")).not_to_be_empty()
+    expect(page.locator(".gallery-item, .gallery button")).to_have_count(15)
+    expect(page.locator("#photographers")).to_contain_text("CC BY 2.0")
+    expect(page.get_by_role("button", name="Duplicate this Space")).to_be_visible()
+    expect(page.get_by_role("button", name="Copy a link")).to_be_visible()
+    save_screenshot(page, "photographs")
 
-        page.locator(".gallery-item, .gallery button").nth(1).click()
-        settle(page)
-        shown = page.locator("#preview img").get_attribute("src")
-        session = page.evaluate("window.__gradio_session_hash__")
-        link = page.evaluate(f"fetch('gradio_api/deep_link?session_hash={session}').then(answer => answer.json())")
-        other = context.new_page()
-        other.goto(f"{photograph_space.url}/?deep_link={link}")
-        expect(other.locator("#picture img")).to_be_visible()
-        settle(other)
-        assert other.locator("#labels h2").inner_text() == page.locator("#labels h2").inner_text()
-        assert shown and "coffee" in other.locator("#picture img").get_attribute("src")
-    finally:
-        context.close()
+    click_example(page, 1)
+    settle(page)
+    shown = page.locator("#preview img").get_attribute("src")
+    session = page.evaluate("window.__gradio_session_hash__")
+    link = page.evaluate(f"fetch('gradio_api/deep_link?session_hash={session}').then(answer => answer.json())")
+    other = context.new_page()
+    other.goto(f"{photograph_space.url}/?deep_link={link}")
+    expect(other.locator("#picture img")).to_be_visible()
+    settle(other)
+    assert other.locator("#labels h2").inner_text() == page.locator("#labels h2").inner_text()
+    assert shown and "coffee" in other.locator("#picture img").get_attribute("src")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
