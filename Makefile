@@ -78,7 +78,8 @@ digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	$(BIN)/python -m training_evmamba.digits build/digits --examples demo/examples
 	$(BIN)/evmamba train --recipe digits --dataset build/digits --output-dir build/digits-run \
 		--name demo/digits --license apache-2.0 \
-		--about-data "$$(cat demo/digits_data.md)" --about-limits "$$(cat demo/digits_limits.md)"
+		--about-data "$$(cat training_evmamba/recipes/digits_data.md)" \
+		--about-limits "$$(cat training_evmamba/recipes/digits_limits.md)"
 	rm -rf demo/digits
 	cp -r build/digits-run/model demo/digits
 

@@ -11,7 +11,7 @@ from transformers import BitImageProcessorPil, pipeline
 
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.digits import Digits, load_splits
-from training_evmamba.recipe import create_recipe, find_changes, load_recipe
+from training_evmamba.recipe import PRESETS, create_recipe, find_changes, load_recipe
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -75,7 +75,7 @@ def test_the_card_states_the_recipe():
     recipe = load_recipe("digits", {"dataset": stated["dataset"]})
     assert find_changes(create_recipe(stated), recipe) == {}
     for name in ("digits_data.md", "digits_limits.md"):  # as `make digits` gives them
-        assert (DEMO / name).read_text().strip() in card.text
+        assert (PRESETS / name).read_text().strip() in card.text
 
 
 @pytest.mark.parametrize("digit", EXAMPLES)
