@@ -374,10 +374,10 @@ def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
     network = values.get("network", {}), overrides.get("network", {})
     if not all(isinstance(fields, dict) for fields in network):
         raise UserError("`network` holds fields of EfficientVMambaConfig, like {depths: [1, 1, 1, 1]}")
-    # the command line's choice of one of the two kinds of network replaces the other
+    # the command line's choice of a network replaces what the recipe says of its network
     for chosen, other in (("model", "variant"), ("variant", "model")):
-        if overrides.get(chosen) not in (None, NONE) and other not in overrides:
-            values.pop(other, None)
+        if overrides.get(chosen) not in (None, NONE):
+            values = {name: value for name, value in values.items() if name not in (other, "base_model")}
     values = {**values, **overrides, "network": network[0] | network[1]}
     names_warmup = "warmup_epochs" in overrides or ("warmup_epochs" in lines and source not in list_presets())
     try:

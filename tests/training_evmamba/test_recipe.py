@@ -79,6 +79,16 @@ def test_the_command_line_comes_before_the_file():
     assert load_recipe("tiny", {"model": "none"}).variant == "tiny"
 
 
+@pytest.mark.parametrize("network", [{"model": "other/net"}, {"variant": "tiny"}], ids=str)
+def test_another_network_has_another_base_model(network, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: converted\nbase_model: someone/tiny\n")
+    assert load_recipe(str(path), {}).base_model == "someone/tiny"
+    assert load_recipe(str(path), network).base_model is None
+    if "model" in network:
+        assert load_recipe(str(path), {**network, "base_model": "other/base"}).base_model == "other/base"
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
