@@ -1,18 +1,22 @@
 """The output of uploading commands: the files before the upload, and the result after it."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console
-from evmamba_hub.client import Files, Upload
 from evmamba_hub.errors import literal
+
+
+if TYPE_CHECKING:
+    from evmamba_hub.client import Files, Upload
 
 
 UPLOAD_MESSAGE = "Upload EfficientVMamba with evmamba push"
 
 
-def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None:
+def show_files(repo_id: str, files: "Files", replaced: Sequence[str] = ()) -> None:
     """Show the files to upload with their sizes in bytes, the patterns of the names to delete, and the card."""
     table = Table(
         "file", Column("bytes", justify="right"), title=literal(repo_id, "table.title"), title_justify="left"
@@ -32,7 +36,7 @@ def show_files(repo_id: str, files: Files, replaced: Sequence[str] = ()) -> None
     console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
 
 
-def report_upload(result: Upload) -> None:
+def report_upload(result: "Upload") -> None:
     """Show the URL of an upload, or that nothing has changed."""
     if result.changed:
         console.print("[bold green]Uploaded[/]", literal(result.url))
