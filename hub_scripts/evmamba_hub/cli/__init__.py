@@ -3,6 +3,6 @@
 import logging
 
 
-# transformers imports torchao if it is installed, which then warns of itself in every command
-for name in ("torchao", "torch.utils._pytree"):
+# transformers and accelerate import quantizers if they are installed, which then warn of themselves in every command
+for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -45,10 +45,13 @@ def classify(
 
         evmamba classify photos --model efficientvmamba-tiny --json > labels.json
     """
+    from transformers.utils import logging
+
     from evmamba_demo.bundled import find_bundled_model
     from evmamba_hub.images.image_files import describe_ignored, find_images
     from evmamba_hub.inference.classify import classify_files, load_classifier
 
+    logging.disable_progress_bar()
     paths, ignored = find_images(images)
     if ignored:
         error_console.print(literal(describe_ignored(ignored)))

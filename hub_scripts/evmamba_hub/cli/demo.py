@@ -46,7 +46,10 @@ def demo(
     for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
         os.environ.pop(name, None)  # the options hold them; Gradio's import would fail at wrong ones
     require("gradio", extra="demo")
+    from transformers.utils import logging
+
     from evmamba_demo.bundled import find_bundled_model
     from evmamba_demo.interface import launch
 
+    logging.disable_progress_bar()
     launch([*(model or []), str(find_bundled_model())], allow_any_model, host, port)
