@@ -14,6 +14,8 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
+from weights import assert_same_weights
+
 
 WIDTHS = [8, 12, 16, 24]  # all differ, so that no stage passes for another
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -115,18 +117,12 @@ def load(name: str, folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
     return getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
 
 
-def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
-    assert not different
-
-
 def check_reload(model: PreTrainedModel, folder: Path) -> None:
     """Save a model, and assert that every tensor is loaded as it was."""
     model.save_pretrained(folder)
     loaded, info = load(type(model).__name__, folder)
     assert not any(info.values()), info
-    check_equal(loaded.state_dict(), model.state_dict())
+    assert_same_weights(loaded.state_dict(), model.state_dict())
 
 
 DETR = {

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -116,11 +117,14 @@ class HubServer:
             server.shutdown()
             server.server_close()
 
-    def create(self, repo_id: str, files: dict[str, bytes] | None = None, kind: str = "model", **fields) -> Repo:
-        """Create a repository with an initial commit by its owner."""
+    def create(
+        self, repo_id: str, files: dict[str, bytes | Path] | None = None, kind: str = "model", **fields
+    ) -> Repo:
+        """Create a repository with an initial commit by its owner. Files are contents, or paths of local files."""
         repo = self.repos[kind, repo_id] = Repo(repo_id.split("/")[0], **fields)
         blobs = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}
         for path, content in (files or {}).items():
+            content = content if isinstance(content, bytes) else content.read_bytes()
             blobs[path] = Blob(content, path.endswith(LFS_SUFFIXES))
         repo.commit("main", blobs, "initial commit", None)
         return repo

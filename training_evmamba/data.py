@@ -30,8 +30,9 @@ from evmamba_hub.images.labeled_images import (
     StreamedImages,
     open_splits,
 )
-from evmamba_hub.images.layouts import choose_evaluation_split, choose_split, shorten
+from evmamba_hub.images.layouts import choose_evaluation_split, choose_split
 from evmamba_hub.inference.evaluation import Preprocessor
+from evmamba_hub.wording import shorten, to_count
 from training_evmamba.recipe import TRAIN_SPLIT, Recipe
 
 
@@ -250,7 +251,7 @@ def describe_hold_out(validation: SelectedImages | None, class_names: list[str])
         return ["No image is held out for evaluation, because the classes have too few"]
     held_out = set(find_labels(validation, class_names).tolist())
     missing = [name for label, name in enumerate(class_names) if label not in held_out]
-    notes = [f"Held out {validation.num_images:,} images for evaluation"]
+    notes = [f"Held out {to_count(validation.num_images, 'image')} for evaluation"]
     if missing:
         classes = "1 class has" if len(missing) == 1 else f"{len(missing):,} classes have"
         notes.append(f"{classes} no held-out image: {shorten(missing)}")

@@ -15,9 +15,9 @@ from transformers import BitImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.layouts import shorten
 from evmamba_hub.inference.labels import GUESSES, LabelMatcher
 from evmamba_hub.model_folder import find_weights, load_config
+from evmamba_hub.wording import shorten, to_count
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, create_recipe
 
@@ -100,15 +100,12 @@ def describe_new_head(num_classes: int, num_old: int | None) -> str:
 
 def describe_frozen_fresh_weights(recipe: Recipe) -> list[str]:
     """Return sentences for the user about options that keep fresh values as they are."""
-    kept = {
-        "--frozen-stages": "stages with fresh weights, which thus stay random" if recipe.frozen_stages else None,
-        "--freeze-batch-norm": "fresh statistics of batch norms" if recipe.freeze_batch_norm else None,
-    }
-    return [
-        f"{option} freezes {values}: leave it out, or start from a checkpoint with --model"
-        for option, values in kept.items()
-        if values
-    ]
+    frozen = []
+    if recipe.frozen_stages:
+        frozen.append("--frozen-stages freezes stages with fresh weights, which thus stay random")
+    if recipe.freeze_batch_norm:
+        frozen.append("--freeze-batch-norm freezes fresh statistics of batch norms")
+    return [f"{each}: leave it out, or start from a checkpoint with --model" for each in frozen]
 
 
 def load_checkpoint(
@@ -143,8 +140,8 @@ def load_checkpoint(
         nn.init.zeros_(model.classifier.bias)
         notes.append(describe_new_head(len(class_names), len(id2label) if has_head else None))
     if unused:
-        weights = "1 weight" if len(unused) == 1 else f"{len(unused):,} weights"
-        notes.append(f"Ignored {weights} of the checkpoint that the network lacks: {shorten(unused)}")
+        ignored = to_count(len(unused), "weight")
+        notes.append(f"Ignored {ignored} of the checkpoint that the network lacks: {shorten(unused)}")
     return model, notes
 
 

@@ -82,7 +82,7 @@ def create_optimizer(model: EfficientVMambaForImageClassification, recipe: Recip
 
 
 def count_images(recipe: Recipe, images_per_epoch: int) -> Fraction:
-    """Return the images of the recipe's epochs. In floats, 30 epochs of 100 images are a little more than 3,000."""
+    """Return the images of the recipe's epochs. In floats, 1.1 epochs of 100 images are a little more than 110."""
     return Fraction(str(recipe.epochs)) * images_per_epoch
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from evmamba_hub.images.labeled_images import IndexedImages
 from evmamba_hub.publish.card import UNKNOWN_LIMITS, CardDetails, render_card, to_eval_results
 from evmamba_hub.publish.card_metadata import create_placeholder_id
+from evmamba_hub.wording import to_count
 from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.augmentation_library import describe_augmentation
 from training_evmamba.checkpoints import RunProgress
@@ -49,11 +50,6 @@ def draw_curves(records: list[dict], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def to_count(number: float, noun: str) -> str:
-    """Return a number with its noun, such as "1 epoch" or "0.5 epochs"."""
-    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s".replace(".0 ", " ")
-
-
 def describe_length(recipe: Recipe, progress: RunProgress, data: TrainingData) -> str:
     """Return the length of the training in steps and epochs."""
     steps = f"{to_count(progress.step, 'step')} of {to_count(recipe.batch_size, 'image')}"
@@ -79,11 +75,10 @@ def describe_training(
     origin = find_base_model(recipe) or recipe.model
     start = f"It was fine-tuned from `{origin}`" if origin else "It was trained from fresh weights"
     num_images = data.training.num_images
-    unreadable = f"{to_count(progress.num_unreadable, 'more image')} could not be read."
-    if not isinstance(data.training, IndexedImages):
-        unreadable = "Unreadable images were skipped."  # their number is unknown: names in a stream change every epoch
-    elif num_images is not None:
-        num_images -= len(progress.unreadable)
+    unreadable = "Unreadable images were skipped."  # their number is unknown: names in a stream change every epoch
+    if isinstance(data.training, IndexedImages):
+        num_images = len(data.training) - len(progress.unreadable)
+        unreadable = f"{to_count(progress.num_unreadable, 'more image')} could not be read."
     images = "a stream of images" if num_images is None else to_count(num_images, "image")
     length = describe_length(recipe, progress, data)
     sentences = [
@@ -95,7 +90,7 @@ def describe_training(
     if results is not None:
         top5 = f", the top-5 accuracy is {results['top5']:.2%}," if "top5" in results else ""
         sentences.append(
-            f"On {results['images']:,} held-out images, the top-1 accuracy is {results['top1']:.2%}{top5} "
+            f"On {to_count(results['images'], 'held-out image')}, the top-1 accuracy is {results['top1']:.2%}{top5} "
             f"and the loss is {results['loss']:.4f}."
         )
     parts = [

@@ -3,7 +3,7 @@
 A visitor may change the picture while older requests run. Their answers must not replace those of the new picture:
 
 - One event writes a result. `trigger_mode="always_last"` runs it again if an input changes while it runs.
-- The requests of all events run one after the other, so their answers arrive in order.
+- The requests that run the network come one after the other, so their answers arrive in order.
 """
 
 import errno

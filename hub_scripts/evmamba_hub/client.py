@@ -119,7 +119,7 @@ def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str
 
 
 def ask_for_similar(path: str) -> str:
-    """Returns a question for a message about a path that does not exist: whether the directory beside it is meant."""
+    """Returns a question for a message about a missing path: whether the directory of a similar name is meant."""
     try:
         names = [each.name for each in Path(path).parent.iterdir() if each.is_dir()]
     except OSError:

@@ -22,7 +22,7 @@ class Notice(UserWarning):
 
 
 class ProcessNotice(Notice):
-    """A `Notice` that other processes of the command may not give, such as one about an image in a process's share."""
+    """A `Notice` that may come from one process alone, such as one about an image in its share."""
 
 
 class UserError(Exception):

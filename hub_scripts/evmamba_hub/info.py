@@ -108,7 +108,8 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
         }
     if Path(model).exists():
         check_model_dir(Path(model))
-    check_is_converted(model)
+    else:
+        check_is_converted(model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -42,14 +42,13 @@ def check_model_dir(path: Path) -> None:
 
 
 def check_is_converted(model: str) -> None:
-    """Check that a model is no missing directory with the name of the authors' converted weights.
+    """Check that a missing path has no usual name of the authors' converted weights. Call it if there is no such path.
 
     Raises:
-        UserError: If the directory does not exist, and the name is no id of a repository. The message says how to
-            convert the weights.
+        UserError: If it has, and is not the id of a repository. The message says how to convert the weights.
     """
     variant = CONVERTED_NAME.fullmatch(Path(model).name)
-    if variant and len(Path(model).parts) != 2 and not Path(model).exists():
+    if variant and len(Path(model).parts) != 2:
         raise UserError(
             f"there is no directory {model}: convert the authors' weights first with `evmamba convert "
             f"TerryPei/EfficientVMamba-{variant[1].capitalize()} {model}`"

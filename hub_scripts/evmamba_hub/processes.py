@@ -42,10 +42,8 @@ def call_on_main_first(is_main_process: bool, function: Callable[[], Result]) ->
     Raises:
         UserError: On all processes, if a call raises it.
     """
-    with failing_together():
-        if is_main_process:
-            result = function()
-    with failing_together():
-        if not is_main_process:
-            result = function()
+    for is_turn in (is_main_process, not is_main_process):
+        with failing_together():
+            if is_turn:
+                result = function()
     return result

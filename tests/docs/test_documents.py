@@ -333,9 +333,8 @@ def desk(tmp_path, monkeypatch, hub: HubServer, parquet_file, tiny_checkpoint) -
     copies = {f"{copy}.{name}": tensor for copy in ("teacher", "student") for name, tensor in small.items()}
     torch.save({"state_dict": copies}, tmp_path / "last.ckpt")
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    files = collect_model_files(find_bundled_model(), "someone/efficientvmamba-tiny")
-    contents = {name: each if isinstance(each, bytes) else each.read_bytes() for name, each in files.items()}
-    hub.create("someone/efficientvmamba-tiny", contents)
+    tiny = "someone/efficientvmamba-tiny"
+    hub.create(tiny, collect_model_files(find_bundled_model(), tiny))
     hub.create("TerryPei/EfficientVMamba-Tiny", {"efficient_vmamba_tiny.ckpt": tiny_checkpoint})
     hub.create("ILSVRC/imagenet-1k", {"data/validation.parquet": parquet_file}, kind="dataset")
     monkeypatch.chdir(tmp_path)

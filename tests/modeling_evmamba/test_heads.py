@@ -18,7 +18,6 @@ from dense_heads import (
     TINY,
     UNSUPPORTED,
     Head,
-    check_equal,
     check_reload,
     find_backbone,
     load,
@@ -27,6 +26,7 @@ from dense_heads import (
 from evmamba_demo.bundled import find_bundled_model
 from evmamba_hub.publish.push import collect_model_files
 from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
+from weights import assert_same_weights
 
 
 ROOT = Path(__file__).parents[2]
@@ -109,8 +109,8 @@ def test_the_base_model_loads_a_head(head, model, tmp_path):
     found, expected = loaded.state_dict(), model.base_model.state_dict()
     # a base model on its own may lack layers that the head hangs into it, or have a pooler
     shared = found.keys() & expected.keys()
-    check_equal({name: found[name] for name in shared}, {name: expected[name] for name in shared})
-    check_equal(find_backbone(loaded).state_dict(), find_backbone(model).state_dict())
+    assert_same_weights({name: found[name] for name in shared}, {name: expected[name] for name in shared})
+    assert_same_weights(find_backbone(loaded).state_dict(), find_backbone(model).state_dict())
     assert info["missing_keys"].isdisjoint(expected) and not info["mismatched_keys"]
     assert not [name for name in info["unexpected_keys"] if "backbone" in name]
 
@@ -129,7 +129,7 @@ def test_a_classifier_becomes_the_backbone(head, model, tmp_path):
     backbone.load_state_dict(pretrained.state_dict())
     expected = {name: tensor for name, tensor in pretrained.state_dict().items() if name in backbone.state_dict()}
     assert all("num_batches_tracked" in name for name in pretrained.state_dict().keys() - expected.keys())
-    check_equal(backbone.state_dict(), expected)
+    assert_same_weights(backbone.state_dict(), expected)
 
 
 # Load a repository's code, and register it as docs/dense_tasks.md says. Every head with it must load what it saves.
@@ -157,11 +157,7 @@ assert "modeling_evmamba" not in sys.modules
 
 @pytest.mark.slow
 def test_heads_with_remote_code(hub, tmp_path):
-    files = collect_model_files(find_bundled_model(), "someone/digits")
-    hub.create(
-        "someone/digits",
-        {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()},
-    )
+    hub.create("someone/digits", collect_model_files(find_bundled_model(), "someone/digits"))
     settings = {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     completed = subprocess.run(
         [sys.executable, "-c", REMOTE_SCRIPT, "someone/digits"],

@@ -1,6 +1,5 @@
 """Quantizers of other libraries reach the weights of linear layers, and the bundled model keeps its accuracy."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,9 @@ def create_tiny() -> EfficientVMambaForImageClassification:
     return EfficientVMambaForImageClassification(EfficientVMambaConfig(**VARIANTS["tiny"], num_labels=1000)).eval()
 
 
-def quantize_by_torchao(config_name: str) -> Callable[[nn.Module], None]:
+def quantize_by_torchao(model: nn.Module, config_name: str) -> None:
     torchao = pytest.importorskip("torchao.quantization", reason=f"needs torchao: {INSTALL}")
-    return lambda model: torchao.quantize_(model, getattr(torchao, config_name)())
+    torchao.quantize_(model, getattr(torchao, config_name)())
 
 
 def quantize_by_quanto(model: nn.Module) -> None:
@@ -54,8 +53,8 @@ def quantize_by_bitsandbytes(model: nn.Module) -> None:
 
 
 QUANTIZERS = {
-    "torchao, 8-bit weights": lambda model: quantize_by_torchao("Int8WeightOnlyConfig")(model),
-    "torchao, dynamic 8 bits": lambda model: quantize_by_torchao("Int8DynamicActivationInt8WeightConfig")(model),
+    "torchao, 8-bit weights": lambda model: quantize_by_torchao(model, "Int8WeightOnlyConfig"),
+    "torchao, dynamic 8 bits": lambda model: quantize_by_torchao(model, "Int8DynamicActivationInt8WeightConfig"),
     "quanto, 8-bit weights": quantize_by_quanto,
     "bitsandbytes, 8 bits": quantize_by_bitsandbytes,
 }
@@ -71,13 +70,25 @@ def quantized_weights(model: nn.Module) -> int:
     )
 
 
-@torch.no_grad()
-def count_correct(model: nn.Module) -> int:
+Digits = tuple[torch.Tensor, torch.Tensor]  # pixel values (599, 3, H, W) and labels (599,)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
     _, held_out = load_splits()
-    pixel_values = BitImageProcessorPil.from_pretrained(find_bundled_model())(
-        held_out.images, return_tensors="pt"
-    ).pixel_values
-    return (model(pixel_values).logits.argmax(dim=-1) == held_out.labels).sum().item()
+    image_processor = BitImageProcessorPil.from_pretrained(find_bundled_model())
+    return image_processor(held_out.images, return_tensors="pt").pixel_values, held_out.labels
+
+
+@torch.no_grad()
+def count_correct(model: nn.Module, digits: Digits) -> int:
+    pixel_values, labels = digits
+    return (model(pixel_values).logits.argmax(dim=-1) == labels).sum().item()
+
+
+@pytest.fixture(scope="module")
+def plain_correct(digits) -> int:
+    return count_correct(load_digits(), digits)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -89,12 +100,11 @@ def test_quantizers_reach_the_weights(quantizer):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_digits_keep_their_accuracy(quantizer):
+def test_digits_keep_their_accuracy(quantizer, digits, plain_correct):
     model = load_digits()
-    expected = count_correct(model)
     QUANTIZERS[quantizer](model)
     assert quantized_weights(model) > 0
-    assert count_correct(model) >= expected - 3
+    assert count_correct(model, digits) >= plain_correct - 3
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

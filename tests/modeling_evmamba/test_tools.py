@@ -271,7 +271,7 @@ def test_dual_encoder_of_two_checkpoints(tmp_path):
 
 
 def test_encoder_of_a_captioner():
-    """As docs/faq.md says: the pixels of the last hidden state are the sequence."""
+    """As docs/tools.md says: the pixels of the last hidden state are the sequence."""
     torch.manual_seed(0)
     decoder = BertLMHeadModel(BertConfig(**TEXT.to_dict() | {"is_decoder": True, "add_cross_attention": True}))
     model = VisionEncoderDecoderModel(encoder=create_model(EfficientVMambaModel), decoder=decoder)

@@ -68,9 +68,9 @@ def convert(
 
     from evmamba_hub.client import check_repo_id
     from evmamba_hub.convert.convert import convert_checkpoint
-    from evmamba_hub.convert.original_checkpoint import shorten
     from evmamba_hub.publish.push import push_model
     from evmamba_hub.publish.republish import collect_converted_files
+    from evmamba_hub.wording import shorten
 
     if output_dir is None and push_to is None:
         raise UserError("there is no output: give a directory to write, --push-to with a repository, or both")
@@ -89,8 +89,8 @@ def convert(
         )
         console.print(literal(f"  keys        {conversion.keys}"))
         if conversion.not_taken:
-            kinds = [kind for kind in conversion.not_taken.values() if kind != conversion.weights]
-            option = f"--weights {kinds[0]}" if len(kinds) == len(conversion.not_taken) == 1 else "--prefix"
+            kinds = list(conversion.not_taken.values())
+            option = f"--weights {kinds[0]}" if len(kinds) == 1 and kinds[0] != conversion.weights else "--prefix"
             console.print(literal(f"  not taken   {', '.join(conversion.not_taken)}: choose with {option}"))
         if conversion.left_out:
             left_out = [f"{module} (tensors: {number})" for module, number in conversion.left_out.items()]

@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from evmamba_hub.cli.console import error_console, leave_notices_to_main_process
 from evmamba_hub.errors import UserError, literal, require
+from evmamba_hub.wording import to_count
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader
 from training_evmamba.callback import TrainingCallback
 from training_evmamba.recipe import NONE, Recipe, get_kinds, load_recipe
@@ -44,7 +45,7 @@ def parse_number_or_none(text: str, kind: type) -> Any:
 
 
 def show_value(value: Any) -> str:
-    """Returns a value as the command line takes it, rounded. Nothing is set by an empty text."""
+    """Returns a value, rounded, as the command line takes it. It is empty if the value sets nothing."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(show_value, value))
     if isinstance(value, float):
@@ -52,10 +53,14 @@ def show_value(value: Any) -> str:
     return "" if value in (None, {}) else str(value)
 
 
-def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
+def to_parameter(field: dataclasses.Field, default: str) -> inspect.Parameter:
     """Returns the option for a field of the recipe. An option that is not given is None.
 
     If the field may be None, the option takes the word `none`, which `coerce` converts.
+
+    Args:
+        field: The field of the recipe.
+        default: Its value in the default recipe, for the help.
     """
     kinds = get_kinds(field.type)
     may_be_none = type(None) in kinds
@@ -68,7 +73,6 @@ def to_parameter(field: dataclasses.Field) -> inspect.Parameter:
         parser, metavar = partial(parse_number_or_none, kind=number), f"<{number.__name__}|{NONE}>"
     elif may_be_none and get_origin(kind) is Literal:
         kind = Literal[(*get_args(kind), NONE)]
-    default = show_value(getattr(load_recipe(DEFAULT_RECIPE, {}), field.name))
     option = typer.Option(
         help=field.metadata["help"] + (f" \\[{default}]" if default else ""),
         rich_help_panel=field.metadata["group"],
@@ -85,7 +89,8 @@ def with_recipe_options(command: Callable) -> Callable:
     """Replace the `**values` of a command by one option for every field of the recipe."""
     signature = inspect.signature(command)
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [to_parameter(field) for field in dataclasses.fields(Recipe)]
+    recipe = load_recipe(DEFAULT_RECIPE, {})
+    options = [to_parameter(field, show_value(getattr(recipe, field.name))) for field in dataclasses.fields(Recipe)]
     setattr(command, "__signature__", signature.replace(parameters=own + options))  # noqa: B010, typer reads it
     return command
 
@@ -138,8 +143,6 @@ def train_with_progress(run: "TrainingRun", console: Console) -> dict[str, float
 
 def describe_result(run: "TrainingRun", results: dict[str, float | int] | None) -> str:
     """Returns the directory of the model, its accuracy, and the number of skipped images."""
-    from training_evmamba.report import to_count
-
     parts = [str(run.folder.model_dir)]
     if results is not None:
         parts.append(f"top-1 {results['top1']:.2%} on {to_count(results['images'], 'held-out image')}")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.info import find_variant
+from evmamba_hub.wording import shorten
 from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
@@ -89,12 +90,6 @@ BLOCK_TENSORS = {
 }
 
 
-# The weights in the authors' blocks of 1 x 1 convolutions, which are linear layers in our network.
-POINTWISE_CONVOLUTIONS = tuple(
-    f".{name}.weight" for name in ("conv_branch.3", "conv_pw.0", "se.conv_reduce", "se.conv_expand", "conv_pw2.0")
-)
-
-
 class Inert:
     """Stands for a pickled object that is not needed. Its class is not imported, and nothing of it runs."""
 
@@ -124,8 +119,6 @@ DICTIONARY_NAMES = [
     "pytorch_lightning.utilities.parsing.AttributeDict",
 ]
 HARMLESS_GLOBALS: list = [(Inert, name) for name in INERT_NAMES] + [(OrderedDict, name) for name in DICTIONARY_NAMES]
-
-MAX_NAMES_IN_MESSAGE = 5
 
 
 class Misfit(UserError):
@@ -321,20 +314,6 @@ def original_name(name: str, config: EfficientVMambaConfig) -> str:
     return f"layers.{stage}.{position}.{translate(rest, BLOCK_NAMES)}"
 
 
-def original_shape(theirs: str, shape: torch.Size) -> tuple[int, ...]:
-    """Returns the authors' shape of a tensor of our network.
-
-    Args:
-        theirs: The authors' name of the tensor (newer generation).
-        shape: Its shape in our network.
-    """
-    if theirs.endswith((".A_logs", ".Ds")):  # (K * D, ...) instead of (K, D, ...) for the K scan groups
-        return (shape[0] * shape[1], *shape[2:])
-    if theirs.endswith(POINTWISE_CONVOLUTIONS):  # convolutions instead of linear layers
-        return (*shape, 1, 1)
-    return tuple(shape)
-
-
 def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
     """Returns the configuration of the network with these tensors.
 
@@ -414,14 +393,19 @@ def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict
     is_backbone = any(name.startswith("outnorm") for name in original)
     model_class = EfficientVMambaBackbone if is_backbone else EfficientVMambaForImageClassification
     with torch.device("meta"):
-        expected = model_class(config).state_dict()
+        model = model_class(config)
+    pointwise_convs = {f"{name}.weight" for name, part in model.named_modules() if hasattr(part, "is_pointwise_conv")}
 
     state_dict: dict[str, torch.Tensor] = {}
     missing: list[str] = []
     wrong: list[str] = []
-    for name, expected_tensor in expected.items():
+    for name, expected_tensor in model.state_dict().items():
         theirs = original_name(name, config)
-        expected_shape = original_shape(theirs, expected_tensor.shape)
+        expected_shape = tuple(expected_tensor.shape)
+        if theirs.endswith((".A_logs", ".Ds")):  # (K * D, ...) instead of (K, D, ...) for the K scan groups
+            expected_shape = tuple(expected_tensor.flatten(0, 1).shape)
+        elif name in pointwise_convs:  # convolutions instead of linear layers
+            expected_shape = (*expected_shape, 1, 1)
         if theirs not in original:
             missing.append(network.prefix + theirs)
             continue
@@ -438,12 +422,6 @@ def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict
     if num_problems := sum(map(len, problems.values())):
         raise Misfit("; ".join(list_problems(problems)), num_problems)
     return model_class, config, state_dict
-
-
-def shorten(names: list[str]) -> str:
-    """Returns the first names, and the number of the others."""
-    others = len(names) - MAX_NAMES_IN_MESSAGE
-    return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + (f" and {others} more" if others > 0 else "")
 
 
 def list_problems(problems: dict[str, list[str]]) -> list[str]:

@@ -33,8 +33,8 @@ from evmamba_hub.images.layouts import (
     is_saved_dataset,
     list_class_folders,
     read_metadata,
-    shorten,
 )
+from evmamba_hub.wording import shorten
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from evmamba_hub.images.image_files import (
     list_entries,
     walk_files,
 )
+from evmamba_hub.wording import shorten
 
 
 if TYPE_CHECKING:
@@ -226,8 +227,3 @@ def describe_file(path: Path) -> str:
     if suffix in list_decodable_suffixes():
         return f"{path} is a single image: give {classes}"
     return f"{path} is no directory: give {classes}, or the id of a dataset on the Hub"
-
-
-def shorten(names: Sequence[str], limit: int = 5) -> str:
-    """Returns the first names of a list as text."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

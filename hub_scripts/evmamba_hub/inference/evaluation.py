@@ -293,7 +293,7 @@ class Evaluation:
         self.matcher = LabelMatcher(self.id2label, label_map)
         labels = find_labels(dataset)
         self.indices = dict(zip(labels, self.matcher.match(list(labels.values())), strict=True)) if labels else {}
-        if not GUESSES.isdisjoint(self.matcher.ways) and processes.is_main_process:
+        if not GUESSES.isdisjoint(self.matcher.ways):
             notice = f"the labels match {describe_ways(self.matcher.ways)}: check that this is right"
             warnings.warn(notice, Notice, stacklevel=2)
 

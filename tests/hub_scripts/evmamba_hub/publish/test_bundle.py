@@ -112,10 +112,7 @@ def repositories(hub) -> list[str]:
     """Two repositories with the same code."""
     repo_ids = ["someone/digits", "someone/other-digits"]
     for repo_id in repo_ids:
-        files = collect_model_files(DIGITS, repo_id)
-        hub.create(
-            repo_id, {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
-        )
+        hub.create(repo_id, collect_model_files(DIGITS, repo_id))
     return repo_ids
 
 
