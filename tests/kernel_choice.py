@@ -1,4 +1,4 @@
-"""Checks of the operators that run: CPU kernels for inference take float32 alone, and have no gradients."""
+"""Checks of the operators that run: CPU kernels for inference have no float64 form, and no gradients."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,8 @@ def is_run(operator: str, function: Callable, tensors: list[torch.Tensor]) -> bo
 
 def check_kernel_is_for_inference(operator: str, function: Callable, tensors: list[torch.Tensor]) -> None:
     assert is_run(operator, function, tensors)
-    assert not is_run(operator, function, [tensor.bfloat16() for tensor in tensors])
+    assert is_run(operator, function, [tensor.bfloat16() for tensor in tensors])
+    assert not is_run(operator, function, [tensor.double() for tensor in tensors])
     with use_backend("torch"):
         assert not is_run(operator, function, tensors)
     with pytest.MonkeyPatch.context() as patch:  # a backend of the scan alone, first in the order of preference

@@ -36,6 +36,7 @@ from .numba_simd import (
     load,
     load_first,
     load_splat,
+    map_pointer,
     minimum,
     multiply,
     multiply_add,
@@ -48,8 +49,9 @@ from .numba_simd import (
     splat,
     store,
     store_first,
+    untyped,
 )
-from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, readable, run_jobs
 
 
 LOG2_E = float32(1.4426950408889634)
@@ -93,7 +95,7 @@ class Parameters(NamedTuple):
 class Inputs(NamedTuple):
     """Inputs of the jobs of a call."""
 
-    u: int  # pointer to (B, H, W, D)
+    u: int  # pointer to (B, H, W, D), in float32 or as 16-bit numbers
     strides: Strides  # of u
     parameters: Parameters
     sizes: Sizes
@@ -150,7 +152,7 @@ def new_floats(count):
 
 
 @compiled
-def inputs_in(work):
+def inputs_in(work, u):
     parameters = Parameters(
         float_pointer(work.x_proj_weight),
         float_pointer(work.dt_proj_weight),
@@ -159,7 +161,7 @@ def inputs_in(work):
         float_pointer(work.D),
     )
     return Inputs(
-        float_pointer(work.u),
+        u,
         Strides(work.image, work.row, work.column),
         parameters,
         Sizes(work.height, work.width, work.channels, work.rank, work.state_size, work.projected),
@@ -341,9 +343,9 @@ def scan_fwd_job(job, inputs, y, packed, chunk, h):
 
 
 def scan_fwd_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `SCAN_FWD_WORK`."""
-    work = carray(pointer, 1, SCAN_FWD_WORK)[0]
-    inputs, y = inputs_in(work), float_pointer(work.y)
+    """Process jobs until none is left. `pointer` points to a record `SCAN_FWD_WORK`, its type names a map's dtype."""
+    work = carray(untyped(pointer), 1, SCAN_FWD_WORK)[0]
+    inputs, y = inputs_in(work, map_pointer(pointer, work.u)), map_pointer(pointer, work.y)
     sizes = inputs.sizes
     num_blocks = (sizes.channels + LANES - 1) // LANES
     packed, chunk = new_packed_parameters(sizes), new_chunk(sizes)
@@ -512,8 +514,8 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
 
 def scan_bwd_jobs(pointer):
     """Process jobs until none is left. `pointer` points to a record `SCAN_BWD_WORK`."""
-    work = carray(pointer, 1, SCAN_BWD_WORK)[0]
-    inputs, gradients = inputs_in(work), gradients_in(work)
+    work = carray(untyped(pointer), 1, SCAN_BWD_WORK)[0]
+    inputs, gradients = inputs_in(work, float_pointer(work.u)), gradients_in(work)
     packed, chunk = new_packed_parameters(inputs.sizes), new_chunk(inputs.sizes)
     workspace = new_bwd_workspace(inputs.sizes)
     job = claim_job(pointer)
@@ -524,16 +526,16 @@ def scan_bwd_jobs(pointer):
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Returns the feature map in float32 with dense channels. All other strides are kept."""
-    u = hidden_states.detach().float()
+    """Returns the feature map with dense channels, in a dtype that kernels read. All other strides are kept."""
+    u = readable(hidden_states.detach())
     return u if u.stride(-1) == 1 else u.contiguous()
 
 
 class PreparedCall(NamedTuple):
-    """The arguments in float32 and in the layout of the kernels, and the common fields of the work records."""
+    """The arguments in the layout of the kernels, and the common fields of the work records."""
 
     u: torch.Tensor  # (B, H, W, D), channels dense
-    parameters: list[torch.Tensor]  # dense
+    parameters: list[torch.Tensor]  # float32, dense
     work: dict[str, int | torch.Tensor]
 
 
@@ -569,7 +571,7 @@ def forward(
     """Compute the operator in float32. Returns the dtype of `hidden_states`."""
     call = prepare_call((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
-    run_jobs(compiled_kernel(scan_fwd_jobs), SCAN_FWD_WORK, call.work | {"y": y})
+    run_jobs(compiled_kernel(scan_fwd_jobs, y.dtype), SCAN_FWD_WORK, call.work | {"y": y})
     return y.to(hidden_states.dtype)
 
 
@@ -584,7 +586,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    u, parameters, work = prepare_call(arguments)
+    u, parameters, work = prepare_call((hidden_states.float(), *arguments[1:]))
     batch_size, height, width, _ = u.shape
     grad = grad.detach().float().contiguous()
     grad_u = u.new_empty(u.shape)

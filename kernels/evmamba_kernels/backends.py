@@ -209,18 +209,21 @@ def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
     return why_not(backend, device_type, dtype) is None
 
 
-def is_for_cpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
+def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
     """Returns whether CPU kernels can replace PyTorch operators: they are not overridden, and need no gradients.
 
     Args:
-        tensors: The feature map, followed by the other tensors.
+        maps: The feature map, followed by others that the kernel reads with it.
+        parameters: The other tensors.
     """
     if not is_plain_call():
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *parameters)):
         return False
-    hidden_states = tensors[0]
-    if any(tensor.dtype != torch.float32 for tensor in tensors) or hidden_states.numel() == 0:
+    hidden_states, *others = maps
+    if any(other.dtype != hidden_states.dtype for other in others) or hidden_states.numel() == 0:
+        return False
+    if any(parameter.dtype not in (torch.float32, hidden_states.dtype) for parameter in parameters):
         return False
     return runs_kernels_of("numba", hidden_states)
 

@@ -68,8 +68,8 @@ def use_kernel(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         check_argument("bias", bias, hidden_states, (channels,))
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    tensors = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
-    return kernel_size == 3 and is_for_cpu_kernel(tensors)
+    parameters = (weight,) if bias is None else (weight, bias)
+    return kernel_size == 3 and is_for_cpu_kernel((hidden_states,), parameters)
 
 
 def convolve_in_pytorch(

@@ -27,6 +27,7 @@ from .numba_simd import (
     gelu,
     load,
     load_first,
+    map_pointer,
     multiply,
     multiply_add,
     relu,
@@ -35,8 +36,9 @@ from .numba_simd import (
     store,
     store_first,
     sum_of_parts,
+    untyped,
 )
-from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, readable, run_jobs
 
 
 WORK = np.dtype(
@@ -165,13 +167,13 @@ def write_means(work):
 
 
 def depthwise_conv_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `WORK`.
+    """Process jobs until none is left. `pointer` points to a record `WORK`, its type names the dtype of the maps.
 
     A job writes the sums of its outputs to `sums` `(images, bands, channels)`. The last job computes the means.
     """
-    work = carray(pointer, 1, WORK)[0]
-    x, weight, bias = float_pointer(work.hidden_states), float_pointer(work.weight), float_pointer(work.bias)
-    out, channels = float_pointer(work.out), work.channels
+    work = carray(untyped(pointer), 1, WORK)[0]
+    x, out = map_pointer(pointer, work.hidden_states), map_pointer(pointer, work.out)
+    weight, bias, channels = float_pointer(work.weight), float_pointer(work.bias), work.channels
     job = claim_job(pointer)
     while job < work.num_jobs:
         image, band = job // work.num_bands, job % work.num_bands
@@ -190,13 +192,15 @@ def convolve(
     bias: torch.Tensor | None,  # (D)
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D) and (B, D)
-    """Returns the output and its mean over the feature map, in float32."""
+    """Returns the output and its mean over the feature map, in the dtype of the feature map."""
     batch_size, height, width, channels = hidden_states.shape
     rows_per_band = max(1, round(NUMBERS_PER_JOB / (width * channels)))
     num_bands = math.ceil(height / rows_per_band)
-    pixels = as_rows(hidden_states)
+    pixels = readable(as_rows(hidden_states))
     out = pixels.new_empty(hidden_states.shape)
-    sums, mean = pixels.new_empty(batch_size, num_bands, channels), pixels.new_empty(batch_size, channels)
+    weight = weight.float().flatten(1).t().contiguous()  # (9, D)
+    bias = weight.new_zeros(channels) if bias is None else bias.float().contiguous()
+    sums, mean = weight.new_empty(batch_size, num_bands, channels), weight.new_empty(batch_size, channels)
     work = {
         "num_jobs": batch_size * num_bands,
         "num_bands": num_bands,
@@ -207,11 +211,11 @@ def convolve(
         "pixel_stride": pixels.stride(0),
         "activation": ACTIVATIONS[activation],
         "hidden_states": pixels,
-        "weight": weight.flatten(1).t().contiguous(),  # (9, D)
-        "bias": pixels.new_zeros(channels) if bias is None else bias.contiguous(),
+        "weight": weight,
+        "bias": bias,
         "out": out,
         "sums": sums,
         "mean": mean,
     }
-    run_jobs(compiled_kernel(depthwise_conv_jobs), WORK, work)
-    return out, mean
+    run_jobs(compiled_kernel(depthwise_conv_jobs, out.dtype), WORK, work)
+    return out.to(hidden_states.dtype), mean.to(hidden_states.dtype)

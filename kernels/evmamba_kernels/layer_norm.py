@@ -42,7 +42,7 @@ def layer_norm_gated(
     check_argument("weight", weight, hidden_states, hidden_states.shape[-1:])
     check_argument("bias", bias, hidden_states, hidden_states.shape[-1:])
     tensors = (hidden_states, gate, weight, bias)
-    if is_for_cpu_kernel(tensors):
+    if is_for_cpu_kernel((hidden_states, gate), (weight, bias)):
         return gated_operator(*tensors, eps)
     if gate.dtype == hidden_states.dtype and len(weight) <= LARGEST_CHANNELS_ON_GPU and is_for_gpu_kernel(tensors):
         return gated_on_gpu_operator(*tensors, eps)
@@ -75,9 +75,8 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
         raise ValueError(f"hidden_states must have the shape (B, H, W, D), got {tuple(hidden_states.shape)}")
     check_argument("weight", weight, hidden_states, hidden_states.shape[-1:])
     check_argument("bias", bias, hidden_states, hidden_states.shape[-1:])
-    tensors = (hidden_states, weight, bias)
-    if is_for_cpu_kernel(tensors):
-        return mean_operator(*tensors, eps)
+    if is_for_cpu_kernel((hidden_states,), (weight, bias)):
+        return mean_operator(hidden_states, weight, bias, eps)
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
 
 

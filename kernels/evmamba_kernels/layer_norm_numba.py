@@ -29,6 +29,7 @@ from .numba_simd import (
     lane_sums,
     load_first,
     load_splat,
+    map_pointer,
     multiply,
     multiply_add,
     silu,
@@ -38,8 +39,9 @@ from .numba_simd import (
     store_first,
     subtract,
     sum_of_parts,
+    untyped,
 )
-from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, run_jobs
+from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, readable, run_jobs
 
 
 GATED_WORK = np.dtype(
@@ -95,9 +97,10 @@ def find_statistics(statistics, x, start, stride, num_rows, channels, eps):
 
 
 def gated_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `GATED_WORK`."""
-    work = carray(pointer, 1, GATED_WORK)[0]
-    x, gate, out = float_pointer(work.hidden_states), float_pointer(work.gate), float_pointer(work.out)
+    """Process jobs until none is left. `pointer` points to a record `GATED_WORK`, its type names the maps' dtype."""
+    work = carray(untyped(pointer), 1, GATED_WORK)[0]
+    x, gate = map_pointer(pointer, work.hidden_states), map_pointer(pointer, work.gate)
+    out = map_pointer(pointer, work.out)
     weight, bias, channels = float_pointer(work.weight), float_pointer(work.bias), work.channels
     statistics = new_statistics()
     job = claim_job(pointer)
@@ -132,13 +135,13 @@ def write_means(work):
 
 
 def mean_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `MEAN_WORK`.
+    """Process jobs until none is left. `pointer` points to a record `MEAN_WORK`, its type names the map's dtype.
 
     A job is a part of an image. It writes the sum of its normalized rows to `sums` `(images, parts, channels)`. The
     last job computes the means.
     """
-    work = carray(pointer, 1, MEAN_WORK)[0]
-    x, sums, channels = float_pointer(work.hidden_states), float_pointer(work.sums), work.channels
+    work = carray(untyped(pointer), 1, MEAN_WORK)[0]
+    x, sums, channels = map_pointer(pointer, work.hidden_states), float_pointer(work.sums), work.channels
     statistics = new_statistics()
     job = claim_job(pointer)
     while job < work.num_jobs:
@@ -162,6 +165,10 @@ def mean_jobs(pointer):
         job = claim_job(pointer)
 
 
+def as_float32(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.float().contiguous()
+
+
 def gated(
     hidden_states: torch.Tensor,  # (..., D)
     gate: torch.Tensor,  # (..., D)
@@ -169,8 +176,9 @@ def gated(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> torch.Tensor:  # (..., D)
-    """Compute LayerNorm times SiLU of the gate, in float32."""
-    x, gate, weight, bias = as_rows(hidden_states), as_rows(gate), weight.contiguous(), bias.contiguous()
+    """Compute LayerNorm times SiLU of the gate, in float32. The result has the dtype of both feature maps."""
+    x, gate = readable(as_rows(hidden_states)), readable(as_rows(gate))
+    weight, bias = as_float32(weight), as_float32(bias)
     num_rows, channels = x.shape
     out = x.new_empty(hidden_states.shape)
     work = {
@@ -186,8 +194,8 @@ def gated(
         "out": out,
         "eps": eps,
     }
-    run_jobs(compiled_kernel(gated_jobs), GATED_WORK, work)
-    return out
+    run_jobs(compiled_kernel(gated_jobs, out.dtype), GATED_WORK, work)
+    return out.to(hidden_states.dtype)
 
 
 def mean(
@@ -196,12 +204,12 @@ def mean(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> torch.Tensor:  # (B, D)
-    """Compute the mean of LayerNorm over the feature map, in float32."""
-    x, weight, bias = as_rows(hidden_states), weight.contiguous(), bias.contiguous()
+    """Compute the mean of LayerNorm over the feature map, in float32. It has the dtype of the feature map."""
+    x, weight, bias = readable(as_rows(hidden_states)), as_float32(weight), as_float32(bias)
     num_images, height, width, channels = hidden_states.shape
     num_rows = height * width
     num_parts = math.ceil(num_rows / ROWS_PER_MEAN_JOB)
-    sums, out = x.new_empty(num_images, num_parts, channels), x.new_empty(num_images, channels)
+    sums, out = weight.new_empty(num_images, num_parts, channels), weight.new_empty(num_images, channels)
     work = {
         "num_jobs": num_images * num_parts,
         "num_parts": num_parts,
@@ -215,5 +223,5 @@ def mean(
         "out": out,
         "eps": eps,
     }
-    run_jobs(compiled_kernel(mean_jobs), MEAN_WORK, work)
-    return out
+    run_jobs(compiled_kernel(mean_jobs, x.dtype), MEAN_WORK, work)
+    return out.to(hidden_states.dtype)

@@ -3,7 +3,11 @@
 LLVM vectorizes Numba's loops well only if it can prove that arrays do not overlap, and if trip counts are long. The
 scan offers neither, so its kernels use vectors explicitly. A value of the type `Vector` holds 16 neighboring channels.
 LLVM maps it to one register with AVX-512, two with AVX2, and four with NEON or SSE.
+
+Memory may hold bfloat16 or float16 numbers instead. Loads widen them to float32, and stores round them.
 """
+
+import platform
 
 import numpy as np
 
@@ -27,6 +31,15 @@ float32 = np.float32  # for literals in kernels, since Numba would compute in fl
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 
+# of the processor, or those of NUMBA_CPU_FEATURES
+FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+HAS_AVX2 = "+avx2" in FEATURES
+HAS_AVX512 = "+avx512f" in FEATURES
+HAS_AVX512BW = "+avx512bw" in FEATURES
+HAS_AVX512_BF16 = "+avx512bf16" in FEATURES
+# Without such an instruction, LLVM calls a function that Numba does not have.
+CONVERTS_FLOAT16 = "+f16c" in FEATURES or platform.machine() in ("arm64", "aarch64", "ARM64")
+
 
 class VectorType(types.Type):
     def __init__(self):
@@ -42,11 +55,82 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(data_model_manager, frontend_type, VECTOR)
 
 
+class HalfType(types.Type):
+    """A number of two bytes in memory. Kernels compute with none: loads and stores convert it."""
+
+
+bfloat16, float16 = HalfType("bfloat16"), HalfType("float16")
+
+
+@register_model(HalfType)
+class HalfModel(models.PrimitiveModel):
+    def __init__(self, data_model_manager, frontend_type):
+        super().__init__(data_model_manager, frontend_type, ir.IntType(16))
+
+
 def element_pointer(context, builder, array_type, array, index, pointee):
     """Returns the address of an element of a 1D array, or of the memory that a pointer points to."""
     if isinstance(array_type, types.Array):
         array = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(array, [index]), pointee.as_pointer())
+
+
+def in_memory(element, numbers):
+    """Returns the LLVM type in memory of `numbers`, a float or a vector of floats, as elements of a Numba type."""
+    if element == types.float32:
+        return numbers
+    return ir.VectorType(ir.IntType(16), numbers.count) if isinstance(numbers, ir.VectorType) else ir.IntType(16)
+
+
+def widen(builder, element, value, numbers):
+    """Convert elements from memory to float32."""
+    if element == types.float32:
+        return value
+    if element == float16:
+        halves = ir.VectorType(ir.HalfType(), numbers.count) if isinstance(numbers, ir.VectorType) else ir.HalfType()
+        return builder.fpext(builder.bitcast(value, halves), numbers)
+    integers = ir.VectorType(ir.IntType(32), numbers.count) if isinstance(numbers, ir.VectorType) else ir.IntType(32)
+    sixteen = ir.Constant(integers, [16] * numbers.count if isinstance(numbers, ir.VectorType) else 16)
+    return builder.bitcast(builder.shl(builder.zext(value, integers), sixteen), numbers)
+
+
+def narrow(builder, element, vector):
+    """Round a vector to elements in memory, to the nearest, and to even in ties."""
+    halves = ir.VectorType(ir.IntType(16), LANES)
+    if element == types.float32:
+        return vector
+    if element == float16:
+        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(ir.HalfType(), LANES)), halves)
+    if HAS_AVX512_BF16:
+        return call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", halves, vector)
+
+    def constant(number):
+        return ir.Constant(INTEGERS, [number] * LANES)
+
+    bits = builder.bitcast(vector, INTEGERS)
+    is_odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(bits, builder.add(is_odd, constant(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", vector, vector)
+    bits = builder.select(is_nan, builder.or_(bits, constant(0x400000)), rounded)  # rounding could make it infinite
+    return builder.trunc(builder.lshr(bits, constant(16)), halves)
+
+
+def load_vector(context, builder, array_type, array, index):
+    kind = in_memory(array_type.dtype, VECTOR)
+    vector = builder.load(element_pointer(context, builder, array_type, array, index, kind))
+    vector.align = 4 if kind is VECTOR else 2
+    return widen(builder, array_type.dtype, vector, VECTOR)
+
+
+def load_number(context, builder, array_type, array, index):
+    kind = in_memory(array_type.dtype, ir.FloatType())
+    number = builder.load(element_pointer(context, builder, array_type, array, index, kind))
+    return widen(builder, array_type.dtype, number, ir.FloatType())
+
+
+def masked_type(element):
+    """Returns the suffix of LLVM's functions for masked vectors, and the alignment of elements."""
+    return (f"v{LANES}f32.p0", 4) if element == types.float32 else (f"v{LANES}i16.p0", 2)
 
 
 def lane_mask(builder, count):
@@ -55,10 +139,30 @@ def lane_mask(builder, count):
     return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, ir.IntType(32)), INTEGERS))
 
 
-def masked_load(builder, pointer, count):
-    alignment, zeros = ir.Constant(ir.IntType(32), 4), ir.Constant(VECTOR, [0.0] * LANES)
-    mask = lane_mask(builder, count)
-    return call_llvm(builder, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer, alignment, mask, zeros)
+def is_full(builder, count):
+    """Returns whether all lanes count. Without AVX-512BW, masks of two-byte elements take a branch per lane."""
+    return builder.icmp_signed(">=", count, ir.Constant(count.type, LANES))
+
+
+def load_first_lanes(context, builder, array_type, array, index, count):
+    element = array_type.dtype
+    kind, (suffix, alignment) = in_memory(element, VECTOR), masked_type(element)
+    pointer = element_pointer(context, builder, array_type, array, index, kind)
+    alignment, zeros = ir.Constant(ir.IntType(32), alignment), ir.Constant(kind, None)
+
+    def masked():
+        mask = lane_mask(builder, count)
+        return call_llvm(builder, f"llvm.masked.load.{suffix}", kind, pointer, alignment, mask, zeros)
+
+    if element == types.float32 or HAS_AVX512BW:
+        return widen(builder, element, masked(), VECTOR)
+    place = cgutils.alloca_once(builder, kind)
+    with builder.if_else(is_full(builder, count)) as (full, part):
+        with full:
+            builder.store(builder.load(pointer, align=2), place)
+        with part:
+            builder.store(masked(), place)
+    return widen(builder, element, builder.load(place), VECTOR)
 
 
 def broadcast(builder, scalar, vector_type):
@@ -78,14 +182,45 @@ def call_llvm(builder, name, result, *arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
 
+def pointer_to(element, llvm_type):
+    @intrinsic
+    def pointer(typing_context, address):
+        """Returns a pointer from an integer address. It can replace the array of other functions."""
+
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], llvm_type.as_pointer())
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+float_pointer = pointer_to(types.float32, ir.FloatType())
+bfloat16_pointer = pointer_to(bfloat16, ir.IntType(16))
+integer_pointer = pointer_to(types.int32, ir.IntType(32))
+
+
 @intrinsic
-def float_pointer(typing_context, address):
-    """Returns a pointer to float32 numbers from an integer address. It can replace the array of other functions."""
+def map_pointer(typing_context, work, address):
+    """Returns a pointer from an integer address, to numbers of the type that `work` points to.
+
+    A kernel is compiled for each dtype of a feature map. The type of its argument names the dtype.
+    """
 
     def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), generate
+    return types.CPointer(work.dtype)(work, types.int64), generate
+
+
+@intrinsic
+def untyped(typing_context, pointer):
+    """Returns a pointer without the type of its target."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(pointer), generate
 
 
 @intrinsic
@@ -93,10 +228,7 @@ def load(typing_context, array, index):
     """Returns 16 numbers of a 1D array from `index`."""
 
     def generate(context, builder, signature, arguments):
-        pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
-        vector = builder.load(pointer)
-        vector.align = 4
-        return vector
+        return load_vector(context, builder, signature.args[0], *arguments)
 
     return Vector(array, types.intp), generate
 
@@ -106,8 +238,9 @@ def store(typing_context, array, index, vector):
     """Write 16 numbers to a 1D array from `index`."""
 
     def generate(context, builder, signature, arguments):
-        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
-        builder.store(arguments[2], pointer).align = 4
+        element = array.dtype
+        pointer = element_pointer(context, builder, array, *arguments[:2], in_memory(element, VECTOR))
+        builder.store(narrow(builder, element, arguments[2]), pointer).align = masked_type(element)[1]
         return context.get_dummy_value()
 
     return types.none(array, types.intp, Vector), generate
@@ -118,8 +251,7 @@ def load_first(typing_context, array, index, count):
     """Returns the first `count` of the 16 numbers from `index`, and zeros for the others, without reading them."""
 
     def generate(context, builder, signature, arguments):
-        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
-        return masked_load(builder, pointer, arguments[2])
+        return load_first_lanes(context, builder, array, *arguments)
 
     return Vector(array, types.intp, types.intp), generate
 
@@ -129,9 +261,24 @@ def store_first(typing_context, array, index, vector, count):
     """Write the first `count` of 16 numbers from `index`. The memory of the others is not touched."""
 
     def generate(context, builder, signature, arguments):
-        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], VECTOR)
-        alignment, mask = ir.Constant(ir.IntType(32), 4), lane_mask(builder, arguments[3])
-        call_llvm(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments[2], pointer, alignment, mask)
+        element = array.dtype
+        suffix, alignment = masked_type(element)
+        pointer = element_pointer(context, builder, array, *arguments[:2], in_memory(element, VECTOR))
+        stored, count = narrow(builder, element, arguments[2]), arguments[3]
+        alignment = ir.Constant(ir.IntType(32), alignment)
+
+        def masked():
+            mask = lane_mask(builder, count)
+            call_llvm(builder, f"llvm.masked.store.{suffix}", ir.VoidType(), stored, pointer, alignment, mask)
+
+        if element == types.float32 or HAS_AVX512BW:
+            masked()
+        else:
+            with builder.if_else(is_full(builder, count)) as (full, part):
+                with full:
+                    builder.store(stored, pointer, align=2)
+                with part:
+                    masked()
         return context.get_dummy_value()
 
     return types.none(array, types.intp, Vector, types.intp), generate
@@ -153,8 +300,7 @@ def load_splat(typing_context, array, index):
     """Returns one number of a 1D array in all lanes, without the check for negative indices of Numba's indexing."""
 
     def generate(context, builder, signature, arguments):
-        pointer = element_pointer(context, builder, signature.args[0], *arguments, ir.FloatType())
-        return broadcast(builder, builder.load(pointer), VECTOR)
+        return broadcast(builder, load_number(context, builder, signature.args[0], *arguments), VECTOR)
 
     return Vector(array, types.intp), generate
 
@@ -259,8 +405,7 @@ def products_of_tile(num_vectors):
                 weights = [builder.load(pointer, align=4) for pointer in vectors(weight, row)]
                 for pixel, sums_of_pixel in zip(pixels, sums, strict=True):
                     at = builder.add(pixel, loop.index)
-                    pointer = element_pointer(context, builder, signature.args[0], u, at, ir.FloatType())
-                    channel = broadcast(builder, builder.load(pointer), VECTOR)
+                    channel = broadcast(builder, load_number(context, builder, signature.args[0], u, at), VECTOR)
                     for weight_vector, place in zip(weights, sums_of_pixel, strict=True):
                         operands = channel, weight_vector, builder.load(place)
                         builder.store(call_llvm(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, *operands), place)
@@ -297,9 +442,9 @@ def products_of_2_columns(typing_context, u, pixels, channels, weight, columns, 
         lanes = ir.Constant(channels.type, LANES)
         num_blocks, rest = builder.sdiv(channels, lanes), builder.srem(channels, lanes)
 
-        def add_products(load_vector):
-            weights = [load_vector(signature.args[3], weight, column) for column in columns]
-            channels_of_pixels = [load_vector(signature.args[0], u, pixel) for pixel in pixels]
+        def add_products(load):
+            weights = [load(signature.args[3], weight, column) for column in columns]
+            channels_of_pixels = [load(signature.args[0], u, pixel) for pixel in pixels]
             pairs = [(w, c) for w in weights for c in channels_of_pixels]
             for (w, c), place in zip(pairs, sums, strict=True):
                 builder.store(
@@ -309,17 +454,15 @@ def products_of_2_columns(typing_context, u, pixels, channels, weight, columns, 
         with cgutils.for_range(builder, num_blocks) as loop:
             start = builder.mul(loop.index, lanes)
             add_products(
-                lambda array_type, array, first: builder.load(
-                    element_pointer(context, builder, array_type, array, builder.add(first, start), VECTOR), align=4
+                lambda array_type, array, first: load_vector(
+                    context, builder, array_type, array, builder.add(first, start)
                 )
             )
         with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(rest.type, 0))):
             start = builder.mul(num_blocks, lanes)
             add_products(
-                lambda array_type, array, first: masked_load(
-                    builder,
-                    element_pointer(context, builder, array_type, array, builder.add(first, start), VECTOR),
-                    rest,
+                lambda array_type, array, first: load_first_lanes(
+                    context, builder, array_type, array, builder.add(first, start), rest
                 )
             )
         products = sums_of_lanes(builder, [builder.load(place) for place in sums])
@@ -439,7 +582,6 @@ def exp2_by_table(x):
 
 
 # The table is faster than the polynomial (benchmarks/NOTES.md), but needs instructions of AVX-512.
-HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 exp2 = exp2_by_table if HAS_AVX512 else exp2_by_polynomial
 
 

@@ -32,18 +32,23 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernels need numba: pip install numba") from error
 
+from .numba_simd import CONVERTS_FLOAT16, bfloat16, float16
+
 
 # The first fields of a work record, each an int64. The first two start at 0, and the threads increment them.
 COUNTERS = ("next_job", "jobs_done", "num_jobs")
 
-Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# Types of the numbers of a feature map.
+ELEMENTS = {torch.float32: types.float32, torch.bfloat16: bfloat16, torch.float16: float16}
+
+CFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def find_openmp() -> ctypes.CDLL | None:
     """Returns the OpenMP runtime of this process, or None if it lacks the interface of GNU's."""
     try:
         library = ctypes.CDLL(None)  # importing torch made its symbols global
-        library.GOMP_parallel.argtypes = [Kernel, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.argtypes = [CFunction, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
         library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018, raises if one is missing
     except (AttributeError, OSError, TypeError):
@@ -74,7 +79,7 @@ def claim_job(typing_context, work):
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], COUNTERS.index("next_job"))
 
-    return types.int64(types.voidptr), generate
+    return types.int64(work), generate
 
 
 @intrinsic
@@ -84,7 +89,7 @@ def finish_job(typing_context, work):
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], COUNTERS.index("jobs_done"))
 
-    return types.int64(types.voidptr), generate
+    return types.int64(work), generate
 
 
 def add_atomically(builder, pointer, field):
@@ -103,19 +108,37 @@ def digest_of_sources() -> str:
 
 
 @cache
-def compiled_kernel(do_jobs: Callable) -> CFunc:
-    """Returns a C function that claims jobs until none is left, so no Python runs between threads and jobs."""
+def compiled_kernel(do_jobs: Callable, dtype: torch.dtype = torch.float32) -> CFunction:
+    """Returns a C function that claims jobs until none is left, so no Python runs between threads and jobs.
+
+    Args:
+        do_jobs: Takes a pointer to a work record. The type of the pointer names the dtype of feature maps.
+        dtype: Dtype of feature maps in memory.
+    """
     do_jobs.__qualname__ = f"{do_jobs.__name__}_{digest_of_sources()}"  # part of its name in the cache
-    compile_with = partial(cfunc, types.void(types.voidptr), boundscheck=False, error_model="numpy")
+    signature = types.void(types.CPointer(ELEMENTS[dtype]))
+    compile_with = partial(cfunc, signature, boundscheck=False, error_model="numpy")
     try:
-        return compile_with(cache=True)(do_jobs)
+        return callable_from_python(compile_with(cache=True)(do_jobs))
     except Exception as error:  # Numba raises any error of the cache: a read-only or full disk, a truncated file
         warnings.warn(
             f"the compiled CPU kernel {do_jobs.__name__} cannot be cached, so every process compiles it again for "
             f"some seconds ({error}): set NUMBA_CACHE_DIR to a writable directory",
             stacklevel=2,
         )
-        return compile_with()(do_jobs)
+        return callable_from_python(compile_with()(do_jobs))
+
+
+def callable_from_python(kernel: CFunc) -> CFunction:
+    """Returns the kernel as a function that takes the address of its work record."""
+    function = CFunction(kernel.address)
+    function.kernel = kernel  # keeps the machine code alive
+    return function
+
+
+def readable(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Returns the feature map, in float32 if the processor cannot convert its dtype."""
+    return hidden_states if hidden_states.dtype != torch.float16 or CONVERTS_FLOAT16 else hidden_states.float()
 
 
 @cache
@@ -125,7 +148,7 @@ def structure_of(record_type: np.dtype) -> type[ctypes.Structure]:
     return type("Work", (ctypes.Structure,), {"_fields_": fields})
 
 
-def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float | torch.Tensor]) -> None:
+def run_jobs(kernel: CFunction, record_type: np.dtype, fields: dict[str, int | float | torch.Tensor]) -> None:
     """Call `kernel` on `torch.get_num_threads()` threads, which share the jobs.
 
     Any number of Python threads may call this function at once.
@@ -142,16 +165,16 @@ def run_jobs(kernel: CFunc, record_type: np.dtype, fields: dict[str, int | float
     work = structure_of(record_type)(**values)
     num_threads = min(torch.get_num_threads(), work.num_jobs)
     if num_threads == 1:
-        kernel.ctypes(ctypes.addressof(work))
+        kernel(ctypes.addressof(work))
     elif openmp is not None:
-        openmp.GOMP_parallel(kernel.ctypes, ctypes.addressof(work), num_threads, 0)
+        openmp.GOMP_parallel(kernel, ctypes.addressof(work), num_threads, 0)
     else:
         run_in_workers(kernel, work, fields, num_threads)
     if work.jobs_done != work.num_jobs:
         raise MemoryError(f"the CPU kernel finished {work.jobs_done} of {work.num_jobs} jobs")
 
 
-def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_threads: int) -> None:
+def run_in_workers(kernel: CFunction, work: ctypes.Structure, fields: dict, num_threads: int) -> None:
     """Call `kernel` with a pointer to `work` on this thread and on threads of this package.
 
     Every thread keeps a reference to the work and its tensors. Otherwise a `KeyboardInterrupt` in this thread would
@@ -166,7 +189,7 @@ def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_thre
     try:
         for _ in range(num_threads - 1):
             calls.put((kernel, work, fields, done))
-        kernel.ctypes(ctypes.addressof(work))
+        kernel(ctypes.addressof(work))
         for _ in range(num_threads - 1):
             done.get()
     except BaseException:
@@ -177,6 +200,6 @@ def run_in_workers(kernel: CFunc, work: ctypes.Structure, fields: dict, num_thre
 def wait_for_work(queue: SimpleQueue) -> None:
     while True:
         kernel, work, fields, done = queue.get()
-        kernel.ctypes(ctypes.addressof(work))
+        kernel(ctypes.addressof(work))
         done.put(None)
         del kernel, work, fields, done  # release them before the next call

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, current_thread, main_thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,7 +170,7 @@ def test_an_interrupt_frees_no_memory_in_use(own_threads):
     u = torch.zeros(4)
     memory = weakref.ref(u)
     with pytest.raises(KeyboardInterrupt):
-        threads.run_jobs(SimpleNamespace(ctypes=do_jobs), kernels.SCAN_FWD_WORK, {"num_jobs": 8, "u": u})
+        threads.run_jobs(do_jobs, kernels.SCAN_FWD_WORK, {"num_jobs": 8, "u": u})
     del u
     gc.collect()
     assert memory() is not None
@@ -277,7 +276,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_atrous_selective_scan_numba import arguments, kernels, threads
 kernels.forward(*arguments())
-print(threads.compiled_kernel(kernels.scan_fwd_jobs).cache_hits)
+print(threads.compiled_kernel(kernels.scan_fwd_jobs).kernel.cache_hits)
 """
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -292,7 +291,7 @@ from evmamba_kernels.numba_threads import compiled_kernel
 x, weight, bias = torch.randn(1, 3, 2, 20), torch.randn(20), torch.randn(20)
 expected = torch.nn.functional.layer_norm(x, (20,), weight, bias).mean(dim=(1, 2))
 torch.testing.assert_close(layer_norm_mean(x, weight, bias, 1e-5), expected)
-print(compiled_kernel(layer_norm_numba.mean_jobs).cache_hits)
+print(compiled_kernel(layer_norm_numba.mean_jobs).kernel.cache_hits)
 """
 
 

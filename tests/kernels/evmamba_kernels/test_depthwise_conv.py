@@ -50,6 +50,23 @@ def test_random_shapes(shape, activation, has_bias, seed):
     assert torch.equal(convolution_operator(x, weight, bias, activation), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parameter_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 11, 37), (1, 1, 15, 16), (3, 6, 1, 5)], ids=str)
+def test_maps_of_16_bits(shape, parameter_dtype, dtype):
+    """The kernel computes in float32, and rounds once."""
+    x, weight, bias = (tensor.to(dtype) for tensor in arguments(*shape))
+    weight, bias = weight.to(parameter_dtype or dtype), bias.to(parameter_dtype or dtype)
+    expected = exact(x, weight, bias, "gelu")
+    y, mean = convolution_and_mean_operator(x, weight, bias, "gelu")
+    assert y.dtype == mean.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2
+    scale = exact(x.abs(), weight.abs(), bias.abs(), "none")
+    assert ((y - expected).abs() <= rounding * expected.abs() + 1e-6 * scale).all()
+    mean_of_map = expected.mean(dim=(1, 2))
+    assert ((mean - mean_of_map).abs() <= rounding * mean_of_map.abs() + 1e-6 * scale.mean(dim=(1, 2))).all()
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_pytorch_form(activation, kernel_size):

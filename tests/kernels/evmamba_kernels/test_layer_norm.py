@@ -40,6 +40,23 @@ def test_random_shapes(shape, seed):
     assert relative_error(gated_operator(*tensors, 1e-5), exact(*tensors, 1e-5)) < 5e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parameter_dtype", [None, torch.float32], ids=str)
+def test_maps_of_16_bits(parameter_dtype, dtype):
+    """The kernels compute in float32, and round once."""
+    x, gate, weight, bias = (tensor.to(dtype) for tensor in arguments(2, 5, 7, 37))
+    weight, bias = weight.to(parameter_dtype or dtype), bias.to(parameter_dtype or dtype)
+    expected = exact(x, gate, weight, bias, 1e-5)
+    y = gated_operator(x, gate, weight, bias, 1e-5)
+    rounding = torch.finfo(dtype).eps / 2
+    assert y.dtype == dtype
+    assert ((y - expected).abs() <= rounding * expected.abs() + 2e-6).all()
+    mean = mean_operator(x, weight, bias, 1e-5)
+    expected = F.layer_norm(x.double(), (37,), weight.double(), bias.double(), 1e-5).mean(dim=(1, 2))
+    assert mean.dtype == dtype
+    assert ((mean - expected).abs() <= rounding * expected.abs() + 2e-6).all()
+
+
 def test_large_means_keep_their_precision():
     x, *others = arguments(70, 50)
     x = x + 1000
