@@ -10,6 +10,7 @@ benchmarks/NOTES.md lists the gain of each step.
 """
 
 import copy
+from collections.abc import Callable, Container
 from math import prod
 from typing import NoReturn, SupportsIndex, TypeVar
 
@@ -25,8 +26,16 @@ from .modeling_evmamba import (
     EfficientVMambaEVSSLayer,
     EfficientVMambaInvertedResidualLayer,
     EfficientVMambaLocalBranch,
+    EfficientVMambaPatchMerging,
     EfficientVMambaPreTrainedModel,
     EfficientVMambaStage,
+)
+from .packed_layers import (
+    EVSSParameters,
+    InvertedResidualParameters,
+    Parameters,
+    PatchMergingParameters,
+    pack_layer,
 )
 
 
@@ -34,6 +43,9 @@ Model = TypeVar("Model", bound=EfficientVMambaPreTrainedModel)
 
 # Bytes of the widest feature map of a micro-batch: it and its neighbors fit into the cache (benchmarks/NOTES.md).
 WIDEST_MAP_BYTES = 10 * 2**20
+
+# On CPUs, kernels of their own compute whole layers in these dtypes.
+LOWER_DTYPES = (torch.bfloat16, torch.int8)
 
 # for each block: a convolution or linear layer, and the batch norm that follows it
 BATCH_NORMS = {
@@ -46,41 +58,109 @@ BATCH_NORMS = {
 }
 
 
-def optimize_for_inference(model: Model) -> Model:
+def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Returns an optimized copy of a model for inference. Its outputs are the same up to rounding.
 
     The copy is in evaluation mode, computes no gradients, and cannot be saved. Packed weights cannot change their
     device or dtype. `model` is unchanged.
 
+    On CPUs, a copy in a lower dtype takes images of any floating-point dtype and returns float32. Its linear layers
+    multiply in that dtype. Feature maps inside a block are bfloat16. The scan, norms, sums and maps between blocks are
+    float32.
+
     Args:
-        model: A model of this package, on any device. Weights are packed on CPUs in float32 only.
+        model: A model of this package, on any device.
+        dtype: Dtype of the copy. `None` keeps the dtype of `model`. On CPUs, `torch.bfloat16` and `torch.int8` need
+            Numba, and are faster than float32 if the processor multiplies in them (AVX512-BF16, AVX512-VNNI).
+            `torch.int8` quantizes weights by output channel, and feature maps by pixel while the network computes.
+            Other devices have no `torch.int8`.
 
     Returns:
         The optimized copy, of the class of `model`.
 
     Raises:
+        ImportError: If a lower dtype needs Numba, which is missing.
         TypeError: If `model` is another model, its weights are no plain tensors, such as torchao's, or a layer of a
             block comes from elsewhere than PyTorch or this package, such as LoRA's.
-        ValueError: If a layer of a block has hooks, which the copy would not call.
+        ValueError: If a layer of a block has hooks, which the copy would not call, or the device does not compute in
+            `dtype`.
     """
     if not isinstance(model, EfficientVMambaPreTrainedModel):
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
+    dtype = dtype or model.dtype
+    refuse_dtype(dtype, model)
     refuse_tensor_subclasses(model)
-    refuse_changed_blocks(model)
-    packs = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    is_on_cpu = model.device.type == "cpu"
+    refuse_changed_layers(model, LOWER_DTYPE_PARAMETERS if is_on_cpu and dtype in LOWER_DTYPES else FUSED_LAYERS)
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    fold_batch_norms(model)
-    if packs:
-        register_packed_flops()
-        write_channels_last(model)
-        fuse_layers(model)
-        pack_linear_layers(model)
-        micro_batch_blocks(model)
-        keep_freed_memory()
+    if is_on_cpu and dtype in LOWER_DTYPES:
+        optimize_in_lower_dtype(model.float(), dtype)
+    elif is_on_cpu and dtype == model.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        optimize_in_float32(model)
+    else:
+        fold_batch_norms(model)
+        convert(model, dtype)
     for module in model.modules():  # submodules too: their names and weights also differ from the model's
         module.register_state_dict_pre_hook(refuse_to_save)
     model.register_forward_pre_hook(refuse_gradients, with_kwargs=True)
     return model
+
+
+def refuse_dtype(dtype: torch.dtype, model: EfficientVMambaPreTrainedModel) -> None:
+    """Check the dtype of an optimized copy.
+
+    Raises:
+        ValueError: If the device of the model does not compute in it, or no kernel does.
+    """
+    device_type = model.device.type
+    if not dtype.is_floating_point and dtype != torch.int8:
+        raise ValueError(f"optimize_for_inference computes in a floating-point dtype or torch.int8, not in {dtype}")
+    if device_type != "cpu":
+        if dtype == torch.int8:
+            raise ValueError(
+                f"optimize_for_inference computes in torch.int8 on CPUs only, and the model is on {device_type}: use "
+                "torch.bfloat16 there"
+            )
+        return
+    if dtype == torch.float16 != model.dtype and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError("this processor does not multiply in torch.float16 (AVX512-FP16): use torch.bfloat16")
+    if dtype in LOWER_DTYPES and "evss" in model.config.block_types and model.config.conv_kernel != 3:
+        raise ValueError(
+            f"on CPUs, {dtype} needs a network with conv_kernel 3, and this one has {model.config.conv_kernel}: use "
+            "torch.float32"
+        )
+
+
+def convert(model: EfficientVMambaPreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert a model to a dtype, except for the parameters that stay in float32."""
+    kept = {
+        name: parameter.data
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in (model._keep_in_fp32_modules_strict or ())
+    }
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers' stub lacks it
+    for name, data in kept.items():
+        model.get_parameter(name).data = data
+
+
+def optimize_in_float32(model: EfficientVMambaPreTrainedModel) -> None:
+    fold_batch_norms(model)
+    register_packed_flops()
+    write_channels_last(model)
+    fuse_layers(model)
+    pack_linear_layers(model)
+    micro_batch_blocks(model, bytes_per_number=4)
+    keep_freed_memory()
+
+
+def optimize_in_lower_dtype(model: EfficientVMambaPreTrainedModel, dtype: torch.dtype) -> None:
+    fold_batch_norms(model)
+    write_channels_last(model)
+    pack_layers(model, dtype)
+    if torch.backends.mkldnn.is_available():
+        pack_linear_layers(model)  # the classifier
+    micro_batch_blocks(model, bytes_per_number=2)
+    keep_freed_memory()
 
 
 def fold_batch_norms(model: nn.Module) -> None:
@@ -136,6 +216,13 @@ def register_packed_flops() -> None:
         register_flop_formula(operator)(count_packed_flops)
 
 
+def refuse_to_read() -> NoReturn:
+    raise RuntimeError(
+        "this model was optimized for inference, and its packed weights can be neither read nor changed: "
+        "quantize, adapt or trace the original"
+    )
+
+
 class PackedLayer(nn.Module):
     """A layer whose weights are in oneDNN's layout, which no other operator can read."""
 
@@ -165,10 +252,7 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     @property
     def weight(self) -> NoReturn:  # type: ignore[override]  # it has none that others can read
-        raise RuntimeError(
-            "this model was optimized for inference, and its packed weights can be neither read nor changed: "
-            "quantize, adapt or trace the original"
-        )
+        refuse_to_read()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check_dtype(hidden_states)
@@ -255,6 +339,91 @@ class FusedInvertedResidualLayer(nn.Module):
         return self.project_conv.add_to(hidden_states, expanded).permute(0, 3, 1, 2)
 
 
+def affine(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the weight and the bias of a layer."""
+    bias = getattr(layer, "bias", None)
+    return layer.get_parameter("weight").detach(), None if bias is None else bias.detach()
+
+
+def evss_parameters(layer: EfficientVMambaEVSSLayer) -> EVSSParameters:
+    mixer, local_branch, gate = layer.mixer, layer.local_branch, layer.gate
+    return EVSSParameters(
+        affine(layer.layernorm),
+        affine(mixer.in_proj),
+        affine(mixer.conv2d),
+        mixer.x_proj_weight.detach(),
+        (mixer.dt_proj_weight.detach(), mixer.dt_proj_bias.detach()),
+        mixer.A_log.detach(),
+        mixer.D.detach(),
+        affine(mixer.layernorm),
+        affine(mixer.output_proj),
+        affine(local_branch.depthwise_conv),
+        affine(local_branch.pointwise_conv),
+        affine(gate.layernorm),
+        affine(gate.squeeze),
+        affine(gate.expand),
+        (layer.layernorm.eps, mixer.layernorm.eps, gate.layernorm.eps),
+    )
+
+
+def inverted_residual_parameters(layer: EfficientVMambaInvertedResidualLayer) -> InvertedResidualParameters:
+    return InvertedResidualParameters(
+        affine(layer.expand_conv),
+        affine(layer.depthwise_conv),
+        affine(layer.squeeze_excitation.squeeze),
+        affine(layer.squeeze_excitation.expand),
+        affine(layer.project_conv),
+    )
+
+
+def patch_merging_parameters(layer: EfficientVMambaPatchMerging) -> PatchMergingParameters:
+    return PatchMergingParameters(affine(layer.layernorm), affine(layer.reduction), layer.layernorm.eps)
+
+
+LOWER_DTYPE_PARAMETERS: dict[type[nn.Module], Callable[..., Parameters]] = {
+    EfficientVMambaEVSSLayer: evss_parameters,
+    EfficientVMambaInvertedResidualLayer: inverted_residual_parameters,
+    EfficientVMambaPatchMerging: patch_merging_parameters,
+}
+
+
+class LowerDtypeLayer(PackedLayer):
+    """A layer that one kernel computes, whose weights are packed in a lower dtype."""
+
+    def __init__(self, parameters: Parameters, dtype: torch.dtype):
+        super().__init__()
+        self.compute = pack_layer(parameters, dtype)
+
+    @torch.compiler.disable  # the kernel reads addresses, which a graph does not have
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C', H', W'), float32
+        if torch.jit.is_tracing():
+            refuse_to_read()
+        if hidden_states.shape[0] == 0:
+            return self(hidden_states.new_zeros(1, *hidden_states.shape[1:]))[:0]
+        return self.compute(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class LowerDtypeEmbeddings(nn.Module):
+    """Patch embeddings in float32, of images in any floating-point dtype, under autocast too."""
+
+    def __init__(self, embeddings: EfficientVMambaEmbeddings):
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.embeddings(pixel_values.float())
+
+
+def pack_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is EfficientVMambaEmbeddings:
+                setattr(module, name, LowerDtypeEmbeddings(child))
+            elif type(child) in LOWER_DTYPE_PARAMETERS:
+                setattr(module, name, LowerDtypeLayer(LOWER_DTYPE_PARAMETERS[type(child)](child), dtype))
+
+
 FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     EfficientVMambaEVSSLayer: FusedEVSSLayer,
     EfficientVMambaInvertedResidualLayer: FusedInvertedResidualLayer,
@@ -268,15 +437,19 @@ def fuse_layers(model: nn.Module) -> None:
                 setattr(module, name, FUSED_LAYERS[type(child)](child))
 
 
-def refuse_changed_blocks(model: nn.Module) -> None:
-    """Reject blocks with foreign layers or hooks, since fused layers use nothing but the weights of the parts.
+def refuse_changed_layers(model: nn.Module, replaced: Container[type[nn.Module]]) -> None:
+    """Reject layers with foreign parts or hooks, since fused layers use nothing but the weights of the parts.
+
+    Args:
+        model: The model.
+        replaced: Classes of the layers that fused ones replace.
 
     Raises:
-        TypeError: If a part of a block is neither of PyTorch nor of this package.
-        ValueError: If a part of a block has hooks.
+        TypeError: If a part of a layer is neither of PyTorch nor of this package.
+        ValueError: If a part of a layer has hooks.
     """
-    blocks = [module for module in model.modules() if type(module) in FUSED_LAYERS]
-    for name, part in (named_part for block in blocks for named_part in block.named_modules()):
+    layers = [module for module in model.modules() if type(module) in replaced]
+    for name, part in (named_part for layer in layers for named_part in layer.named_modules()):
         if not type(part).__module__.startswith(("torch.nn.", EfficientVMambaPreTrainedModel.__module__)):
             raise TypeError(
                 f"{name} of a block is a {type(part).__module__}.{type(part).__name__}, which optimize_for_inference "
@@ -317,7 +490,7 @@ class MicroBatchedBlocks(nn.Module):
 
     Args:
         layers: The blocks.
-        widest: The most channels of a feature map in a block. The input and the gate of a scan count together.
+        widest: Bytes per pixel of the widest feature map in a block. The input and the gate of a scan count together.
     """
 
     def __init__(self, layers: nn.ModuleList, widest: int):
@@ -327,18 +500,18 @@ class MicroBatchedBlocks(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         batch_size, _, height, width = hidden_states.shape
-        micro_batch_size = max(1, WIDEST_MAP_BYTES // (self.widest * height * width * hidden_states.element_size()))
+        micro_batch_size = max(1, WIDEST_MAP_BYTES // (self.widest * height * width))
         if batch_size <= micro_batch_size:
             return self.layers(hidden_states)
         return torch.cat([self.layers(micro_batch) for micro_batch in hidden_states.split(micro_batch_size)])
 
 
-def micro_batch_blocks(model: EfficientVMambaPreTrainedModel) -> None:
+def micro_batch_blocks(model: EfficientVMambaPreTrainedModel, bytes_per_number: int) -> None:
     config = model.config
     stages = [module for module in model.modules() if isinstance(module, EfficientVMambaStage)]
     for stage, hidden_size, block_type in zip(stages, config.hidden_sizes, config.block_types, strict=True):
         widest = hidden_size * (2 * config.expand if block_type == "evss" else config.expand_ratio)
-        stage.layers = nn.ModuleList([MicroBatchedBlocks(stage.layers, widest)])
+        stage.layers = nn.ModuleList([MicroBatchedBlocks(stage.layers, bytes_per_number * widest)])
 
 
 __all__ = ["optimize_for_inference"]

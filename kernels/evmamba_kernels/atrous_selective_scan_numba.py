@@ -236,12 +236,8 @@ def new_chunk(sizes):
 
 
 @compiled
-def project_chunk(chunk, first, count, b, k, inputs, packed):
-    """Find the pixels of `count` steps from step `first`, in group k of image b, and project them.
-
-    In the padding, u and the projections are zero. delta is not, because of its bias.
-    """
-    u, strides, parameters, sizes, _ = inputs
+def find_pixels(chunk, first, count, b, k, strides, sizes):
+    """Find the pixels of `count` steps from step `first`, in group k of image b."""
     u_start = b * strides.image
     rows, columns = (sizes.height + 1) // 2, (sizes.width + 1) // 2
     for i in range(count):
@@ -253,6 +249,16 @@ def project_chunk(chunk, first, count, b, k, inputs, packed):
         chunk.pixel[i] = row * sizes.width + column if is_inside else -1
         chunk.source[i] = u_start + row * strides.row + column * strides.column if is_inside else -1
 
+
+@compiled
+def project_chunk(chunk, first, count, b, k, inputs, packed):
+    """Find the pixels of `count` steps from step `first`, in group k of image b, and project them.
+
+    In the padding, u and the projections are zero. delta is not, because of its bias.
+    """
+    u, strides, parameters, sizes, _ = inputs
+    u_start = b * strides.image
+    find_pixels(chunk, first, count, b, k, strides, sizes)
     size, projected, source = sizes.projected, chunk.projected, chunk.source
     # fewer columns than half a vector are faster one by one
     num_projected = sizes.rank + 2 * sizes.state_size
@@ -308,11 +314,32 @@ def load_u_and_delta(chunk, count, block, u, packed, sizes):
 
 
 @compiled
+def scan_block(chunk, count, block, packed, sizes, h, y, y_start):
+    """Advance the states of 16 channels by the steps of a chunk, and write y."""
+    channel, state_size = block * LANES, sizes.state_size
+    state, existing = block * state_size * LANES, min(LANES, sizes.channels - channel)
+    skip = load(packed.D, channel)
+    for i in range(count):
+        delta, u_t = load(chunk.delta, i * LANES), load(chunk.u, i * LANES)
+        delta_u, y_t = multiply(delta, u_t), multiply(skip, u_t)
+        B = i * sizes.projected + sizes.rank
+        C = B + state_size
+        for n in range(state_size):
+            at = state + n * LANES
+            added = multiply(delta_u, load_splat(chunk.projected, B + n))
+            decay = exp2(multiply(delta, load(packed.A, at)))
+            h_n = multiply_add(decay, load(h, at), added)
+            store(h, at, h_n)
+            y_t = multiply_add(h_n, load_splat(chunk.projected, C + n), y_t)
+        if chunk.pixel[i] >= 0:
+            store_first(y, y_start + chunk.pixel[i] * sizes.channels + channel, y_t, existing)
+
+
+@compiled
 def scan_fwd_job(job, inputs, y, packed, chunk, h):
     """Compute y `(B, H, W, D)` for one job of (B, K, splits of the blocks of channels)."""
     u, _, parameters, sizes, num_splits = inputs
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
-    state_size = sizes.state_size
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_blocks = (sizes.channels + LANES - 1) // LANES
     y_start = b * sizes.height * sizes.width * sizes.channels
@@ -323,23 +350,7 @@ def scan_fwd_job(job, inputs, y, packed, chunk, h):
         project_chunk(chunk, t, count, b, k, inputs, packed)
         for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
             load_u_and_delta(chunk, count, block, u, packed, sizes)
-            channel, state = block * LANES, block * state_size * LANES
-            existing = min(LANES, sizes.channels - channel)
-            skip = load(packed.D, channel)
-            for i in range(count):
-                delta, u_t = load(chunk.delta, i * LANES), load(chunk.u, i * LANES)
-                delta_u, y_t = multiply(delta, u_t), multiply(skip, u_t)
-                B = i * sizes.projected + sizes.rank
-                C = B + state_size
-                for n in range(state_size):
-                    at = state + n * LANES
-                    added = multiply(delta_u, load_splat(chunk.projected, B + n))
-                    decay = exp2(multiply(delta, load(packed.A, at)))
-                    h_n = multiply_add(decay, load(h, at), added)
-                    store(h, at, h_n)
-                    y_t = multiply_add(h_n, load_splat(chunk.projected, C + n), y_t)
-                if chunk.pixel[i] >= 0:
-                    store_first(y, y_start + chunk.pixel[i] * sizes.channels + channel, y_t, existing)
+            scan_block(chunk, count, block, packed, sizes, h, y, y_start)
 
 
 def scan_fwd_jobs(pointer):

@@ -6,6 +6,7 @@ that it contributes to.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +19,22 @@ except ImportError as error:
 
 from .backends import as_rows
 from .numba_simd import (
+    GELU,
     LANES,
+    NONE,
+    RELU,
+    SILU,
+    activate,
     add,
     clear_part,
     compiled,
     float32,
     float_pointer,
-    gelu,
     load,
     load_first,
     map_pointer,
     multiply,
     multiply_add,
-    relu,
-    silu,
     splat,
     store,
     store_first,
@@ -47,22 +50,23 @@ WORK = np.dtype(
     + [(field, np.int64) for field in ("hidden_states", "weight", "bias", "out", "sums", "mean")]
 )
 
-RELU, SILU, GELU = 1, 2, 3
-ACTIVATIONS = {"none": 0, "relu": RELU, "silu": SILU, "gelu": GELU}
+ACTIVATIONS = {"none": NONE, "relu": RELU, "silu": SILU, "gelu": GELU}
 
 TILE = 7  # pixels; their sums, a row of weights and a row of pixels fill 19 of the 32 registers of AVX-512
 NUMBERS_PER_JOB = 2**15  # approximate number of outputs, 128 kB
 
 
-@compiled
-def activate(x, activation):
-    if activation == RELU:
-        return relu(x)
-    if activation == SILU:
-        return silu(x)
-    if activation == GELU:
-        return gelu(x)
-    return x
+class Convolution(NamedTuple):
+    """The feature map of a depthwise convolution, its weights, and what follows."""
+
+    x: int  # pointer to (H, W, D)
+    pixel_stride: int
+    height: int
+    width: int
+    channels: int  # D
+    weight: int  # pointer to (9, D)
+    bias: int  # pointer to (D)
+    activation: int
 
 
 @compiled
@@ -119,14 +123,25 @@ def add_to_sums(sums, at, total, count):
 
 
 @compiled
-def convolve_row(x, weight, bias, out, sums, row, pixel, work):
-    """Write a row of the output, which starts at `pixel`, and add it to `sums` `(channels)`."""
-    width, channels, stride, activation = work.width, work.channels, work.pixel_stride, work.activation
-    tiled_width, full_channels = width // TILE * TILE, channels // LANES * LANES
-    rows_of_window = range(max(0, 1 - row), min(3, work.height - row + 1))  # without the padding
+def convolve_row(convolution, row, first, last, pixel, out, out_pixel, sums):
+    """Write the channels from `first` to `last` of a row of the output, and add them to `sums` `(channels)`.
+
+    Args:
+        convolution: The convolution.
+        row: Row of the feature map.
+        first: First channel, a multiple of 16.
+        last: Channel after the last one: a multiple of 16, or the number of channels.
+        pixel: Index in the feature map of the first pixel of the row.
+        out: Receives the output, with dense channels.
+        out_pixel: Index in `out` of the first pixel of the row.
+        sums: Sums of the outputs by channel.
+    """
+    x, stride, height, width, channels, weight, bias, activation = convolution
+    tiled_width, full_channels = width // TILE * TILE, last // LANES * LANES
+    rows_of_window = range(max(0, 1 - row), min(3, height - row + 1))  # without the padding
     for column in range(0, tiled_width, TILE):
         has_left, has_right = column > 0, column + TILE < width
-        for d in range(0, full_channels, LANES):
+        for d in range(first, full_channels, LANES):
             start = load(bias, d)
             totals = (start, start, start, start, start, start, start)
             for i in rows_of_window:
@@ -136,13 +151,13 @@ def convolve_row(x, weight, bias, out, sums, row, pixel, work):
             sum_of_tile = splat(float32(0.0))
             for i in range(TILE):
                 result = activate(totals[i], activation)
-                store(out, (pixel + column + i) * channels + d, result)
+                store(out, (out_pixel + column + i) * channels + d, result)
                 sum_of_tile = add(sum_of_tile, result)
             add_to_sums(sums, d, sum_of_tile, LANES)
 
     for column in range(width):  # the pixels after the last tile, and the channels that fill no vector
         has_left, has_right = column > 0, column + 1 < width
-        for d in range(full_channels if column < tiled_width else 0, channels, LANES):
+        for d in range(full_channels if column < tiled_width else first, last, LANES):
             count = min(LANES, channels - d)
             result = load_first(bias, d, count)
             for i in rows_of_window:
@@ -150,7 +165,7 @@ def convolve_row(x, weight, bias, out, sums, row, pixel, work):
                 weights = load_weights(weight, 3 * i * channels + d, channels, count)
                 result = add_row_to_pixel(result, x, at, stride, has_left, has_right, weights, count)
             result = activate(result, activation)
-            store_first(out, (pixel + column) * channels + d, result, count)
+            store_first(out, (out_pixel + column) * channels + d, result, count)
             add_to_sums(sums, d, result, count)
 
 
@@ -174,13 +189,16 @@ def depthwise_conv_jobs(pointer):
     work = carray(untyped(pointer), 1, WORK)[0]
     x, out = map_pointer(pointer, work.hidden_states), map_pointer(pointer, work.out)
     weight, bias, channels = float_pointer(work.weight), float_pointer(work.bias), work.channels
+    shape = work.pixel_stride, work.height, work.width, channels
+    convolution = Convolution(x, *shape, weight, bias, work.activation)
     job = claim_job(pointer)
     while job < work.num_jobs:
         image, band = job // work.num_bands, job % work.num_bands
         sums = float_pointer(work.sums + 4 * job * channels)
         clear_part(sums, 0, channels)
         for row in range(band * work.rows_per_band, min((band + 1) * work.rows_per_band, work.height)):
-            convolve_row(x, weight, bias, out, sums, row, (image * work.height + row) * work.width, work)
+            pixel = (image * work.height + row) * work.width
+            convolve_row(convolution, row, 0, channels, pixel, out, pixel, sums)
         if finish_job(pointer) == work.num_jobs - 1:
             write_means(work)
         job = claim_job(pointer)

@@ -134,6 +134,19 @@ def write_means(work):
             store_first(out, image * channels + d, affine, count)
 
 
+@compiled
+def add_normalized(statistics, x, start, stride, num_rows, channels, eps, sums, at):
+    """Add `num_rows` normalized rows from `start` to `sums` from `at`."""
+    find_statistics(statistics, x, start, stride, num_rows, channels, eps)
+    for d in range(0, channels, LANES):
+        count = min(LANES, channels - d)
+        total = load_first(sums, at + d, count)
+        for row in range(num_rows):
+            centered = subtract(load_first(x, start + row * stride + d, count), load_splat(statistics.means, row))
+            total = multiply_add(centered, load_splat(statistics.scales, row), total)
+        store_first(sums, at + d, total, count)
+
+
 def mean_jobs(pointer):
     """Process jobs until none is left. `pointer` points to a record `MEAN_WORK`, its type names the map's dtype.
 
@@ -150,16 +163,8 @@ def mean_jobs(pointer):
         for first in range(part * ROWS_PER_MEAN_JOB, min((part + 1) * ROWS_PER_MEAN_JOB, work.num_rows), LANES):
             num_rows = min(LANES, work.num_rows - first)
             start = (image * work.num_rows + first) * work.row_stride
-            find_statistics(statistics, x, start, work.row_stride, num_rows, channels, work.eps)
-            for d in range(0, channels, LANES):
-                count = min(LANES, channels - d)
-                total = load_first(sums, job * channels + d, count)
-                for row in range(num_rows):
-                    centered = subtract(
-                        load_first(x, start + row * work.row_stride + d, count), load_splat(statistics.means, row)
-                    )
-                    total = multiply_add(centered, load_splat(statistics.scales, row), total)
-                store_first(sums, job * channels + d, total, count)
+            at = job * channels
+            add_normalized(statistics, x, start, work.row_stride, num_rows, channels, work.eps, sums, at)
         if finish_job(pointer) == work.num_jobs - 1:
             write_means(work)
         job = claim_job(pointer)

@@ -296,6 +296,18 @@ def keep_first(typing_context, vector, count):
 
 
 @intrinsic
+def keep_last(typing_context, vector, count):
+    """Returns the last `count` lanes, and zeros for the others."""
+
+    def generate(context, builder, signature, arguments):
+        vector, count = arguments
+        others = builder.sub(ir.Constant(count.type, LANES), count)
+        return builder.select(lane_mask(builder, others), ir.Constant(VECTOR, [0.0] * LANES), vector)
+
+    return Vector(Vector, types.intp), generate
+
+
+@intrinsic
 def load_splat(typing_context, array, index):
     """Returns one number of a 1D array in all lanes, without the check for negative indices of Numba's indexing."""
 
@@ -491,6 +503,28 @@ def sums_of_lanes(builder, vectors):
     return vectors[0]
 
 
+def combined_lanes(combine):
+    @intrinsic
+    def function(typing_context, vector):
+        """Returns the combination of all lanes, in all lanes."""
+
+        def generate(context, builder, signature, arguments):
+            (vector,) = arguments
+            for distance in (8, 4, 2, 1):
+                others = shuffle(builder, vector, vector, [lane ^ distance for lane in range(LANES)])
+                vector = combine(builder, vector, others)
+            return vector
+
+        return Vector(Vector), generate
+
+    return function
+
+
+lane_total = combined_lanes(lambda builder, a, b: builder.fadd(a, b))
+lane_minimum = combined_lanes(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+lane_maximum = combined_lanes(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
 @intrinsic
 def lane_sums(typing_context, array, index):
     """Returns the lane sums of 16 consecutive vectors as one vector."""
@@ -665,6 +699,22 @@ def gelu(x):
 @compiled
 def relu(x):
     return maximum(splat(float32(0.0)), x)
+
+
+NONE, RELU, SILU, GELU, SIGMOID = range(5)
+
+
+@compiled
+def activate(x, activation):
+    if activation == RELU:
+        return relu(x)
+    if activation == SILU:
+        return silu(x)
+    if activation == GELU:
+        return gelu(x)
+    if activation == SIGMOID:
+        return sigmoid(x)
+    return x
 
 
 @compiled

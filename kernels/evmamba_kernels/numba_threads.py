@@ -10,11 +10,14 @@ claims jobs until none is left. The threads are:
 """
 
 import ctypes
+import math
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -32,11 +35,16 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernels need numba: pip install numba") from error
 
-from .numba_simd import CONVERTS_FLOAT16, bfloat16, float16
+from .numba_simd import CONVERTS_FLOAT16, bfloat16, call_llvm, compiled, float16
 
 
 # The first fields of a work record, each an int64. The first two start at 0, and the threads increment them.
 COUNTERS = ("next_job", "jobs_done", "num_jobs")
+
+# Those of kernels with several phases. Each thread has memory of its own, and waits for the jobs of earlier phases.
+THREAD_COUNTERS = (*COUNTERS, "next_thread")
+
+PAUSES_BEFORE_YIELD = 4096  # about 100 us: a thread that waits longer may keep another one from its core
 
 # Types of the numbers of a feature map.
 ELEMENTS = {torch.float32: types.float32, torch.bfloat16: bfloat16, torch.float16: float16}
@@ -92,10 +100,96 @@ def finish_job(typing_context, work):
     return types.int64(work), generate
 
 
-def add_atomically(builder, pointer, field):
+@intrinsic
+def claim_thread(typing_context, work):
+    """Returns a number for the calling thread, from 0. The record has `THREAD_COUNTERS`."""
+
+    def generate(context, builder, signature, arguments):
+        return add_atomically(builder, arguments[0], THREAD_COUNTERS.index("next_thread"))
+
+    return types.int64(work), generate
+
+
+@intrinsic
+def num_jobs_done(typing_context, work):
+    """Returns the number of finished jobs. What they wrote is visible to the caller."""
+
+    def generate(context, builder, signature, arguments):
+        place = counter_pointer(builder, arguments[0], COUNTERS.index("jobs_done"))
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(work), generate
+
+
+@intrinsic
+def pause(typing_context):
+    """Tell the processor that the thread waits in a loop."""
+
+    def generate(context, builder, signature, arguments):
+        if platform.machine() in ("x86_64", "AMD64"):
+            call_llvm(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+@intrinsic
+def yield_thread(typing_context):
+    """Let another thread run on this core, where the system has the function of POSIX."""
+
+    def generate(context, builder, signature, arguments):
+        if os.name == "posix":
+            call_llvm(builder, "sched_yield", ir.IntType(32))
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+@compiled
+def wait_for_jobs(pointer, count):
+    """Wait until `count` jobs are done, which other threads have claimed."""
+    num_pauses = 0
+    while num_jobs_done(pointer) < count:
+        num_pauses += 1
+        if num_pauses % PAUSES_BEFORE_YIELD == 0:
+            yield_thread()
+        pause()
+
+
+def place(sizes: list[int]) -> tuple[list[int], int]:
+    """Returns the offsets of parts of memory with the given sizes in bytes, multiples of 64, and their total size."""
+    offsets = list(accumulate((math.ceil(size / 64) * 64 for size in sizes), initial=0))
+    return offsets[:-1], offsets[-1]
+
+
+def allocate(sizes: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """Returns memory for parts of the given sizes in bytes, and the addresses of the parts, multiples of 64."""
+    offsets, total = place(sizes)
+    memory = torch.empty(total + 64, dtype=torch.uint8)
+    start = math.ceil(memory.data_ptr() / 64) * 64
+    return memory, [start + offset for offset in offsets]
+
+
+def split_evenly(count: int, most: int, multiple: int) -> tuple[int, int]:
+    """Returns the number of parts of `count` things, and the size of all parts but the last one.
+
+    Args:
+        count: Number of things.
+        most: Approximate size of a part.
+        multiple: Parts are multiples of it.
+    """
+    size = math.ceil(count / max(1, round(count / most)) / multiple) * multiple
+    return math.ceil(count / size), size
+
+
+def counter_pointer(builder, pointer, field):
     counters = builder.bitcast(pointer, ir.IntType(64).as_pointer())
-    place = builder.gep(counters, [ir.Constant(ir.IntType(64), field)])
-    return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
+    return builder.gep(counters, [ir.Constant(ir.IntType(64), field)])
+
+
+def add_atomically(builder, pointer, field):
+    one = ir.Constant(ir.IntType(64), 1)
+    return builder.atomic_rmw("add", counter_pointer(builder, pointer, field), one, "seq_cst")
 
 
 @cache

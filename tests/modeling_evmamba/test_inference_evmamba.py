@@ -1,6 +1,7 @@
 """Optimized copies: the same outputs, and errors for everything else."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from modeling_evmamba import (
     EfficientVMambaForImageClassification,
     optimize_for_inference,
 )
-from modeling_evmamba.inference_evmamba import DepthwiseConv, PackedLinear
+from modeling_evmamba.inference_evmamba import LOWER_DTYPES, DepthwiseConv, LowerDtypeLayer, PackedLinear
+
+
+@pytest.fixture
+def restore_threads():
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def small_config(**changes) -> EfficientVMambaConfig:
@@ -49,12 +57,14 @@ def test_logits_stay_the_same(shape):
         assert relative_error(optimized(images).logits, model(images).logits) < 3e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *LOWER_DTYPES], ids=str)
 def test_empty_batches(dtype):
-    model = EfficientVMambaForImageClassification(small_config()).to(dtype)
+    model, images = EfficientVMambaForImageClassification(small_config()), torch.randn(0, 3, 40, 37)
+    if dtype == torch.float16:
+        model, images = model.half(), images.half()
     with torch.no_grad():
-        logits = optimize_for_inference(model)(torch.randn(0, 3, 40, 37, dtype=dtype)).logits
-    assert logits.shape == (0, 10) and logits.dtype == dtype
+        logits = optimize_for_inference(model, dtype)(images).logits
+    assert logits.shape == (0, 10) and logits.dtype == images.dtype
 
 
 def test_large_batches_are_taken_in_parts(monkeypatch):
@@ -90,7 +100,11 @@ def test_other_networks(changes):
     model = with_statistics(EfficientVMambaForImageClassification(config))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert relative_error(optimize_for_inference(model)(images).logits, model(images).logits) < 3e-6
+        expected = model(images).logits
+        assert relative_error(optimize_for_inference(model)(images).logits, expected) < 3e-6
+        if config.conv_kernel == 3:
+            for dtype, bound in LOWER_DTYPE_BOUNDS.items():
+                assert relative_error(optimize_for_inference(model, dtype)(images).logits, expected) < bound
 
 
 def test_backbones_too():
@@ -101,13 +115,103 @@ def test_backbones_too():
         assert all(relative_error(optimized, plain) < 3e-6 for optimized, plain in pairs)
 
 
-def test_lower_dtypes_are_folded_but_not_packed():
-    model = with_statistics(EfficientVMambaForImageClassification(small_config())).bfloat16()
+def test_float16_is_folded_but_not_packed():
+    model = with_statistics(EfficientVMambaForImageClassification(small_config())).half()
     optimized = optimize_for_inference(model)
     assert nn.BatchNorm2d not in modules_of(optimized) and PackedLinear not in modules_of(optimized)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float16)
+    with torch.no_grad():
+        assert relative_error(optimized(images).logits.float(), model(images).logits.float()) < 1e-2
+
+
+# relative errors of the logits: one rounding of bfloat16 is 2^-9, and a quantized row has 255 steps
+LOWER_DTYPE_BOUNDS = {torch.bfloat16: 8e-3, torch.int8: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", LOWER_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 224, 224), (3, 3, 65, 47), (5, 3, 32, 32), (2, 3, 36, 4)], ids=str)
+def test_lower_dtypes(shape, dtype):
+    model = with_statistics(EfficientVMambaForImageClassification(small_config()))
+    optimized = optimize_for_inference(model, dtype)
+    assert nn.BatchNorm2d not in modules_of(optimized) and LowerDtypeLayer in modules_of(optimized)
+    images = torch.randn(shape)
+    with torch.no_grad():
+        logits, expected = optimized(images).logits, model(images).logits
+        assert logits.dtype == torch.float32
+        assert 1e-5 < relative_error(logits, expected) < LOWER_DTYPE_BOUNDS[dtype]
+        assert torch.equal(torch.cat([optimized(image[None]).logits for image in images]), logits)
+        assert torch.equal(optimized(images.bfloat16()).logits, optimized(images.bfloat16().float()).logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(optimized(images).logits, logits)
+        images[0, 0, 0, 0] = torch.nan
+        assert optimized(images).logits.isnan().any(dim=1).tolist() == [True] + [False] * (len(images) - 1)
+
+
+@pytest.mark.parametrize("dtype", LOWER_DTYPES, ids=str)
+def test_lower_dtypes_do_not_depend_on_threads(dtype, restore_threads):
+    optimized = optimize_for_inference(with_statistics(EfficientVMambaForImageClassification(small_config())), dtype)
+    images, logits = torch.randn(2, 3, 70, 50), []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        with torch.no_grad():
+            logits.append(optimized(images).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_models_in_bfloat16_are_packed():
+    """The copy computes what one of the float32 model does, if the weights are the same."""
+    model = with_statistics(EfficientVMambaForImageClassification(small_config())).bfloat16()
     images = torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert relative_error(optimized(images).logits.float(), model(images).logits.float()) < 3e-2
+        logits = optimize_for_inference(model)(images).logits
+        assert torch.equal(logits, optimize_for_inference(model.float(), torch.bfloat16)(images).logits)
+
+
+def test_backbones_in_lower_dtypes():
+    model = with_statistics(EfficientVMambaBackbone(small_config(out_features=["stage1", "stage4"])))
+    images = torch.randn(1, 3, 64, 80)
+    with torch.no_grad():
+        for actual, expected in zip(
+            optimize_for_inference(model, torch.bfloat16)(images).feature_maps, model(images).feature_maps, strict=True
+        ):
+            assert actual.dtype == torch.float32 and relative_error(actual, expected) < 1e-2
+
+
+def test_graphs_in_lower_dtypes():
+    """A compiled model calls the kernels between its graphs."""
+    optimized = optimize_for_inference(EfficientVMambaForImageClassification(small_config()), torch.int8)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert (
+            relative_error(torch.compile(optimized, backend="eager")(images).logits, optimized(images).logits) < 1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    "dtype, config, message",
+    [
+        (torch.int32, {}, r"computes in a floating-point dtype or torch.int8, not in torch.int32"),
+        (torch.bfloat16, {"conv_kernel": 5}, r"torch.bfloat16 needs a network with conv_kernel 3, and this one has 5"),
+    ],
+    ids=str,
+)
+def test_other_dtypes_are_refused(dtype, config, message):
+    with pytest.raises(ValueError, match=message):
+        optimize_for_inference(EfficientVMambaForImageClassification(small_config(**config)), dtype)
+
+
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this processor multiplies in float16")
+def test_float16_needs_a_processor():
+    with pytest.raises(ValueError, match=r"does not multiply in torch.float16 \(AVX512-FP16\): use torch.bfloat16"):
+        optimize_for_inference(EfficientVMambaForImageClassification(small_config()), torch.float16)
+
+
+def test_lower_dtypes_need_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for name in [name for name in sys.modules if name.endswith("_numba") or ".numba_" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"needs? numba: pip install numba"):
+        optimize_for_inference(EfficientVMambaForImageClassification(small_config()), torch.bfloat16)
 
 
 def test_the_model_stays_as_it_is():
@@ -179,6 +283,16 @@ def test_changed_blocks_are_refused():
     layer.expand_conv = Adapted(layer.expand_conv)
     with pytest.raises(TypeError, match=r"expand_conv of a block is a .*Adapted, .* merge adapters first"):
         optimize_for_inference(model)
+
+
+def test_changed_patch_mergings_are_refused_in_lower_dtypes():
+    """In float32, they stay as they are."""
+    model = EfficientVMambaForImageClassification(small_config())
+    merging = model.efficientvmamba.encoder.stages[1].downsampling_layer
+    merging.reduction = Adapted(merging.reduction)
+    assert Adapted in modules_of(optimize_for_inference(model))
+    with pytest.raises(TypeError, match=r"reduction of a block is a .*Adapted, .* merge adapters first"):
+        optimize_for_inference(model, torch.bfloat16)
 
 
 def test_what_optimized_models_do_not_compute_is_refused():
