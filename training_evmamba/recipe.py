@@ -53,7 +53,7 @@ class Recipe:
         "Network", "Directory or Hub id of a checkpoint to fine-tune. Excludes --variant.", None
     )
     variant: Literal["tiny", "small", "base"] | None = option(
-        "Network", "Published size to train from scratch. Excludes --model.", None
+        "Network", "Published variant to train from scratch. Excludes --model.", None
     )
     network: dict[str, Any] = option(
         "Network", "Fields of EfficientVMambaConfig as YAML, such as `{depths: [1, 1, 1, 1]}`.", {}
@@ -71,8 +71,8 @@ class Recipe:
 
     dataset: str | None = option(
         "Data",
-        "Image folder with a directory per class, optionally below a directory per split; a directory that `datasets` "
-        "wrote; or the Hub id of a dataset.",
+        "Directory with a directory of images per class, or with such a directory per split; directory that "
+        "`datasets` wrote; or Hub id of a dataset.",
         None,
     )
     dataset_config: str | None = option("Data", "Configuration of the dataset.", None)
@@ -185,8 +185,8 @@ class Recipe:
 
     name: str | None = option(
         "Card",
-        "Name of the model in the card, such as its future Hub id. Default: the name of the output directory, which "
-        "`evmamba push` replaces.",
+        "Future Hub id of the model, for the card. Default: your-name/ and the name of the output directory, which "
+        "`evmamba push` replaces by the id.",
         None,
         resumable=True,
     )
@@ -251,13 +251,20 @@ class Recipe:
             )
         if self.model is not None and self.variant is not None:
             raise ValueError("give `model` (to fine-tune) or `variant` (fresh weights), not both")
-        if self.base_model is not None:
-            if self.model is None:
-                raise ValueError("`base_model` names what `model` was made from: give `model` too, or leave it out")
-            try:
-                validate_repo_id(self.base_model)
-            except HFValidationError:
-                raise ValueError(f"`base_model` is an id on the Hub, as user/name, got {self.base_model!r}") from None
+        if self.base_model is not None and self.model is None:
+            raise ValueError("`base_model` names what `model` was made from: give `model` too, or leave it out")
+        for name in ("name", "base_model"):
+            if getattr(self, name) is not None and not is_hub_id(getattr(self, name)):
+                raise ValueError(f"`{name}` is an id on the Hub, as user/name, got {getattr(self, name)!r}")
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether a text is the id of a repository on the Hub, with its owner."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
 
 
 def get_kinds(annotation: Any) -> set:

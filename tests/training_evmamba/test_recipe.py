@@ -120,6 +120,9 @@ def test_another_network_has_another_base_model(network, tmp_path):
         ({"network": 3}, "`network` holds fields of EfficientVMambaConfig"),
         ({"model": "someone/flowers", "variant": "tiny"}, "not both"),
         ({"base_model": "someone/tiny"}, "`base_model` names what `model` was made from: give `model` too"),
+        ({"name": "Birds"}, "`name` is an id on the Hub, as user/name, got 'Birds'"),
+        ({"name": "someone/vögel"}, "`name` is an id on the Hub, as user/name, got 'someone/vögel'"),
+        ({"name": ""}, "`name` is an id on the Hub, as user/name, got ''"),
         ({"model": "tiny", "base_model": "./tiny"}, "`base_model` is an id on the Hub, as user/name, got './tiny'"),
     ],
 )
@@ -174,7 +177,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_survive_a_file_for_readers_of_both_versions(tmp_path, text):
-    recipe = create_recipe({"name": text, "network": {"text": text, "texts": [text, 1e-7, None, False]}})
+    recipe = create_recipe({"about_data": text, "network": {"text": text, "texts": [text, 1e-7, None, False]}})
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_recipe(str(path), {}) == recipe
@@ -260,5 +263,5 @@ def test_a_warm_up_that_fits_is_kept():
 
 def test_changes_that_matter():
     recipe = load_recipe("digits", {})
-    assert find_changes(recipe, load_recipe("digits", {"logging_steps": 3, "name": "else"})) == {}
+    assert find_changes(recipe, load_recipe("digits", {"logging_steps": 3, "name": "else/digits"})) == {}
     assert find_changes(recipe, load_recipe("digits", {"seed": 1})) == {"seed": (0, 1)}

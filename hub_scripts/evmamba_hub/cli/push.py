@@ -1,12 +1,14 @@
 """`evmamba push`"""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from evmamba_hub.cli.options import CreatePrOption, DryRunOption, MessageOption, PrivateOption
-from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, report_upload, show_files
+from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, get_card, report_upload, show_files
+from evmamba_hub.errors import Notice
 
 
 def push(
@@ -54,6 +56,7 @@ def push(
         evmamba push flowers someone/flowers --base-model someone/efficientvmamba-tiny --license apache-2.0
     """
     from evmamba_hub.publish.card import CardDetails, read_results
+    from evmamba_hub.publish.card_metadata import find_other_id
     from evmamba_hub.publish.push import WEIGHTS_PATTERNS, collect_model_files, push_model
 
     details = None
@@ -71,3 +74,6 @@ def push(
         report_upload(
             push_model(repo_id, files, message=message, private=private, revision=revision, create_pr=create_pr)
         )
+    if other := find_other_id(get_card(files), repo_id):
+        notice = f"the examples in the card load {other}: put {repo_id} there if they are for this model"
+        warnings.warn(notice, Notice, stacklevel=1)

@@ -31,9 +31,14 @@ def show_files(repo_id: str, files: "Files", replaced: Sequence[str] = ()) -> No
     table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
     console.print(table)
     if replaced:
-        console.print(f"Deleted in the repository, unless uploaded above: {', '.join(replaced)}")
+        console.print(f"The upload deletes other weights of these names: {', '.join(replaced)}")
+    console.print(get_card(files), markup=False)
+
+
+def get_card(files: "Files") -> str:
+    """Returns the text of the card among the files to upload."""
     card = files["README.md"]
-    console.print((card if isinstance(card, bytes) else card.read_bytes()).decode(), markup=False)
+    return (card if isinstance(card, bytes) else card.read_bytes()).decode()
 
 
 def report_upload(result: "Upload") -> None:

@@ -20,6 +20,7 @@ FRONT_MATTER = re.compile(rf"(\ufeff?\s*{FENCE}.*?)((?<=[\r\n]){FENCE})(.*)", re
 OPEN_FRONT_MATTER = re.compile(rf"\ufeff?\s*{FENCE}")
 PLACEHOLDER_OWNER = "your-name"
 PLACEHOLDER_ID = re.compile(rf'"{PLACEHOLDER_OWNER}/([\w.-]+)"', re.ASCII)  # as it stands in the code of a card
+LOADED_ID = re.compile(r'\b(?:model=|from_pretrained\(\s*)"([\w.-]+/[\w.-]+)"')  # likewise, any id
 
 
 def split_card(card: str) -> tuple[str, str, str]:
@@ -108,6 +109,12 @@ def replace_placeholder(card: str, repo_id: str) -> str:
     if title:
         text = title[0] + name + text[title.end() + len(own_name) :]
     return metadata.text + fence + text
+
+
+def find_other_id(card: str, repo_id: str) -> str | None:
+    """Returns the id that the examples of a card load, if none loads `repo_id`."""
+    ids = LOADED_ID.findall(split_card(card)[2])
+    return ids[0] if ids and repo_id not in ids else None
 
 
 def add_model(card: str, model: str) -> str:

@@ -110,7 +110,7 @@ def test_dry_run_touches_no_network(evmamba, hub, monkeypatch):
     assert sizes["model.safetensors"] == f"{(DIGITS / 'model.safetensors').stat().st_size:,}"
     assert sizes.keys() == collect_model_files(DIGITS, REPO_ID).keys()
     assert (DIGITS / "README.md").read_text() in out
-    assert "Deleted in the repository, unless uploaded above: model.safetensors, model-" in out
+    assert "The upload deletes other weights of these names: model.safetensors, model-" in out
 
 
 def test_private_branch_and_pull_request(evmamba, hub, model_dir):
@@ -208,7 +208,7 @@ def test_only_weights_that_would_be_loaded_in_place_of_the_new_ones_are_deleted(
     assert files.keys() >= set(kept)
 
     shown = evmamba("push", DIGITS, REPO_ID, "--dry-run")[1]
-    (line,) = [line for line in shown.splitlines() if line.startswith("Deleted in the repository")]
+    (line,) = [line for line in shown.splitlines() if line.startswith("The upload deletes")]
     patterns = line.partition(": ")[2].split(", ")
     assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in stale)
     assert not any(fnmatch(name, pattern) for pattern in patterns for name in kept)
@@ -230,9 +230,9 @@ def test_backbone(evmamba, hub, tmp_path):
 @pytest.mark.parametrize(
     "repo_id, fragments",
     [
-        ("someone/digits/more", ["nor a valid repository id", "user/name"]),
-        ("someone/--", ["nor a valid repository id"]),
-        ("someone/dig its", ["nor a valid repository id"]),
+        ("someone/digits/more", ["is not a valid repository id", "user/name"]),
+        ("someone/--", ["is not a valid repository id"]),
+        ("someone/dig its", ["is not a valid repository id"]),
         ("digits", ["names no owner", "user/name"]),
         ("else/digits", ["answered 403", "no permission"]),
         ("someone/data", ["someone/data is a dataset on the Hub, not a model", "another id"]),
@@ -370,6 +370,20 @@ def test_incomplete_folders(evmamba, hub, model_dir, spoil, fragments):
         for fragment in fragments:
             assert fragment in err
     assert hub.requests == []
+
+
+def test_a_card_whose_examples_load_another_model_is_announced(evmamba, hub, model_dir):
+    """As after `evmamba train --name`, or in a copy of somebody's repository."""
+    card = model_dir / "README.md"
+    text = card.read_text(encoding="utf-8")
+    assert text.count('"demo/digits"') == 5
+    for options in ([], ["--dry-run"]):
+        code, _, err = evmamba("push", model_dir, REPO_ID, *options)
+        assert code == 0
+        assert f"the examples in the card load demo/digits: put {REPO_ID} there" in err
+    for fitting in (text.replace('"demo/digits"', f'"{REPO_ID}"'), "# Digits\n", ""):
+        card.write_text(fitting, encoding="utf-8")
+        assert "examples" not in evmamba("push", model_dir, REPO_ID, "--dry-run")[2]
 
 
 def test_details_where_there_is_a_card(evmamba, hub):

@@ -52,7 +52,7 @@ def test_republish(evmamba, authors):
     code, out, err = evmamba("republish", "someone", "--dry-run")
     assert code == 0, err
     assert [kind for kind, repo_id in authors.repos if repo_id.startswith("someone/")] == []
-    assert len(re.findall(r"│ model\.safetensors +│", out)) == out.count("Deleted in the repository") == 3
+    assert len(re.findall(r"│ model\.safetensors +│", out)) == out.count("The upload deletes") == 3
 
     code, out, err = evmamba("republish", "someone")
     assert code == 0, err
@@ -107,8 +107,8 @@ def test_a_checkpoint_that_is_not_what_the_manifest_says(evmamba, hub, checkpoin
     "arguments, message",
     [
         (["convert", TINY], "give a directory to write, --push-to with a repository, or both"),
-        (["convert", TINY, "--push-to", "no id"], "nor a valid repository id"),
-        (["republish", "a/b"], "nor a valid repository id"),
+        (["convert", TINY, "--push-to", "no id"], "is not a valid repository id"),
+        (["republish", "a/b"], "is not a valid repository id"),
         (["republish", "someone"], "neither a path here nor a repository"),
     ],
 )
