@@ -81,7 +81,7 @@ def convert(
         model_dir = output_dir or Path(temporary_dir) / "model"
         conversion = convert_checkpoint(source, model_dir, weights=weights, dtype=dtype, file_name=file, prefix=prefix)
         console.print("[bold green]Converted[/]", literal(source))
-        console.print(f"  variant     {conversion.variant or 'of no published size'}")
+        console.print(f"  variant     {conversion.variant or 'none of the published ones'}")
         console.print(f"  parameters  {conversion.num_parameters:,}")
         console.print(f"  weights     {conversion.weights}, {dtype}")
         console.print(

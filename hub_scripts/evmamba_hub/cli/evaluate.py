@@ -89,7 +89,7 @@ def evaluate(
     from evmamba_hub.inference.evaluation import Evaluation, join_processes, save_results
     from evmamba_hub.inference.labels import read_label_map
     from evmamba_hub.processes import call_on_main_first, failing_together
-    from evmamba_hub.publish.card import is_training_data, read_card, to_eval_results, update_card
+    from evmamba_hub.publish.card import find_card, is_training_data, read_card, to_eval_results, update_card
 
     if output is not None and os.path.exists(output) and not os.path.isfile(output):  # takes names of any length
         raise UserError(f"{output} is not a regular file: --output takes a file for the results")
@@ -110,7 +110,7 @@ def evaluate(
 
     folder, images = call_on_main_first(processes.is_main_process, fetch_and_open)
     with failing_together():  # finds a card that cannot be updated before the evaluation
-        card = read_card(model) if updates_card and processes.is_main_process else ""
+        card = read_card(model) if updates_card and processes.is_main_process else find_card(folder)
     if processes.is_main_process:
         for note in images.notes:
             error_console.print(literal(note))

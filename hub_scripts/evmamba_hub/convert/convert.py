@@ -23,7 +23,7 @@ REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 class Conversion:
     """The result of a conversion."""
 
-    variant: str | None  # None for an unpublished size
+    variant: str | None  # None for an unpublished one
     num_parameters: int
     weights: str  # "ema" or "raw"
     num_labels: int | None  # None for a backbone

@@ -73,7 +73,7 @@ class CardDetails:
 def describe_network(config: EfficientVMambaConfig, is_classifier: bool) -> str:
     """Returns a sentence on the purpose and the size of the network."""
     if variant := find_variant(config):
-        size = f"of the published size {variant}"
+        size = f"of the published variant {variant}"
     else:
         size = f"with {len(config.depths)} stages of {', '.join(map(str, config.hidden_sizes))} channels"
     purpose = f"a classifier of {config.num_labels} classes" if is_classifier else "the network without a classifier"
@@ -179,6 +179,12 @@ def read_card(model: str) -> str:
         )
     read_metadata(card)
     return card
+
+
+def find_card(folder: Path) -> str:
+    """Returns the text of the card in the directory of a model. It is empty if there is none."""
+    path = folder / constants.REPOCARD_NAME
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def read_recipe(card: str) -> dict[str, Any]:

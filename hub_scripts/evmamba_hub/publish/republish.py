@@ -77,7 +77,7 @@ def write_card(checkpoint: PublishedCheckpoint, conversion: Conversion, model_di
     """
     if conversion.variant != checkpoint.variant:
         raise UserError(
-            f"{checkpoint.source} holds {conversion.variant or 'a network of no published size'}, but "
+            f"{checkpoint.source} holds {conversion.variant or 'a network of no published variant'}, but "
             f"the manifest names {checkpoint.variant}: convert it to a directory, and upload that with `evmamba push`"
         )
     config = load_config(model_dir)

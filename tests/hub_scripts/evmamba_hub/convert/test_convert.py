@@ -55,7 +55,7 @@ def test_layouts(evmamba, tmp_path, content):
     torch.save(content(), tmp_path / "source.pth.tar")
     code, out, err = evmamba("convert", tmp_path / "source.pth.tar", tmp_path / "converted")
     assert (code, err) == (0, "")
-    assert "397,122" in out and "of no published size" in out and "evmamba classify IMAGE --model" in out
+    assert "397,122" in out and "none of the published ones" in out and "evmamba classify IMAGE --model" in out
     files = {path.name for path in (tmp_path / "converted").iterdir()}
     assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert_golden(tmp_path / "converted")

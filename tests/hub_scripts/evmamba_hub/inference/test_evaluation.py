@@ -571,10 +571,11 @@ def test_results_in_a_card(evmamba, few_digits, tmp_path):
         ("a: [", False),
     ],
 )
-def test_an_accuracy_on_training_images_is_told(evmamba, few_digits, tmp_path, recipe, warns):
+@pytest.mark.parametrize("options", [[], ["--update-card"]], ids=str)
+def test_an_accuracy_on_training_images_is_told(evmamba, few_digits, tmp_path, recipe, warns, options):
     shutil.copytree(DIGITS, tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text(f"# x\n```yaml\n{recipe.format(few=few_digits)}```\n")
-    code, _, err = evmamba("evaluate", tmp_path / "model", "--dataset", few_digits, "--update-card")
+    code, _, err = evmamba("evaluate", tmp_path / "model", "--dataset", few_digits, *options)
     assert code == 0 and ("so this is no held-out accuracy: choose other images" in err) == warns
 
 

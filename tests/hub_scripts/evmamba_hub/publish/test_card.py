@@ -80,7 +80,7 @@ def test_cards_of_the_authors_checkpoints(checkpoint):
     size = {"tiny": ("6,493,660", "0.787"), "small": ("11,273,688", "1.317"), "base": ("33,717,136", "3.950")}
     for value in (*size[checkpoint.variant], str(checkpoint.top1 / 100), checkpoint.log, checkpoint.source):
         assert value in card.text
-    assert f"published size {checkpoint.variant}" in card.text
+    assert f"published variant {checkpoint.variant}" in card.text
     assert sections(card) == [
         "How to use",
         "Size and speed",
