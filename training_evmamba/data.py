@@ -87,7 +87,7 @@ def find_class_names(images: LabeledImages) -> list[str]:
     if isinstance(images, ImageFolder):
         used = {images.find_class(file) for file in images.files}
         if empty := [path for path in list_directories(images.folder) if images.find_class(path) not in used]:
-            raise UserError(f"the class folder {empty[0]} holds no image: fill it, or remove it")
+            raise UserError(f"the class directory {empty[0]} holds no image: fill it, or remove it")
     if images.num_images == 0:
         raise UserError(f"{images.name} holds no images")
     if isinstance(images, IndexedImages):
@@ -129,7 +129,9 @@ def open_data(recipe: Recipe) -> TrainingData:
         UserError: If the dataset is missing or unfit for training.
     """
     if recipe.dataset is None:
-        raise UserError("give a --dataset: a folder with a folder of images per class, or the id of one on the Hub")
+        raise UserError(
+            "give a --dataset: a directory with a directory of images per class, or the Hub id of a dataset"
+        )
     splits = open_splits(
         recipe.dataset,
         config=recipe.dataset_config,
@@ -169,6 +171,11 @@ def open_data(recipe: Recipe) -> TrainingData:
     images_per_epoch = recipe.images_per_epoch or training.num_images
     if images_per_epoch is None:
         raise UserError(f"the stream {training.name} does not tell its length: give --images-per-epoch")
+    if images_per_epoch < recipe.batch_size:
+        notes.append(
+            f"An epoch of {to_count(images_per_epoch, 'image')} is less than one step of {recipe.batch_size}: lower "
+            "--batch-size for more steps"
+        )
     return TrainingData(training, validation, class_names, images_per_epoch, notes)
 
 

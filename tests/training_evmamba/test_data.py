@@ -203,7 +203,17 @@ def test_the_fraction_is_held_out_of_the_whole_and_of_each_class(fraction):
 def test_classes_too_small_to_hold_out_anything(make_recipe, tmp_path):
     data = open_data(make_recipe(dataset=str(create_classes(tmp_path, a=1, b=1)), validation_fraction=0.5))
     assert (data.training.num_images, data.validation) == (2, None)
-    assert data.notes == ["No image is held out for evaluation, because the classes have too few"]
+    assert data.notes == [
+        "No image is held out for evaluation, because the classes have too few",
+        "An epoch of 2 images is less than one step of 8: lower --batch-size for more steps",
+    ]
+
+
+@pytest.mark.parametrize("batch_size, is_large", [(53, False), (54, False), (55, True)])
+def test_a_batch_larger_than_the_dataset_is_told(make_recipe, tmp_path, batch_size, is_large):
+    data = open_data(make_recipe(dataset=str(create_classes(tmp_path, many=40, few=20)), batch_size=batch_size))
+    assert data.training.num_images == 54
+    assert any("lower --batch-size" in note for note in data.notes) == is_large
 
 
 def test_tables_hold_out_by_class(make_recipe, table, tmp_path):
@@ -328,7 +338,7 @@ def test_a_dataset_without_any_readable_image(make_recipe, tmp_path):
 def test_a_class_without_images(make_recipe, stripes, tmp_path):
     shutil.copytree(stripes / "train", tmp_path / "images")
     (tmp_path / "images" / "diagonal").mkdir()
-    with pytest.raises(UserError, match=r"the class folder .*diagonal holds no image"):
+    with pytest.raises(UserError, match=r"the class directory .*diagonal holds no image"):
         open_data(make_recipe(dataset=str(tmp_path / "images")))
 
 

@@ -14,7 +14,7 @@ def push_space(
     model: Annotated[str, typer.Option(help="Hub id of the model that the Space shows.")],
     folder: Annotated[
         Path | None,
-        typer.Option(help="Gradio Space folder to upload.", show_default="the demo of this package"),
+        typer.Option(help="Directory of the Gradio Space to upload.", show_default="the demo of this package"),
     ] = None,
     private: PrivateOption = False,
     message: MessageOption = "Upload the demo with evmamba push-space",

@@ -57,7 +57,7 @@ def collect_space_files(own_files: dict[str, Path], repo_id: str, model: str) ->
     check_repo_id(model)
     for name, purpose in [("app.py", "its app"), (constants.REPOCARD_NAME, "its card")]:
         if name not in own_files:
-            raise UserError(f"the Space holds no {name}, {purpose}: give a folder with one by --folder")
+            raise UserError(f"the Space holds no {name}, {purpose}: give a directory with one by --folder")
     card_path = own_files[constants.REPOCARD_NAME]
     try:
         card = SpaceCard.load(card_path)
