@@ -83,13 +83,13 @@ def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str
     """Returns the message for an error of the Hub's client: what is wrong, and what to do."""
     similar = ask_for_similar(repo_id) if may_be_path else ""
     if isinstance(error, HFValidationError):
-        return (
-            f"{repo_id!r} is neither a path{similar} nor a valid repository id: give user/name, of letters, digits, "
-            "'-', '_' and '.'"
-        )
+        kind = f"neither a path{similar} nor" if may_be_path else "not"
+        return f"{repo_id!r} is {kind} a valid repository id: give user/name, of letters, digits, '-', '_' and '.'"
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated: accept its conditions on {constants.ENDPOINT}/{repo_id} and {LOGIN_HINT}"
     if isinstance(error, RepositoryNotFoundError):
+        if not may_be_path:
+            return f"{repo_id} is no repository on the Hub. If it is private, {LOGIN_HINT}"
         return f"{repo_id} is neither a path here{similar} nor a repository on the Hub. If it is private, {LOGIN_HINT}"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such revision: give the name of a branch or tag, or the hash of a commit"

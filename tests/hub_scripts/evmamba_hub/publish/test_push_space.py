@@ -107,8 +107,9 @@ def test_wrong_repositories(evmamba, hub, demo):
     hub.create(SPACE)
     for options, message in [
         ({}, "is a model on the Hub, not a space"),
-        ({"space": "a b"}, "nor a valid repository id"),
+        ({"space": "a b"}, "is not a valid repository id"),
         ({"model": "nobody"}, "names no owner"),
+        ({"model": str(demo)}, f"'{demo}' is not a valid repository id: give user/name"),  # although it is a path
         ({"space": "else/space"}, "no permission"),
     ]:
         code, _, err = push_space(evmamba, demo, **options)
