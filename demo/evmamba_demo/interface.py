@@ -21,7 +21,6 @@ from gradio.components.image_editor import EditorData
 from gradio.data_classes import ImageData
 from gradio.utils import get_space
 from PIL import Image
-from transformers import ImageClassificationPipeline
 
 from evmamba_demo import drawings, explanations
 from evmamba_demo.bundled import find_examples, find_photographs
@@ -122,7 +121,7 @@ class Demonstration:
 
     def __init__(self, models: Models):
         self.models = models
-        self.model = models.shown.model
+        self.model = models.network
         config = self.model.config
         self.num_stages = config.num_stages
         self.scanning_stages = [stage for stage, kind in enumerate(config.block_types, start=1) if kind == "evss"]
@@ -159,7 +158,7 @@ class Demonstration:
         _, _, height, width = found.pixel_values.shape
         described = (
             f"The network saw {width} x {height} pixels. The forward pass took {found.milliseconds:.1f} ms "
-            f"(backend: {found.backend})."
+            f"{found.computed}."
         )
         return found.scores, own_file(self.to_picture(found.pixel_values)), described
 
@@ -476,10 +475,10 @@ def create_app(models: Models) -> gr.Blocks:
     return app.queue(max_size=MAX_WAITING)
 
 
-def compile_kernels(classifier: ImageClassificationPipeline) -> None:
+def compile_kernels(models: Models) -> None:
     """Compile the kernels of both directions, so that the first requests do not wait for it."""
-    pixel_values = predict(classifier, Image.new("RGB", (64, 64))).pixel_values.to(classifier.model.device)
-    explanations.effective_receptive_field(classifier.model, pixel_values, classifier.model.config.num_stages, 0, 0)
+    pixel_values = predict(models.shown, Image.new("RGB", (64, 64))).pixel_values.to(models.network.device)
+    explanations.effective_receptive_field(models.network, pixel_values, models.network.config.num_stages, 0, 0)
 
 
 def check_address(host: str, port: int) -> None:
@@ -502,21 +501,22 @@ def check_address(host: str, port: int) -> None:
             ) from error
 
 
-def launch(models: list[str], allow_any: bool, host: str | None, port: int | None) -> None:
+def launch(models: list[str], allow_any: bool, host: str | None, port: int | None, optimize: bool = True) -> None:
     """Serve the page until it is stopped.
 
     Args:
         models: Directories and Hub ids. The page shows the first, and offers the others for comparison.
         allow_any: Whether visitors may name other models.
         host, port: Address to listen on. None takes Gradio's environment variables or defaults.
+        optimize: Whether classifications and latencies come from optimized copies on CPUs.
 
     Raises:
         UserError: If a model cannot be shown, the port is taken, or the address does not exist.
     """
     if host is not None and port is not None:
         check_address(host, port)
-    shown = Models(models, allow_any)
-    compile_kernels(shown.shown)
+    shown = Models(models, allow_any, optimize)
+    compile_kernels(shown)
     app = create_app(shown)
     try:
         app.launch(

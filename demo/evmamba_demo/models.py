@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from transformers import ImageClassificationPipeline
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.images import read_image
-from evmamba_hub.inference.classify import load_classifier
+from evmamba_hub.inference.classify import Classifier, load_classifier
 from evmamba_hub.info import measure_latency
 from evmamba_kernels import choose_backend
 from modeling_evmamba import EfficientVMambaForImageClassification
@@ -38,7 +37,7 @@ class Prediction(NamedTuple):
     scores: dict[str, float]  # by label, the most likely first
     pixel_values: torch.Tensor  # (1, C, H, W), what the network saw
     milliseconds: float  # of the forward pass
-    backend: str  # that ran the scan
+    computed: str  # how: device, dtype, whether optimized, the backend of the scan
 
 
 def name_models(models: list[str]) -> dict[str, str]:
@@ -67,25 +66,30 @@ def shorten_place(place: str | Path, num_parts: int) -> str:
 class Models:
     """Classifiers by name, loaded on first use.
 
+    The shown model also has its network as it was loaded, since explanations need gradients.
+
     Args:
         models: Directories and Hub ids. The demo shows the first.
         allow_any: Whether visitors may name other directories and Hub ids.
+        optimize: Whether classifications and latencies come from optimized copies on CPUs.
         device: Device, as in `load_classifier`.
     """
 
-    def __init__(self, models: list[str], allow_any: bool, device: str = "auto"):
+    def __init__(self, models: list[str], allow_any: bool, optimize: bool = True, device: str = "auto"):
         self.places = name_models(models)
         self.names = list(self.places)
         self.allow_any = allow_any
         self.lock = Lock()
         self.load_place = lru_cache(len(self.names) + MAX_TYPED_MODELS)(
-            lambda place: load_classifier(place, device, "float32")
+            lambda place: load_classifier(place, device, "float32", optimize=optimize)
         )
-        self.shown = self.load(self.names[0])
-        if not isinstance(self.shown.model, EfficientVMambaForImageClassification):
+        shown = load_classifier(models[0], device, "float32", optimize=False)
+        self.network = shown.model
+        if not isinstance(self.network, EfficientVMambaForImageClassification):
             raise UserError(f"the demonstration explains EfficientVMamba, {models[0]!r} is another kind of network")
+        self.shown = shown.optimize() if optimize else shown
 
-    def load(self, name: str) -> ImageClassificationPipeline:
+    def load(self, name: str) -> Classifier:
         """Returns the classifier of a name.
 
         Raises:
@@ -93,8 +97,11 @@ class Models:
         """
         if name not in self.places and not self.allow_any:
             raise UserError(f"{name!r} is not among the models of this demonstration: {', '.join(self.names)}")
+        place = self.places.get(name, name)
+        if place == self.places[self.names[0]]:
+            return self.shown
         with self.lock:  # concurrent requests share one download and one copy
-            return self.load_place(self.places.get(name, name))
+            return self.load_place(place)
 
 
 def ignore_notice(notice: str) -> None:
@@ -120,7 +127,7 @@ def read_picture(path: str, announce: Callable[[str], None] = ignore_notice) -> 
     return image.crop((left, top, image.width - left, image.height - top))
 
 
-def predict(classifier: ImageClassificationPipeline, image: Image.Image) -> Prediction:
+def predict(classifier: Classifier, image: Image.Image) -> Prediction:
     """Returns the most likely labels of an image and the time of the forward pass, without reading and scaling."""
     inputs = classifier.preprocess(image)
     start = time.perf_counter()
@@ -131,18 +138,18 @@ def predict(classifier: ImageClassificationPipeline, image: Image.Image) -> Pred
         {prediction["label"]: prediction["score"] for prediction in predictions},
         inputs["pixel_values"],
         milliseconds,
-        describe_backend(classifier),
+        f"{classifier.execution} ({describe_backend(classifier)})",
     )
 
 
-def describe_backend(classifier: ImageClassificationPipeline) -> str:
+def describe_backend(classifier: Classifier) -> str:
     """Names the backend of a model's scan. Other networks have no scan."""
     if not isinstance(classifier.model, EfficientVMambaForImageClassification):
         return "no scan"
-    return choose_backend(classifier.device.type, classifier.model.dtype).backend
+    return f"backend: {choose_backend(classifier.device.type, classifier.model.dtype).backend}"
 
 
-def measure_sides(classifier: ImageClassificationPipeline) -> Iterator[tuple[int, float]]:
+def measure_sides(classifier: Classifier) -> Iterator[tuple[int, float]]:
     """Yields sides of square images in pixels with the latency in milliseconds, the best of a few runs."""
     channels = classifier.model.config.num_channels
     for side in LATENCY_SIDES:

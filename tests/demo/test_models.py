@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from evmamba_demo.bundled import find_bundled_model, find_examples
 from evmamba_demo.interface import Demonstration, compile_kernels
 from evmamba_demo.models import Models, name_models
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import Notice, UserError
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
@@ -35,7 +36,7 @@ def picture(tmp_path) -> str:
 def test_a_network_of_one_channel_is_shown(tmp_path, picture):
     models = Models([str(save_model(tmp_path / "gray", 1)), str(find_bundled_model())], allow_any=False)
     demonstration = Demonstration(models)
-    compile_kernels(models.shown)  # as before the first visitor
+    compile_kernels(models)  # as before the first visitor
     scores, view, _ = demonstration.classify(picture)
     assert len(scores) == 5
     assert view.mode == "RGB" and (np.asarray(view) == np.asarray(view)[..., :1]).all()
@@ -47,6 +48,37 @@ def test_a_network_of_one_channel_is_shown(tmp_path, picture):
     ):
         assert view.size == (448, 448)
     assert "They took" in demonstration.compare(picture, "gray", models.names[1])[2]
+
+
+def test_predictions_come_from_optimized_copies_and_explanations_from_the_network(picture):
+    """The copy computes no gradients, and its blocks have other parts."""
+    digits = str(find_bundled_model())
+    found = {}
+    for optimize in (True, False):
+        models = Models([digits], allow_any=True, optimize=optimize, device="cpu")
+        assert models.shown.execution.optimized == models.load(f"{digits}/").execution.optimized == optimize
+        assert (models.shown.model is models.network) != optimize
+        demonstration = Demonstration(models)
+        assert demonstration.model is models.network
+        scores, _, described = demonstration.classify(picture)
+        assert f"on cpu in float32, {'optimized' if optimize else 'as it is'} (backend: " in described
+        view, _ = demonstration.activation_map(picture, "3", 2, 60)
+        found[optimize] = scores, np.asarray(view)
+    assert found[True][0] == pytest.approx(found[False][0], abs=1e-6)
+    np.testing.assert_array_equal(found[True][1], found[False][1])
+
+
+def test_a_network_that_cannot_be_optimized_is_shown_as_it_is(tmp_path, picture):
+    folder = save_model(tmp_path / "model", 3)
+    ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=10)
+    ).save_pretrained(tmp_path / "resnet")
+    shutil.copyfile(folder / "preprocessor_config.json", tmp_path / "resnet" / "preprocessor_config.json")
+    models = Models([str(folder), str(tmp_path / "resnet")], allow_any=False, device="cpu")
+    with pytest.warns(Notice, match="the model runs as it is: .* got a ResNetForImageClassification") as notices:
+        for _ in range(2):
+            assert "They took" in Demonstration(models).compare(picture, "model", "resnet")[2]
+    assert len(notices) == 1
 
 
 def test_models_of_equal_names_are_told_apart(tmp_path):

@@ -170,7 +170,12 @@ def find_mentions(page: Path) -> list[str]:
 def list_options() -> dict[str, set[str]]:
     """Return the options of every command."""
     return {
-        name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        name: {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+            if option.startswith("--")
+        }
         for name, command in PROGRAM.commands.items()
     }
 
@@ -441,7 +446,8 @@ def test_every_command_and_option_is_documented():
     words = set(re.findall(r"--[a-z][\w-]*", text))
     for name, options in list_options().items():
         assert f"evmamba {name}" in text
-        assert not options - words, name
+        negations = {option for option in options if f"--{option.removeprefix('--no-')}" in options}
+        assert not options - negations - words, name
 
 
 def test_every_value_of_a_recipe_is_in_the_table():

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from evmamba_hub.cli.options import OptimizeOption
 from evmamba_hub.errors import require
 
 
@@ -23,6 +24,7 @@ def demo(
             help="Let visitors load any model from the Hub or this disk. Avoid it on public addresses.",
         ),
     ] = False,
+    optimize: OptimizeOption = True,
     host: Annotated[
         str,
         typer.Option(help="Address to listen on. Use `0.0.0.0` for the whole network.", envvar="GRADIO_SERVER_NAME"),
@@ -33,9 +35,11 @@ def demo(
 ) -> None:
     """Show a model in the browser: classify, look inside, compare, measure.
 
-    The bundled model of handwritten digits is always offered. Other variables of Gradio hold too, such as
-    `GRADIO_ROOT_PATH` behind a proxy. The command needs the extra `demo`: run `pip install ".[demo]"` in a clone of
-    the repository.
+    The bundled model of handwritten digits is always offered. On CPUs, classifications and latencies come from
+    optimized copies of the models. Explanations come from the shown model as it is.
+
+    Other variables of Gradio hold too, such as `GRADIO_ROOT_PATH` behind a proxy. The command needs the extra `demo`:
+    run `pip install ".[demo]"` in a clone of the repository.
 
     Examples:
 
@@ -52,4 +56,4 @@ def demo(
     from evmamba_demo.interface import launch
 
     logging.disable_progress_bar()
-    launch([*(model or []), str(find_bundled_model())], allow_any_model, host, port)
+    launch([*(model or []), str(find_bundled_model())], allow_any_model, host, port, optimize)

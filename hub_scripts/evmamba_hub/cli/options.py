@@ -6,7 +6,16 @@ import typer
 
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype to compute in.")]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16", "int8"],
+    typer.Option(help="Dtype to compute in. `int8` is for optimized copies on CPUs."),
+]
+OptimizeOption = Annotated[
+    bool,
+    typer.Option(
+        "--optimize/--no-optimize", help="Whether to compute in an optimized copy of the model on CPUs, or as it is."
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option(help="Device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first accelerator.")
 ]

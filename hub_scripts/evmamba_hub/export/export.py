@@ -66,7 +66,7 @@ def load_exportable(model: str, dtype: str, revision: str | None = None) -> Expo
     Raises:
         UserError: If the model cannot be found, or is another network.
     """
-    classifier = load_pipeline(model, "cpu", dtype, revision)
+    classifier = load_pipeline(model, "cpu", dtype, revision, optimize=False)
     if not isinstance(classifier.model, EfficientVMambaForImageClassification):
         raise UserError(f"{model!r} is another kind of network: only EfficientVMamba can be exported")
     assert classifier.image_processor is not None  # the pipeline requires one

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers import AutoModelForImageClassification, BitImageProcessorPil
+from transformers import BitImageProcessorPil
 
 # the name in `transformers` itself is a placeholder that raises if torchvision is missing (5.17)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -32,7 +32,8 @@ from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import IndexedImages, LabeledImage, LabeledImages, Share
 from evmamba_hub.inference.channels import find_color_mode, fit_image_processor
 from evmamba_hub.inference.labels import GUESSES, LabelMatcher, describe_ways
-from evmamba_hub.info import check_backend, choose_device
+from evmamba_hub.inference.loading import check_execution, load_network, translate_loading_errors
+from evmamba_hub.info import choose_device
 from evmamba_hub.model_folder import check_is_classifier
 
 
@@ -246,6 +247,7 @@ class Evaluation:
         batch_size: int,
         device: str,
         dtype: str,
+        optimize: bool,
         workers: int,
         label_map: dict[str, str],
         on_unreadable: Literal["skip", "stop"],
@@ -253,7 +255,8 @@ class Evaluation:
     ):
         """Load the model, and the counts of an interrupted evaluation.
 
-        A `Notice` says so if the labels match by a guess, and names each image that is skipped.
+        A `Notice` says so if the labels match by a guess or the network cannot be optimized, and names each image that
+        is skipped.
 
         Args:
             processes: The result of `join_processes`.
@@ -262,32 +265,31 @@ class Evaluation:
             dataset: The dataset to evaluate on.
             batch_size: The number of images in a batch of one process.
             device: The device that `join_processes` got.
-            dtype: "float32", "bfloat16" or "float16".
+            dtype: "float32", "bfloat16", "float16" or, in optimized copies only, "int8".
+            optimize: Whether to optimize the network on CPUs.
             workers: The number of threads in each process that read and resize images.
             label_map: The model's label by the dataset's name, as for `LabelMatcher`.
             on_unreadable: Whether to skip unreadable images, or to stop at the first one.
             progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
-            UserError: If the model is not an image classifier, the dataset is empty, or the labels do not match.
+            UserError: If the model is not an image classifier, the dataset is empty, the labels do not match, or the
+                device, backend or dtype cannot be used.
         """
         if dataset.num_images == 0:
             raise no_images(dataset)
         self.processes, self.name = processes, model
         # the directory of a download has the name of its commit
         self.commit = None if Path(model).is_dir() else folder.name
+        self.device = choose_process_device(processes, device)
+        check_execution(self.device, dtype, optimize)
         check_is_classifier(folder, model)
-        try:
-            self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model, self.execution = load_network(folder, model, self.device, dtype, optimize)
+        with translate_loading_errors(model):
             # the same pixels with and without torchvision
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be loaded as an image classifier: {error}") from error
         self.preprocess = Preprocessor(image_processor, find_color_mode(self.model.config))
-        self.device = choose_process_device(processes, device)
-        check_backend(self.device, self.model.dtype)
-        self.model = self.model.to(self.device).eval()
-        self.dataset, self.batch_size, self.dtype, self.workers = dataset, batch_size, dtype, workers
+        self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
         self.on_unreadable = on_unreadable
         self.id2label = self.model.config.id2label
         self.matcher = LabelMatcher(self.id2label, label_map)
@@ -305,7 +307,9 @@ class Evaluation:
         weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         parts = [dataset.name, dataset.num_images, dataset.revision, dataset.config, dataset.split]
         # an evaluation resumes only if these are the same
-        self.settings = json.dumps([str(folder.resolve()), weights, *parts, dtype, label_map])
+        self.settings = json.dumps(
+            [str(folder.resolve()), weights, *parts, dtype, self.execution.optimized, label_map]
+        )
         self.counts = self.load_progress() or Counts.start(self.model.config.num_labels)
         self.num_resumed, self.seconds = self.num_done, 0.0
 
@@ -442,8 +446,7 @@ class Evaluation:
             "images_per_second": work[:, 0].sum().item() / seconds if seconds > 0 else None,
             "processes": self.processes.num_processes,
             "batch_size": self.batch_size,
-            "device": str(self.device),
-            "dtype": self.dtype,
+            **self.execution.as_json(),
             "torch": torch.__version__,
             **self.counts.summarize_confusion(self.id2label),
         }

@@ -232,12 +232,17 @@ def separate_split(dataset: str, split: str | None) -> tuple[Path, str | None]:
 
 
 def to_eval_results(results: dict) -> list[EvalResult]:
-    """Convert the results of `evmamba evaluate` to the entries of a card."""
+    """Convert the results of `evmamba evaluate` to the entries of a card.
+
+    Metrics in other dtypes than float32 have other names. So they stand beside those of the model in float32.
+    """
     name, split = results["dataset_id"], results["dataset_split"]
     if name is None:
         directory, split = separate_split(results["dataset"], split)
         name = directory.name
     name = escape_unprintable(name)
+    dtype = results.get("dtype", "float32")
+    suffix = "" if dtype == "float32" else f", {dtype}"
     return [
         EvalResult(
             task_type=TASK,
@@ -247,7 +252,7 @@ def to_eval_results(results: dict) -> list[EvalResult]:
             dataset_split=split,
             dataset_revision=results["dataset_revision"],
             metric_type=metric_type,
-            metric_name=metric_name,
+            metric_name=f"{metric_name}{suffix}",
             metric_value=round(results[key], 4),
         )
         for key, metric_type, metric_name in [
@@ -290,7 +295,7 @@ def read_results(path: Path, model_dir: Path, repo_id: str) -> list[EvalResult]:
 
 
 def list_entries(results: Iterable[EvalResult]) -> dict[str, list[dict]]:
-    """Returns top-1 accuracies on datasets of the Hub in its newer format, by their file in the repository.
+    """Returns top-1 accuracies in float32 on datasets of the Hub in its newer format, by their file in the repository.
 
     Values are percentages, as on the leaderboards of the Hub. The metadata of the card hold fractions.
     """

@@ -1,9 +1,13 @@
-"""Where `evmamba demo` listens. The pages have tests of their own."""
+"""Where `evmamba demo` listens, and what it shows. The pages have tests of their own."""
 
 import re
 import socket
 
 import pytest
+import torch
+
+from evmamba_demo import interface
+from evmamba_hub.errors import UserError
 
 
 @pytest.mark.parametrize("way", ["option", "variable"])
@@ -32,3 +36,16 @@ def test_wrong_variables(evmamba, monkeypatch, name, value, code, message):
     monkeypatch.setenv(name, value)
     found, _, err = evmamba("demo")
     assert found == code and message in " ".join(err.split())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only CPUs have optimized copies")
+@pytest.mark.parametrize("options, how", [([], "optimized"), (["--no-optimize"], "as it is")])
+def test_a_switch_shows_the_network_as_it_is(evmamba, monkeypatch, options, how):
+    def stop_before_serving(models):
+        raise UserError(f"computing {models.shown.execution}")
+
+    monkeypatch.setattr(interface, "create_app", stop_before_serving)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code, _, err = evmamba("demo", "--port", port, *options)
+    assert code == 1 and f"computing on cpu in float32, {how}" in err

@@ -137,7 +137,7 @@ def test_networks_of_three_channels_stay_as_they_are(create_model):
 
 
 def test_the_pipeline_of_transformers_takes_no_network_of_one_channel(create_model, dataset):
-    """docs/faq.md says so. If it takes one, `GrayImageClassificationPipeline` can go."""
+    """docs/faq.md says so. If it takes one, `GrayClassifier` can go."""
     model = create_model(1, do_convert_rgb=False)
     with pytest.raises(ValueError, match=r"mean must have 3 elements|must have 1 channels"):
         pipeline("image-classification", model=str(model), device="cpu")(str(next(dataset.rglob("*.png"))))

@@ -110,7 +110,7 @@ def test_more_labels_than_the_model_has(evmamba):
         (["missing.png"], 1, "missing.png does not exist"),
         ([EXAMPLES, "--model", "no/such/folder"], 1, "'no/such/folder' is neither a path nor a valid repository id"),
         ([EXAMPLES, "--device", "abacus"], 1, "device 'abacus' cannot be used"),
-        ([EXAMPLES, "--dtype", "int8"], 2, "int8"),
+        ([EXAMPLES, "--dtype", "int4"], 2, "int4"),
         ([EXAMPLES, "--device", "meta"], 1, "device 'meta' cannot be used"),
         ([EXAMPLES, "--top-k", "0"], 2, "top-k"),
         ([EXAMPLES, "--batch-size", "0"], 2, "batch-size"),

@@ -57,6 +57,7 @@ def test_what_the_card_of_the_digits_says(evmamba, digit_images, tmp_path):
     assert [round(results[name], 4) for name in ("top1", "top5", "loss")] == stated
     assert results["top1"] < results["top5"] <= 1 and 0 < results["loss"] < 0.2
     assert results["images_per_second"] > 0
+    assert (results["dtype"], results["optimized"]) == ("float32", results["device"] == "cpu")
     num_wrong = round(599 * (1 - results["top1"]))
     assert sum(confusion["images"] for confusion in results["most_confused"]) == num_wrong
     worst = results["worst_classes"]
@@ -122,8 +123,9 @@ def test_an_interrupted_evaluation_goes_on(evmamba, few_digits, tmp_path):
     (progress,) = tmp_path.glob("results.json.progress-*")
 
     last.write_bytes(content)
-    _, _, err = evmamba("evaluate", *arguments, "--dtype", "bfloat16")  # another dtype does not resume
-    assert "Resuming" not in err
+    for options in (["--dtype", "bfloat16"], ["--no-optimize"]):  # another network does not resume
+        _, _, err = evmamba("evaluate", *arguments, *options)
+        assert "Resuming" not in err
 
     last.write_bytes(b"no image")
     assert evmamba("evaluate", *arguments)[0] == 1
@@ -133,6 +135,42 @@ def test_an_interrupted_evaluation_goes_on(evmamba, few_digits, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {**results, "images_per_second": None} == {**expected, "images_per_second": None}
     assert not progress.exists()
+
+
+def test_what_ran_is_told(evmamba, few_digits, tmp_path):
+    found = {}
+    for options in ([], ["--no-optimize"]):
+        arguments = [
+            DIGITS,
+            "--dataset",
+            few_digits,
+            "--output",
+            tmp_path / "results.json",
+            "--device",
+            "cpu",
+            *options,
+        ]
+        code, out, err = evmamba("evaluate", *arguments)
+        assert code == 0 and "Note:" not in err
+        assert ("on cpu in float32, as it is" if options else "on cpu in float32, optimized") in out
+        results = json.loads((tmp_path / "results.json").read_text())
+        found[results["optimized"]] = results
+    assert found[True]["loss"] == pytest.approx(found[False]["loss"], rel=1e-5)
+    for name in ("top1", "top5", "most_confused", "images", "device", "dtype"):
+        assert found[True][name] == found[False][name]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_accuracy_in_another_dtype_has_its_own_name(evmamba, few_digits, tmp_path, dtype):
+    """It replaces neither the accuracy in float32, nor the other way around."""
+    shutil.copytree(DIGITS, tmp_path / "model")
+    arguments = [tmp_path / "model", "--dataset", few_digits, "--output", tmp_path / "results.json", "--update-card"]
+    for options in ([], ["--dtype", dtype, "--device", "cpu"], []):
+        results = evaluate(evmamba, *arguments, *options)
+        assert results["images"] == 70 and results["top1"] > 0.9
+    added = ModelCard.load(tmp_path / "model" / "README.md").data.eval_results[3:]
+    names = ["Top-1 accuracy", "Top-5 accuracy", "Loss"]
+    assert [each.metric_name for each in added] == [*names, *(f"{name}, {dtype}" for name in names)]
 
 
 def test_a_damaged_progress_file_is_no_obstacle(evmamba, few_digits, tmp_path):

@@ -114,6 +114,13 @@ def test_a_card_says_no_more_than_is_known():
     assert UNKNOWN_TRAINING in card.text and "a classifier of 7 classes" in card.text
 
 
+@pytest.mark.parametrize("dtype, suffix", [("float32", ""), ("bfloat16", ", bfloat16"), ("int8", ", int8")])
+def test_metrics_name_other_dtypes_than_float32(dtype, suffix):
+    entries = to_eval_results({**RESULTS, "dtype": dtype})
+    assert [each.metric_name for each in entries] == [f"{TOP1}{suffix}", f"Top-5 accuracy{suffix}", f"Loss{suffix}"]
+    assert bool(result_entries(entries)) == (dtype == "float32")  # the Hub's leaderboards compare models in float32
+
+
 def test_a_fine_tuned_model():
     details = CardDetails(
         license="mit",
