@@ -103,8 +103,8 @@ def optimize_if_possible(network: Any, dtype: str) -> Any:
         UserError: If there is no copy in int8, in which no other network computes.
     """
     try:
-        return optimize_for_inference(network, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)}))
-    except (TypeError, ValueError) as error:
+        return optimize_for_inference(network, getattr(torch, dtype))
+    except (ImportError, TypeError, ValueError) as error:
         if dtype == "int8":
             raise UserError(f"the model cannot compute in int8: {error}") from error
         warnings.warn(f"the model runs as it is: {error}", Notice, stacklevel=2)
