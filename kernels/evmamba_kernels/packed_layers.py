@@ -19,8 +19,9 @@ def pack_layer(parameters: Parameters, dtype: torch.dtype) -> Callable[[torch.Te
 
     Args:
         parameters: The parameters of the layer, float32, on the CPU.
-        dtype: Dtype of the products of linear layers. With `torch.int8`, rows of feature maps are quantized while the
-            network computes, and weights by output channel.
+        dtype: Dtype of the products of linear layers in blocks. With `torch.int8`, rows of feature maps are quantized
+            while the network computes, and weights by output channel. Patch merging stays in bfloat16: it causes
+            more than a third of the error, and gains no time (benchmarks/NOTES.md).
 
     Returns:
         A function that takes a feature map `(B, H, W, C)` in float32, and returns the output of the layer in float32.
@@ -39,7 +40,7 @@ def pack_layer(parameters: Parameters, dtype: torch.dtype) -> Callable[[torch.Te
         return EVSSLayer(parameters, dtype)
     if isinstance(parameters, InvertedResidualParameters):
         return InvertedResidualLayer(parameters, dtype)
-    return PatchMerging(parameters, dtype)
+    return PatchMerging(parameters)
 
 
 __all__ = ["EVSSParameters", "InvertedResidualParameters", "Parameters", "PatchMergingParameters", "pack_layer"]

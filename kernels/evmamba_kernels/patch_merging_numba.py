@@ -1,4 +1,4 @@
-"""Numba kernel of patch merging in bfloat16 or 8-bit integers, for inference on CPUs.
+"""Numba kernel of patch merging in bfloat16, for inference on CPUs.
 
 A job gathers the cells of 2 x 2 pixels of a band, normalizes them, and projects them. It writes some columns.
 """
@@ -120,16 +120,11 @@ def patch_merging_jobs(pointer):
 
 
 class PatchMerging:
-    """Patch merging whose weights are packed for the kernel.
+    """Patch merging whose weights are packed for the kernel."""
 
-    Args:
-        parameters: The parameters.
-        dtype: Dtype of the product, `torch.bfloat16` or `torch.int8`.
-    """
-
-    def __init__(self, parameters: PatchMergingParameters, dtype: torch.dtype):
+    def __init__(self, parameters: PatchMergingParameters):
         self.eps, self.out_features = parameters.eps, len(parameters.reduction[0])
-        self.table = Table([*pack_linear(*parameters.reduction, dtype), *parameters.norm])
+        self.table = Table([*pack_linear(*parameters.reduction, torch.bfloat16), *parameters.norm])
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H / 2, W / 2, C'), float32
         x = hidden_states.contiguous()
