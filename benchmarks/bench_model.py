@@ -1,17 +1,17 @@
-"""Measure the latency of EfficientVMamba (random weights) against networks of its size, and growing images.
+"""Measure the latency of EfficientVMamba (random weights) against networks of its size, each in several runtimes.
 
-All networks take turns in every round. The other networks come from timm if it is installed, else from transformers.
-Their parameter counts must match their papers.
+Networks and runtimes take turns in one process. A runtime that fails is named with its reason, and left out.
 
 Example:
-    python benchmarks/bench_model.py --repeats 5 --batch-sizes 1 --image-sizes 224 512
+    python benchmarks/bench_model.py --networks EfficientVMamba-T DeiT-Ti --runtimes PyTorch optimized ONNX --repeats 3
 """
 
 import argparse
-from collections.abc import Callable
+import math
+import statistics
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import torch
@@ -21,229 +21,141 @@ from measure import (
     RESULTS_DIR,
     console,
     describe_environment,
-    in_fresh_process,
-    median_times,
-    peak_memory,
+    error_console,
     print_table,
     save_figure,
+    times_in_turns,
     write_csv,
 )
-from torch import nn
-from transformers import (
-    AutoModelForImageClassification,
-    EfficientNetConfig,
-    MobileViTConfig,
-    PreTrainedConfig,
-    SwinConfig,
-    ViTConfig,
-)
-
-from evmamba_kernels import use_backend
-from modeling_evmamba import VARIANTS, EfficientVMambaConfig, optimize_for_inference
+from networks import NAMES, OURS, PUBLISHED_ACCURACY, Network, create_networks
+from rich.progress import track
+from runtimes import OUR_RUNTIMES, PEER_RUNTIMES, RUNTIMES, Call
+from transformers.utils import logging
 
 
-CPU = torch.device("cpu")
-OURS = {"EfficientVMamba-T": "tiny", "EfficientVMamba-S": "small", "EfficientVMamba-B": "base"}
-OPTIMIZED = {name: f"{name}, optimized" for name in OURS}  # by `optimize_for_inference`
-# (network, backend of its scan) for growing images
-GROWING = [("EfficientVMamba-T", "numba"), ("EfficientVMamba-T, optimized", "numba"), ("EfficientVMamba-T", "torch")]
+MARKERS = {"PyTorch": "o", "bfloat16": "o", "optimized": "o", "compiled": "D", "ONNX": "s"}  # by the first word
+LATENCY_TICKS = [2, 5, 10, 20, 50, 100, 200]
+LABELS_BELOW = {"EfficientVMamba-T", "MobileViT-S", "Swin-T"}  # a network of about the same accuracy is above
 
-
-class Peer(NamedTuple):
-    timm_name: str
-    config: Callable[[], PreTrainedConfig]  # the same architecture in transformers
-    millions: float  # parameters according to its paper
-    image_size: int = 224
-
-
-PEERS = {
-    # DeiT without its distillation token is a ViT
-    "DeiT-Ti": Peer(
-        "deit_tiny_patch16_224",
-        partial(ViTConfig, hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768),
-        5.7,
-    ),
-    "EfficientNet-B0": Peer(
-        "efficientnet_b0",
-        partial(
-            EfficientNetConfig,
-            width_coefficient=1.0,
-            depth_coefficient=1.0,
-            image_size=224,
-            hidden_dim=1280,
-            dropout_rate=0.2,
-        ),
-        5.3,
-    ),
-    "MobileViT-S": Peer("mobilevit_s", MobileViTConfig, 5.6, image_size=256),
-    "Swin-T": Peer("swin_tiny_patch4_window7_224", partial(SwinConfig, embed_dim=96, depths=[2, 2, 6, 2]), 28.3),
-}
-
-# ImageNet-1k top-1 accuracy in percent, for one crop at the network's own image size
-PUBLISHED_ACCURACY = {
-    "EfficientVMamba-T": (76.5, "the authors' training log"),
-    "EfficientVMamba-S": (78.7, "the authors' training log"),
-    "EfficientVMamba-B": (81.8, "the authors' training log"),
-    "DeiT-Ti": (72.2, "arXiv 2012.12877"),
-    "EfficientNet-B0": (77.1, "arXiv 1905.11946"),
-    "MobileViT-S": (78.4, "arXiv 2110.02178"),
-    "Swin-T": (81.3, "arXiv 2103.14030"),
-}
-
-# offsets of names, for points with something else at the lower right
-LABELS = {
-    "EfficientVMamba-S": (4, -20, "left"),
-    "EfficientVMamba-B": (8, 5, "left"),
-    "EfficientNet-B0": (-8, 4, "right"),
-    "MobileViT-S": (8, -3, "left"),
-}
-
-
-class Network(NamedTuple):
-    source: str
-    model: nn.Module
-    image_size: int
+Turn = tuple[str, str]  # network, runtime
+Row = dict[str, object]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="B", help="default: 1 8")
-    parser.add_argument(
-        "--image-sizes",
-        nargs="*",
-        type=int,
-        default=[224, 384, 512, 768, 1024],
-        metavar="SIZE",
-        help="also measure EfficientVMamba-T at these image sizes, with each backend; pass no size to skip this; "
-        "default: 224 384 512 768 1024",
-    )
-    parser.add_argument("--repeats", type=int, default=30, help="rounds to take the median of; default: 30")
+    parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES, help="default: all")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES, help="default: all")
+    parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
+    parser.add_argument("--repeats", type=int, default=12, help="rounds to take the median of; default: 12")
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=RESULTS_DIR,
-        help="directory of the CSV files and the plot; default: benchmarks/results",
+        help="directory of the CSV file and the plot; default: benchmarks/results",
     )
     return parser.parse_args()
 
 
-def make_ours(variant: str) -> nn.Module:
-    config = EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000)
-    return AutoModelForImageClassification.from_config(config).eval()
-
-
-def make_networks() -> dict[str, Network]:
-    networks = {name: Network("this package", make_ours(variant), 224) for name, variant in OURS.items()}
-    for name, optimized in OPTIMIZED.items():
-        networks[optimized] = networks[name]._replace(model=optimize_for_inference(networks[name].model))
-    try:
-        import timm
-    except ImportError as error:
-        console.print(f"timm cannot be imported, using transformers instead: {error}", soft_wrap=True)
-        timm = None
-    for name, peer in PEERS.items():
-        if timm:
-            network = Network("timm", timm.create_model(peer.timm_name, pretrained=False), peer.image_size)
-        else:
-            config = peer.config()
-            config.num_labels = 1000
-            network = Network("transformers", AutoModelForImageClassification.from_config(config), peer.image_size)
-        if abs(count_millions(network.model) - peer.millions) > 0.05:
-            raise ValueError(f"{name} has {count_millions(network.model):.2f} M parameters, not {peer.millions} M")
-        network.model.eval()
-        networks[name] = network
-    return networks
-
-
-def count_millions(model: nn.Module) -> float:
-    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
-
-
-def run_network(model: nn.Module, images: torch.Tensor, backend: str | None = None) -> object:
-    with torch.inference_mode(), use_backend(backend):
-        return model(images)
-
-
-def compare_latencies(networks: dict[str, Network], arguments: argparse.Namespace) -> list[dict[str, object]]:
-    rows = []
-    for batch_size in arguments.batch_sizes:
-        methods = {
-            name: partial(
-                run_network, network.model, torch.randn(batch_size, 3, network.image_size, network.image_size)
-            )
-            for name, network in networks.items()
-        }
-        seconds = median_times(methods, arguments.repeats, f"batches of {batch_size}")
-        for name, network in networks.items():
-            rows.append(
-                {
-                    "network": name,
-                    "from": network.source,
-                    "image": network.image_size,
-                    "batch": batch_size,
-                    "median ms": 1e3 * seconds[name],
-                    "images/s": batch_size / seconds[name],
-                    "/ DeiT-Ti": seconds[name] / seconds["DeiT-Ti"],
-                    "/ EfficientNet-B0": seconds[name] / seconds["EfficientNet-B0"],
-                    "/ Swin-T": seconds[name] / seconds["Swin-T"],
-                }
-            )
-    return rows
-
-
-def measure_memory(image_size: int, backend: str) -> float:
-    """Returns the peak memory of one forward pass. Call it in a fresh process."""
-    model = make_ours("tiny")
-    run_network(model, torch.randn(1, 3, 32, 32), backend)  # compiles, and starts the threads
-    return peak_memory(partial(run_network, model, torch.randn(1, 3, image_size, image_size), backend), CPU)
-
-
-def measure_image_sizes(networks: dict[str, Network], arguments: argparse.Namespace) -> list[dict[str, object]]:
-    methods = {
-        (name, backend, size): partial(run_network, networks[name].model, torch.randn(1, 3, size, size), backend)
-        for name, backend in GROWING
-        for size in arguments.image_sizes
+def build_calls(
+    networks: dict[str, Network], runtimes: list[str], batch_size: int, folder: Path
+) -> tuple[dict[Turn, Call], dict[Turn, str]]:
+    """Returns the calls that work, and the reasons why others fail."""
+    builds = {
+        (name, runtime): build
+        for name in networks
+        for runtime, build in (OUR_RUNTIMES if name in OURS else PEER_RUNTIMES).items()
+        if runtime in runtimes
     }
-    seconds = median_times(methods, arguments.repeats, "growing images")
+    calls, failures = {}, {}
+    for (name, runtime), build in track(builds.items(), "export, compile", console=error_console, transient=True):
+        network = networks[name]
+        images = torch.randn(batch_size, 3, network.image_size, network.image_size)
+        files = folder / name
+        files.mkdir(exist_ok=True)
+        try:
+            call = build(network.model, images, files)
+            call()
+        except Exception as error:  # exporters and compilers raise errors of any class
+            failures[name, runtime] = f"{type(error).__name__}: {error}".splitlines()[0]
+            console.print(f"{name} fails in {runtime}: {failures[name, runtime]}", soft_wrap=True, markup=False)
+        else:
+            calls[name, runtime] = call
+    return calls, failures
+
+
+def create_rows(
+    networks: dict[str, Network], times: dict[Turn, list[float]], failures: dict[Turn, str], batch_size: int
+) -> list[Row]:
+    """Returns a row for each network and runtime, with NaN for those that fail."""
     rows = []
-    for name, backend in GROWING:
-        first = seconds[name, backend, arguments.image_sizes[0]] / arguments.image_sizes[0] ** 2
-        for size in arguments.image_sizes:
-            per_pixel = seconds[name, backend, size] / size**2
-            # an optimized network reuses memory from its creation, so it has no visible peak
-            has_peak = name in OURS
-            rows.append(
-                {
-                    "network": name,
-                    "backend": backend,
-                    "image": size,
-                    "median ms": 1e3 * seconds[name, backend, size],
-                    "ns per pixel": 1e9 * per_pixel,
-                    f"relative to {arguments.image_sizes[0]}": per_pixel / first,
-                    "peak MiB": in_fresh_process(measure_memory, size, backend) / 2**20 if has_peak else None,
-                }
-            )
+    for name, network in networks.items():
+        for runtime in RUNTIMES:
+            turn = name, runtime
+            if turn in times or turn in failures:
+                lower, median, upper = statistics.quantiles(times[turn], n=4) if turn in times else [math.nan] * 3
+                rows.append(
+                    {
+                        "network": name,
+                        "runtime": runtime,
+                        "from": network.source,
+                        "image": network.image_size,
+                        "batch": batch_size,
+                        "median ms": 1e3 * median,
+                        "lower quartile ms": 1e3 * lower,
+                        "upper quartile ms": 1e3 * upper,
+                        "images/s": batch_size / median,
+                        "failure": failures.get(turn),
+                    }
+                )
     return rows
 
 
-def plot(rows: list[dict[str, object]], environment: dict[str, str]) -> Figure:
-    latencies = {row["network"]: row["median ms"] for row in rows if row["batch"] == 1}
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    points = {name: (latencies[name], accuracy) for name, (accuracy, _) in PUBLISHED_ACCURACY.items()}
-    ax.plot(
-        *zip(*(points[name] for name in OURS), strict=True), "o-", color="#c2410c", markersize=8, label="as loaded"
-    )
-    optimized = [(latencies[OPTIMIZED[name]], points[name][1]) for name in OURS]
-    ax.plot(*zip(*optimized, strict=True), "o--", color="#fb923c", markersize=6, label="optimize_for_inference")
-    ax.plot(*zip(*(points[name] for name in PEERS), strict=True), "s", color="#8b949e", markersize=7)
-    for name, point in points.items():
+def find_fastest(rows: list[Row]) -> dict[str, Row]:
+    """Returns the row of each network with the lowest median."""
+    fastest = {}
+    for row in rows:
+        best = fastest.get(row["network"])
+        if not row["failure"] and (best is None or row["median ms"] < best["median ms"]):
+            fastest[row["network"]] = row
+    return fastest
+
+
+def shorten(rows: list[Row]) -> list[Row]:
+    """Returns the columns that fit into a terminal."""
+    columns = "network", "runtime", "median ms", "lower quartile ms", "upper quartile ms"
+    return [{name: row[name] for name in columns} for row in rows]
+
+
+def plot(rows: list[Row], environment: dict[str, str]) -> Figure:
+    """Draw each network in its fastest runtime, and faintly as loaded."""
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    loaded = {row["network"]: row["median ms"] for row in rows if row["runtime"] == "PyTorch"}
+    for name, row in find_fastest(rows).items():
+        latency, accuracy = row["median ms"], PUBLISHED_ACCURACY[name][0]
         color = "#c2410c" if name in OURS else "#8b949e"
-        x, y, alignment = LABELS.get(name, (8, -12, "left"))
-        ax.annotate(name, point, xytext=(x, y), textcoords="offset points", color=color, fontsize=9, ha=alignment)
-    ax.set_xlim(0, 1.4 * max(latencies.values()))
-    ax.margins(y=0.12)
+        if name in loaded:
+            ax.plot([latency, loaded[name]], [accuracy] * 2, color=color, alpha=0.35, linewidth=1)
+            ax.plot(loaded[name], accuracy, "o", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
+        ax.plot(latency, accuracy, MARKERS[row["runtime"].split()[0]], color=color, markersize=8)
+        is_below = name in LABELS_BELOW
+        ax.annotate(
+            f"{name}\n{row['runtime']}, {latency:.1f} ms",
+            (latency, accuracy),
+            xytext=(-4, -7 if is_below else 7),
+            textcoords="offset points",
+            color=color,
+            fontsize=8,
+            va="top" if is_below else "bottom",
+        )
+    for label, marker in {"PyTorch": "o", "torch.compile": "D", "ONNX Runtime": "s"}.items():
+        ax.plot([], [], marker, color="#8b949e", markersize=7, label=label)
+    ax.plot([], [], "o", color="#8b949e", alpha=0.35, markersize=5, markeredgewidth=0, label="PyTorch as loaded")
+    ax.set_xscale("log")
+    ax.set_xticks(LATENCY_TICKS, map(str, LATENCY_TICKS))
+    ax.set_xticks([], minor=True)
+    ax.margins(y=0.15)
     ax.set(xlabel="median latency of one image in ms (measured)", ylabel="ImageNet-1k top-1 in % (published)")
-    ax.set_title(f"{environment['cpu']}, {environment['threads']} threads, float32", fontsize=10)
+    ax.set_title(f"{environment['cpu']}, {environment['threads']} threads", fontsize=10)
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
@@ -253,22 +165,20 @@ def plot(rows: list[dict[str, object]], environment: dict[str, str]) -> Figure:
 def main() -> None:
     arguments = parse_arguments()
     matplotlib.use("Agg")
+    logging.disable_progress_bar()
     environment = describe_environment() | {"repeats": str(arguments.repeats)}
     torch.manual_seed(0)
-    networks = make_networks()
-
-    rows = compare_latencies(networks, arguments)
-    print_table("Latency on a CPU", rows)
-    accuracies = {name: f"{accuracy} ({source})" for name, (accuracy, source) in PUBLISHED_ACCURACY.items()}
-    write_csv(
-        arguments.output_dir / "model.csv", rows, environment | {f"top-1 of {k}": v for k, v in accuracies.items()}
-    )
-    if 1 in arguments.batch_sizes:
+    networks = create_networks(arguments.networks)
+    with TemporaryDirectory() as folder:
+        calls, failures = build_calls(networks, arguments.runtimes, arguments.batch_size, Path(folder))
+        times = times_in_turns(calls, arguments.repeats, f"batches of {arguments.batch_size}")
+    rows = create_rows(networks, times, failures, arguments.batch_size)
+    print_table("Latency on a CPU", shorten(rows))
+    print_table("Fastest runtimes", shorten(list(find_fastest(rows).values())))
+    accuracies = {f"top-1 of {name}": f"{value} ({source})" for name, (value, source) in PUBLISHED_ACCURACY.items()}
+    write_csv(arguments.output_dir / f"model_batch_{arguments.batch_size}.csv", rows, environment | accuracies)
+    if arguments.batch_size == 1:
         save_figure(partial(plot, rows, environment), arguments.output_dir / "accuracy_latency.png")
-    if arguments.image_sizes:
-        rows = measure_image_sizes(networks, arguments)
-        print_table("Growing images", rows)
-        write_csv(arguments.output_dir / "model_image_sizes.csv", rows, environment)
 
 
 if __name__ == "__main__":

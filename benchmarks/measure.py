@@ -5,6 +5,7 @@ import csv
 import math
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -30,6 +31,9 @@ error_console = Console(stderr=True, highlight=False)
 RESULTS_DIR = Path(__file__).parent / "results"
 WARM_UP_ROUNDS = 2  # the first call compiles
 CALLS_PER_ROUND = 3  # after one untimed call, since the previous method has changed caches and allocator
+# Seconds before each turn. Threads of OpenMP and of onnxruntime spin for up to 40 ms after their last call, and take
+# a core from other methods (NOTES.md).
+PAUSE = 0.1
 
 
 def parse_device(text: str) -> torch.device:
@@ -45,10 +49,10 @@ def parse_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"PyTorch does not find the device {text!r}: {reason}") from error
 
 
-def median_times(
+def times_in_turns(
     methods: dict[Hashable, Callable[[], object]], repeats: int, description: str
-) -> dict[Hashable, float]:
-    """Returns the median time of a call of each method in steady state, in seconds.
+) -> dict[Hashable, list[float]]:
+    """Returns the times of the calls of each method in steady state, in seconds.
 
     Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods.
     """
@@ -56,10 +60,19 @@ def median_times(
     rounds = range(WARM_UP_ROUNDS + repeats)
     for i in track(rounds, description, console=error_console, transient=True):
         for name, method in methods.items():
+            time.sleep(PAUSE)
             seconds = info.measure_latency(method, CALLS_PER_ROUND)
             if i >= WARM_UP_ROUNDS:
                 times[name] += seconds
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def median_times(
+    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str
+) -> dict[Hashable, float]:
+    """Returns the medians of `times_in_turns`."""
+    times = times_in_turns(methods, repeats, description)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def in_fresh_process(function: Callable, *arguments):
