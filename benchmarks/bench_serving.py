@@ -29,13 +29,19 @@ from torch import nn
 from modeling_evmamba import optimize_for_inference
 
 
-OPTIMIZED = {f"{name}, optimized": name for name in OURS}
-SETTINGS = {
-    "default": {},
-    "passive": {"OMP_WAIT_POLICY": "passive"},
-    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
+OPTIMIZED = {
+    f"{name}, optimized{suffix}": (name, dtype)
+    for name in OURS
+    for suffix, dtype in {"": None, " bfloat16": torch.bfloat16, " int8": torch.int8}.items()
 }
-VARIABLES = {name for variables in SETTINGS.values() for name in variables}
+DEFAULT_NETWORKS = [
+    "EfficientVMamba-T",
+    "EfficientVMamba-T, optimized",
+    "EfficientVMamba-T, optimized int8",
+    "EfficientNet-B0",
+]
+SETTINGS = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}}
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 WARM_UP_CALLS = 3
 
 model: nn.Module  # of this worker process
@@ -59,11 +65,11 @@ def parse_arguments() -> argparse.Namespace:
         "--networks",
         nargs="+",
         choices=[*NAMES, *OPTIMIZED],
-        default=["EfficientVMamba-T", "EfficientVMamba-T, optimized", "EfficientNet-B0"],
-        help="default: EfficientVMamba-T, as loaded and optimized, and EfficientNet-B0",
+        default=DEFAULT_NETWORKS,
+        help=f"default: {'; '.join(DEFAULT_NETWORKS)}",
     )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
-    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement; default: 3")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement; default: 2")
     parser.add_argument(
         "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV file; default: benchmarks/results"
     )
@@ -73,9 +79,10 @@ def parse_arguments() -> argparse.Namespace:
 def load_model(name: str) -> None:
     """Load the network of a worker process."""
     global model
-    loaded_name = OPTIMIZED.get(name, name)
-    loaded = create_networks([loaded_name])[loaded_name].model
-    model = optimize_for_inference(loaded) if name in OPTIMIZED else loaded
+    loaded_name, dtype = OPTIMIZED.get(name, (name, None))
+    model = create_networks([loaded_name])[loaded_name].model
+    if name in OPTIMIZED:
+        model = optimize_for_inference(model, dtype=dtype)
 
 
 def serve(threads: int, seconds: float) -> list[float]:

@@ -2,11 +2,10 @@
 
 A runtime is a function that takes a network, its images, and a directory for files that the network's runtimes share.
 It returns a call that classifies these images.
-
-The static int8 files have 8-bit activations with scales from four batches of noise: latency does not depend on them.
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,10 @@ from modeling_evmamba.inference_evmamba import fold_batch_norms
 Call = Callable[[], object]
 Build = Callable[[nn.Module, torch.Tensor, Path], Call]
 
-CALIBRATION_BATCHES = 4
+# for networks and images: convolutions are fastest channels-last (NOTES.md)
+BFLOAT16 = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+
+CALIBRATION_BATCHES = 4  # of noise, since latency does not depend on the scales
 
 
 # PyTorch
@@ -34,13 +36,8 @@ def build_eager(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
     return partial(run_model, model, images)
 
 
-def as_bfloat16(module: nn.Module | torch.Tensor) -> nn.Module | torch.Tensor:
-    """Returns a network or images in bfloat16 and channels-last, in which convolutions are fastest."""
-    return module.to(torch.bfloat16, memory_format=torch.channels_last)
-
-
 def build_bfloat16(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
-    return partial(run_model, as_bfloat16(copy.deepcopy(model)), as_bfloat16(images))
+    return partial(run_model, copy.deepcopy(model).to(**BFLOAT16), images.to(**BFLOAT16))
 
 
 def build_compiled(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
@@ -53,7 +50,7 @@ def build_compiled(model: nn.Module, images: torch.Tensor, folder: Path) -> Call
 
 
 def build_compiled_bfloat16(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
-    return build_compiled(as_bfloat16(copy.deepcopy(model)), as_bfloat16(images), folder)
+    return build_compiled(copy.deepcopy(model).to(**BFLOAT16), images.to(**BFLOAT16), folder)
 
 
 def build_optimized(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
@@ -71,22 +68,23 @@ def build_optimized_int8(model: nn.Module, images: torch.Tensor, folder: Path) -
 # ONNX Runtime
 
 
-def export_ours(model: nn.Module, file: Path) -> None:
-    """Write the ONNX file of `evmamba export`, for images of any size."""
-    folded = copy.deepcopy(model)
-    fold_batch_norms(folded)
-    write_onnx(Exportable(folded, BitImageProcessorPil()), None, file)
+def export_ours(model: nn.Module, folder: Path) -> Path:
+    """Write the ONNX file of `evmamba export`, for images of any size, unless the directory has it."""
+    file = folder / "float32.onnx"
+    if not file.exists():
+        folded = copy.deepcopy(model)
+        fold_batch_norms(folded)
+        write_onnx(Exportable(folded, BitImageProcessorPil()), None, file)
+    return file
 
 
 def build_our_onnx(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
-    file = folder / "ours.onnx"
-    export_ours(model, file)
-    return partial(load_onnx(file), images)
+    return partial(load_onnx(export_ours(model, folder)), images)
 
 
 def build_our_onnx_dynamic_int8(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
-    file = folder / "ours_int8.onnx"
-    export_ours(model, file)
+    file = folder / "dynamic_int8.onnx"
+    shutil.copyfile(export_ours(model, folder), file)
     quantize_onnx(file)
     return partial(load_onnx(file), images)
 
@@ -95,7 +93,7 @@ def export_peer(model: nn.Module, images: torch.Tensor, folder: Path) -> Path:
     """Write an ONNX file for images of this shape, unless the directory has it."""
     from evmamba_hub.export.onnx_scan import OPSET
 
-    file = folder / "peer.onnx"
+    file = folder / "float32.onnx"
     if not file.exists():
         with quiet_exporters():
             exported = torch.onnx.export(
