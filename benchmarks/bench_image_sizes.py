@@ -91,10 +91,10 @@ def measure_image_sizes(image_sizes: list[int], repeats: int) -> list[dict[str, 
 
 def main() -> None:
     arguments = parse_arguments()
+    environment = describe_environment() | {"repeats": str(arguments.repeats)}
     torch.manual_seed(0)
     rows = measure_image_sizes(arguments.image_sizes, arguments.repeats)
     print_table("Growing images", rows)
-    environment = describe_environment() | {"repeats": str(arguments.repeats)}
     write_csv(arguments.output_dir / "model_image_sizes.csv", rows, environment)
 
 

@@ -132,7 +132,7 @@ def plot(rows: list[Row], environment: dict[str, str]) -> Figure:
     loaded = {row["network"]: row["median ms"] for row in rows if row["runtime"] == "PyTorch"}
     for name, row in find_fastest(rows).items():
         latency, accuracy = row["median ms"], PUBLISHED_ACCURACY[name][0]
-        color = "#c2410c" if name in OURS else "#8b949e"
+        color = "#ea580c" if name in OURS else "#8b949e"
         if name in loaded:
             ax.plot([latency, loaded[name]], [accuracy] * 2, color=color, alpha=0.35, linewidth=1)
             ax.plot(loaded[name], accuracy, "o", color=color, alpha=0.35, markersize=5, markeredgewidth=0)

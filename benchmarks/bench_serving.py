@@ -148,6 +148,7 @@ def measure_server(name: str, setting: str, seconds: float) -> list[dict[str, ob
 
 def main() -> None:
     arguments = parse_arguments()
+    environment = describe_environment() | {"seconds": f"{arguments.seconds:g}"}
     rows = [
         row
         for name in arguments.networks
@@ -155,7 +156,6 @@ def main() -> None:
         for row in measure_server(name, setting, arguments.seconds)
     ]
     print_table("Servers on a CPU", rows)
-    environment = describe_environment() | {"seconds": f"{arguments.seconds:g}"}
     write_csv(arguments.output_dir / "serving.csv", rows, environment)
 
 
