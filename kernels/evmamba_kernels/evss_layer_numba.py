@@ -41,7 +41,7 @@ from .atrous_selective_scan_numba import (
 )
 from .atrous_selective_scan_torch import NUM_GROUPS
 from .depthwise_conv_numba import Convolution, convolve_row
-from .layer_norm_numba import Statistics, add_normalized, find_statistics
+from .layer_norm_numba import Statistics, add_normalized, find_statistics, normalize_row
 from .layer_parameters import EVSSParameters
 from .numba_products import (
     LINEAR_FIELDS,
@@ -74,14 +74,12 @@ from .numba_simd import (
     float_pointer,
     load,
     load_first,
-    load_splat,
     multiply,
     multiply_add,
     pointer_to,
     splat,
     store,
     store_first,
-    subtract,
     sum_of_parts,
     untyped,
 )
@@ -232,13 +230,10 @@ def project_input(job, work, table, maps, memory):
         find_statistics(statistics, x, (first + group) * channels, channels, num_rows, channels, work.eps)
         for row in range(num_rows):
             at = (first + group + row) * channels
-            mean, scale = load_splat(statistics.means, row), load_splat(statistics.scales, row)
+            normalize_row(statistics, row, x, at, channels, weight, bias, values, 0)
             for d in range(0, channels, LANES):
                 count = min(LANES, channels - d)
-                normalized = multiply(subtract(load_first(x, at + d, count), mean), scale)
-                affine = multiply_add(normalized, load_first(weight, d, count), load_first(bias, d, count))
-                store_first(values, d, affine, count)
-                store_first(maps.normalized, at + d, affine, count)
+                store_first(maps.normalized, at + d, load_first(values, d, count), count)
             fill_row(tile, group + row, values, 0, in_proj_u)
     start = first * work.inner
     write_linear(tile, num_pixels, in_proj_u, all_blocks(in_proj_u), NONE, maps.u, start, work.inner)
@@ -358,12 +353,12 @@ def project_output(job, work, table, maps, memory):
         find_statistics(statistics, y, (first + group) * inner, inner, num_rows, inner, work.mixer_eps)
         for row in range(num_rows):
             at = (first + group + row) * inner
-            mean, scale = load_splat(statistics.means, row), load_splat(statistics.scales, row)
+            normalize_row(statistics, row, y, at, inner, weight, bias, values, 0)
             for d in range(0, inner, LANES):
                 count = min(LANES, inner - d)
-                normalized = multiply(subtract(load_first(y, at + d, count), mean), scale)
-                affine = multiply_add(normalized, load_first(weight, d, count), load_first(bias, d, count))
-                store_first(values, d, multiply(affine, load_first(maps.z, at + d, count)), count)
+                store_first(
+                    values, d, multiply(load_first(values, d, count), load_first(maps.z, at + d, count)), count
+                )
             fill_row(tile, group + row, values, 0, output_proj)
     start = first * channels
     write_linear(tile, num_pixels, output_proj, all_blocks(output_proj), NONE, maps.mixed, start, channels)

@@ -96,6 +96,17 @@ def find_statistics(statistics, x, start, stride, num_rows, channels, eps):
     store(scales, 0, divide(splat(float32(1.0)), square_root(add(variance, splat(float32(eps))))))
 
 
+@compiled
+def normalize_row(statistics, row, x, at, channels, weight, bias, out, start):
+    """Write the row at `at`, normalized by the statistics of row `row`, times weight plus bias, to `out`."""
+    mean, scale = load_splat(statistics.means, row), load_splat(statistics.scales, row)
+    for d in range(0, channels, LANES):
+        count = min(LANES, channels - d)
+        normalized = multiply(subtract(load_first(x, at + d, count), mean), scale)
+        affine = multiply_add(normalized, load_first(weight, d, count), load_first(bias, d, count))
+        store_first(out, start + d, affine, count)
+
+
 def gated_jobs(pointer):
     """Process jobs until none is left. `pointer` points to a record `GATED_WORK`, its type names the maps' dtype."""
     work = carray(untyped(pointer), 1, GATED_WORK)[0]

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernel of patch merging needs numba: pip install numba") from error
 
-from .layer_norm_numba import Statistics, find_statistics
+from .layer_norm_numba import Statistics, find_statistics, normalize_row
 from .layer_parameters import PatchMergingParameters
 from .numba_products import (
     LINEAR_FIELDS,
@@ -36,11 +36,7 @@ from .numba_simd import (
     compiled,
     float_pointer,
     load_first,
-    load_splat,
-    multiply,
-    multiply_add,
     store_first,
-    subtract,
     untyped,
 )
 from .numba_threads import (
@@ -105,12 +101,7 @@ def patch_merging_jobs(pointer):
             gather_cells(x, image, first + group, num_rows, work, values)
             find_statistics(statistics, values, 0, size, num_rows, size, work.eps)
             for row in range(num_rows):
-                mean, scale = load_splat(statistics.means, row), load_splat(statistics.scales, row)
-                for d in range(0, size, LANES):
-                    existing = min(LANES, size - d)
-                    normalized = multiply(subtract(load_first(values, row * size + d, existing), mean), scale)
-                    affine = multiply_add(normalized, load_first(weight, d, existing), load_first(bias, d, existing))
-                    store_first(values, row * size + d, affine, existing)
+                normalize_row(statistics, row, values, row * size, size, weight, bias, values, row * size)
                 fill_row(tile, group + row, values, row * size, reduction)
         out_features, blocks = reduction.out_features, blocks_of_part(reduction, part, work.num_parts)
         at = (image * num_cells + first) * out_features

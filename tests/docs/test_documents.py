@@ -694,6 +694,23 @@ def expect_differences() -> list[list[Cell]]:
     ]
 
 
+def expect_dtype_differences() -> list[list[Cell]]:
+    return [
+        [
+            f"EfficientVMamba-{row['network'][0].upper()}",
+            row["dtype"],
+            float(row["largest difference"]),
+            float(row["mean difference"]),
+            row["same first class"],
+        ]
+        for row in read_csv("dtype_differences.csv")
+    ]
+
+
+def expect_dtype_digits() -> list[list[Cell]]:
+    return [[row["dtype"], row["correct"]] for row in read_csv("dtype_digits.csv")]
+
+
 def expect_latencies() -> list[list[Cell]]:
     rows: dict[tuple[str, str], list[Cell]] = {}
     for row in read_csv("export_latency.csv"):
@@ -728,6 +745,8 @@ TABLES = [
     ("The networks on CPUs", 0, expect_fastest),
     ("The networks on CPUs", 1, expect_others),
     ("The networks on CPUs", 2, expect_ours),
+    ("Lower precision on CPUs", 0, expect_dtype_differences),
+    ("Lower precision on CPUs", 1, expect_dtype_digits),
     ("Servers on CPUs", 0, expect_serving),
     ("Growing images", 0, expect_image_sizes),
     ("ONNX files on CPUs", 0, expect_differences),
