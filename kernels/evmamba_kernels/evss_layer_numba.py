@@ -514,7 +514,7 @@ def apply(layer: EVSSLayer, x: torch.Tensor) -> torch.Tensor:
     map_bytes = 2 * batch_size * num_pixels
     sizes = [map_bytes * size for size in (channels, inner, inner, inner, channels, channels)]
     sizes += [4 * batch_size * channels * parts for parts in (num_bands, num_row_bands)]
-    maps, addresses = allocate([*sizes, 8 * batch_size * num_vectors * LANES])
+    maps = allocate([*sizes, 8 * batch_size * num_vectors * LANES])
 
     rows = rows_per_band * width
     largest_tile = max(
@@ -532,14 +532,14 @@ def apply(layer: EVSSLayer, x: torch.Tensor) -> torch.Tensor:
             4 * num_inner_vectors * state_size * LANES,  # h
         ]
     )
-    thread_memory, (address,) = allocate([num_threads * thread_bytes])
+    (thread_memory,) = allocate([num_threads * thread_bytes])
     out = torch.empty_like(x)
     work = {
         "num_jobs": num_jobs,
         "table": layer.table.entries,
         "x": x,
         "out": out,
-        "thread_memory": address,
+        "thread_memory": thread_memory,
         "thread_bytes": thread_bytes,
         "batch_size": batch_size,
         "height": height,
@@ -556,12 +556,11 @@ def apply(layer: EVSSLayer, x: torch.Tensor) -> torch.Tensor:
         "rows_per_band": rows_per_band,
         "num_conv_parts": num_conv_parts,
         "num_splits": num_splits,
-        **dict(zip(MAPS, addresses, strict=True)),
+        **dict(zip(MAPS, maps, strict=True)),
         **dict(zip(MEMORY, offsets[1:], strict=True)),
         "eps": layer.eps[0],
         "mixer_eps": layer.eps[1],
         "gate_eps": layer.eps[2],
     }
     run_jobs(compiled_kernel(evss_layer_jobs), WORK, work)
-    del maps, thread_memory  # in use until here
     return out

@@ -291,16 +291,16 @@ class InvertedResidualLayer:
 
         map_bytes, padded = 2 * batch_size * num_pixels * size, 4 * batch_size * num_vectors * LANES
         sizes = [map_bytes, map_bytes, 4 * batch_size * num_row_bands * size, padded]
-        maps, addresses = allocate([*sizes, 4 * batch_size * math.ceil(squeezed / LANES) * LANES, padded])
+        maps = allocate([*sizes, 4 * batch_size * math.ceil(squeezed / LANES) * LANES, padded])
         offsets, thread_bytes = place([tile_bytes(pixels_per_band, max(channels, size)), 4 * num_vectors * LANES])
-        thread_memory, (address,) = allocate([num_threads * thread_bytes])
+        (thread_memory,) = allocate([num_threads * thread_bytes])
         out = torch.empty_like(x)
         work = {
             "num_jobs": batch_size * jobs_of_image,
             "table": self.table.entries,
             "x": x,
             "out": out,
-            "thread_memory": address,
+            "thread_memory": thread_memory,
             "thread_bytes": thread_bytes,
             "values": offsets[1],
             "batch_size": batch_size,
@@ -315,8 +315,7 @@ class InvertedResidualLayer:
             "num_row_bands": num_row_bands,
             "rows_per_band": rows_per_band,
             "num_conv_parts": num_conv_parts,
-            **dict(zip(MAPS, addresses, strict=True)),
+            **dict(zip(MAPS, maps, strict=True)),
         }
         run_jobs(compiled_kernel(inverted_residual_layer_jobs), WORK, work)
-        del maps, thread_memory  # in use until here
         return out

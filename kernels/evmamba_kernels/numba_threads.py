@@ -162,12 +162,12 @@ def place(sizes: list[int]) -> tuple[list[int], int]:
     return offsets[:-1], offsets[-1]
 
 
-def allocate(sizes: list[int]) -> tuple[torch.Tensor, list[int]]:
-    """Returns memory for parts of the given sizes in bytes, and the addresses of the parts, multiples of 64."""
+def allocate(sizes: list[int]) -> list[torch.Tensor]:
+    """Returns parts of new memory with the given sizes in bytes, at addresses that are multiples of 64."""
     offsets, total = place(sizes)
     memory = torch.empty(total + 64, dtype=torch.uint8)
-    start = math.ceil(memory.data_ptr() / 64) * 64
-    return memory, [start + offset for offset in offsets]
+    skipped = -memory.data_ptr() % 64
+    return [memory[skipped + offset :] for offset in offsets]
 
 
 def split_evenly(count: int, most: int, multiple: int) -> tuple[int, int]:

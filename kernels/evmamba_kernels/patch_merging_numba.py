@@ -127,14 +127,14 @@ class PatchMerging:
         offsets, thread_bytes = place(
             [tile_bytes(cells_per_band, 4 * channels), 4 * LANES * 4 * channels, 4 * LANES * (LANES + 2)]
         )
-        thread_memory, (address,) = allocate([num_threads * thread_bytes])
+        (thread_memory,) = allocate([num_threads * thread_bytes])
         out = x.new_empty(batch_size, rows, columns, self.out_features)
         work = {
             "num_jobs": batch_size * num_bands * num_parts,
             "table": self.table.entries,
             "x": x,
             "out": out,
-            "thread_memory": address,
+            "thread_memory": thread_memory,
             "thread_bytes": thread_bytes,
             "values": offsets[1],
             "statistics": offsets[2],
@@ -147,5 +147,4 @@ class PatchMerging:
             "eps": self.eps,
         }
         run_jobs(compiled_kernel(patch_merging_jobs), WORK, work)
-        del thread_memory  # in use until here
         return out

@@ -1,5 +1,6 @@
 """Layers in lower precision: products and whole layers against float64, also on processors without the units."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -41,9 +42,9 @@ def fill_and_multiply(table, x, out, num_rows, memory):
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     table = products.Table(products.pack_linear(weight, bias, dtype))
     out = torch.full((len(x), len(weight)), torch.nan)
-    memory, (address,) = allocate([products.tile_bytes(*x.shape)])
+    (memory,) = allocate([products.tile_bytes(*x.shape)])
     memory.fill_(255)  # NaN in each dtype
-    fill_and_multiply(table.entries.numpy(), x.data_ptr(), out.data_ptr(), len(x), address)
+    fill_and_multiply(table.entries.numpy(), x.data_ptr(), out.data_ptr(), len(x), memory.data_ptr())
     return out
 
 
@@ -265,6 +266,22 @@ def test_every_element_is_written(layer, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: poison(new_empty(tensor, *size)))
     assert torch.equal(compute(x), expected)
     assert torch.equal(compute(x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)), expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_threads_keep_the_memory(layer, monkeypatch):
+    """`run_jobs` gets each part of memory as a tensor, since other threads may outlive an interrupted call."""
+    kept = []
+    module = importlib.import_module(type(pack_layer(LAYERS[layer][0](16), torch.bfloat16)).__module__)
+    run_jobs = module.run_jobs
+
+    def record(kernel, record_type, fields):
+        kept.append([name for name, value in fields.items() if isinstance(value, torch.Tensor)])
+        run_jobs(kernel, record_type, fields)
+
+    monkeypatch.setattr(module, "run_jobs", record)
+    pack_layer(LAYERS[layer][0](16), torch.bfloat16)(torch.randn(1, 3, 3, 16))
+    assert {"table", "x", "out", "thread_memory", *getattr(module, "MAPS", ())} <= set(kept[0])
 
 
 def test_other_dtypes_are_refused():
