@@ -82,8 +82,8 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Mo
         ImportError: If a lower dtype needs Numba, which is missing.
         TypeError: If `model` is another model, its weights are no plain tensors, such as torchao's, or a layer of a
             block comes from elsewhere than PyTorch or this package, such as LoRA's.
-        ValueError: If a layer of a block has hooks, which the copy would not call, or the device does not compute in
-            `dtype`.
+        ValueError: If a layer of a block has hooks, which the copy would not call, the device does not compute in
+            `dtype`, or a lower dtype needs another backend than the requested one.
     """
     if not isinstance(model, EfficientVMambaPreTrainedModel):
         raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from .backends import choose_backend
 from .layer_parameters import EVSSParameters, InvertedResidualParameters, Parameters, PatchMergingParameters
 
 
@@ -28,7 +29,8 @@ def pack_layer(parameters: Parameters, dtype: torch.dtype) -> Callable[[torch.Te
 
     Raises:
         ImportError: If Numba is missing.
-        ValueError: If `dtype` is neither `torch.bfloat16` nor `torch.int8`.
+        ValueError: If `dtype` is neither `torch.bfloat16` nor `torch.int8`, or another backend than "numba" is
+            requested.
     """
     if dtype not in PRODUCT_DTYPES:
         raise ValueError(f"packed layers compute in torch.bfloat16 or torch.int8, got {dtype}")
@@ -36,6 +38,12 @@ def pack_layer(parameters: Parameters, dtype: torch.dtype) -> Callable[[torch.Te
     from .inverted_residual_layer_numba import InvertedResidualLayer
     from .patch_merging_numba import PatchMerging
 
+    backend = choose_backend("cpu", torch.float32).backend
+    if backend != "numba":
+        raise ValueError(
+            f"on CPUs, {dtype} needs the backend 'numba', and {backend!r} is requested: leave the choice open or use "
+            "torch.float32"
+        )
     if isinstance(parameters, EVSSParameters):
         return EVSSLayer(parameters, dtype)
     if isinstance(parameters, InvertedResidualParameters):

@@ -284,6 +284,14 @@ def test_threads_keep_the_memory(layer, monkeypatch):
     assert {"table", "x", "out", "thread_memory", *getattr(module, "MAPS", ())} <= set(kept[0])
 
 
+def test_other_backends_are_refused():
+    with (
+        use_backend("torch"),
+        pytest.raises(ValueError, match=r"torch.int8 needs the backend 'numba', and 'torch' is"),
+    ):
+        pack_layer(patch_merging_parameters(4), torch.int8)
+
+
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"compute in torch.bfloat16 or torch.int8, got torch.float16"):
         pack_layer(patch_merging_parameters(4), torch.float16)
