@@ -1,4 +1,4 @@
-"""Checks of the operators that run: CPU kernels for inference have no float64 form, and no gradients."""
+"""Checks of the operators that run: CPU kernels have no float64 form, and those for inference no gradients."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def is_run(operator: str, function: Callable, tensors: list[torch.Tensor]) -> bo
     return f"evmamba_kernels::{operator}" in {event.key for event in profile.key_averages()}
 
 
-def check_kernel_is_for_inference(operator: str, function: Callable, tensors: list[torch.Tensor]) -> None:
+def check_kernel_is_chosen(operator: str, function: Callable, tensors: list[torch.Tensor]) -> None:
     assert is_run(operator, function, tensors)
     assert is_run(operator, function, [tensor.bfloat16() for tensor in tensors])
     assert not is_run(operator, function, [tensor.double() for tensor in tensors])
@@ -28,6 +28,10 @@ def check_kernel_is_for_inference(operator: str, function: Callable, tensors: li
         assert is_run(operator, function, tensors)
         with use_backend("first"):
             assert not is_run(operator, function, tensors)
+
+
+def check_kernel_is_for_inference(operator: str, function: Callable, tensors: list[torch.Tensor]) -> None:
+    check_kernel_is_chosen(operator, function, tensors)
     parameters = [tensor.requires_grad_() for tensor in tensors]
     assert not is_run(operator, function, parameters)
     with torch.no_grad():

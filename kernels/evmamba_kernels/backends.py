@@ -210,7 +210,7 @@ def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
 
 
 def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
-    """Returns whether CPU kernels can replace PyTorch operators: they are not overridden, and need no gradients.
+    """Returns whether CPU kernels can replace PyTorch operators: they are not overridden, and support the dtypes.
 
     Args:
         maps: The feature map, followed by others that the kernel reads with it.
@@ -218,14 +218,19 @@ def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Te
     """
     if not is_plain_call():
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *parameters)):
-        return False
     hidden_states, *others = maps
     if any(other.dtype != hidden_states.dtype for other in others) or hidden_states.numel() == 0:
         return False
     if any(parameter.dtype not in (torch.float32, hidden_states.dtype) for parameter in parameters):
         return False
     return runs_kernels_of("numba", hidden_states)
+
+
+def is_for_cpu_inference_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
+    """Returns whether CPU kernels without gradients can replace PyTorch operators, as in `is_for_cpu_kernel`."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *parameters)):
+        return False
+    return is_for_cpu_kernel(maps, parameters)
 
 
 def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:

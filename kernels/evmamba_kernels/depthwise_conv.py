@@ -10,7 +10,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from .backends import NAMESPACE, check_argument, is_for_cpu_kernel, register_flops
+from .backends import NAMESPACE, check_argument, is_for_cpu_inference_kernel, register_flops
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -69,7 +69,7 @@ def use_kernel(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     parameters = (weight,) if bias is None else (weight, bias)
-    return kernel_size == 3 and is_for_cpu_kernel((hidden_states,), parameters)
+    return kernel_size == 3 and is_for_cpu_inference_kernel((hidden_states,), parameters)
 
 
 def convolve_in_pytorch(

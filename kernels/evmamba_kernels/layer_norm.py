@@ -3,8 +3,10 @@
 As PyTorch operators, these take two or three passes over the feature map, and store intermediates. The kernels read it
 once:
 
-- for inference on CPUs, both operators have a kernel;
-- for large feature maps on GPUs, the gated LayerNorm has a kernel with gradients that saves nothing but its inputs.
+- on CPUs, both operators have a kernel;
+- for large feature maps on GPUs, the gated LayerNorm has one.
+
+The kernels have gradients, and save nothing but their inputs.
 
 All other cases, and compiled graphs, use PyTorch operators.
 """
@@ -77,6 +79,10 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
     check_argument("bias", bias, hidden_states, hidden_states.shape[-1:])
     if is_for_cpu_kernel((hidden_states,), (weight, bias)):
         return mean_operator(hidden_states, weight, bias, eps)
+    return mean_in_pytorch(hidden_states, weight, bias, eps)
+
+
+def mean_in_pytorch(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
 
 
@@ -89,9 +95,26 @@ def gated_operator(
     return gated(hidden_states, gate, weight, bias, eps)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_backward", mutates_args=(), device_types="cpu")
+def gated_bwd_operator(
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .layer_norm_numba_bwd import gated_bwd
+
+    return gated_bwd(grad, hidden_states, gate, weight, bias, eps)
+
+
 @gated_operator.register_fake
 def fake_gated(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
+
+
+register_gradient(gated_operator, gated_bwd_operator, gated_in_pytorch)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_on_gpu", mutates_args=())
@@ -132,6 +155,18 @@ def mean_operator(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch
     return mean(hidden_states, weight, bias, eps)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_mean_backward", mutates_args=(), device_types="cpu")
+def mean_bwd_operator(
+    grad: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .layer_norm_numba_bwd import mean_bwd
+
+    return mean_bwd(grad, hidden_states, weight, bias, eps)
+
+
 @mean_operator.register_fake
 def fake_mean(hidden_states, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape[0], hidden_states.shape[-1])
+
+
+register_gradient(mean_operator, mean_bwd_operator, mean_in_pytorch)

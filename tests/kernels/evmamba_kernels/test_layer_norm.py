@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import evmamba_kernels
 from evmamba_kernels import layer_norm_gated, layer_norm_mean, use_backend
-from evmamba_kernels.layer_norm import gated_operator, mean_operator
+from evmamba_kernels.layer_norm import gated_bwd_operator, gated_operator, mean_bwd_operator, mean_operator
 from golden_values import relative_error
-from kernel_choice import check_kernel_is_for_inference
+from kernel_choice import check_kernel_is_chosen, is_run
 from strided_maps import STRIDED_MAPS
 
 
@@ -140,10 +140,28 @@ def test_nan_stays_visible():
     assert layer_norm_gated(x, *others, 1e-5).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
-def test_what_runs():
-    check_kernel_is_for_inference(
-        "layer_norm_gated", lambda *tensors: layer_norm_gated(*tensors, 1e-5), arguments(4, 20)
-    )
+def mean_of(x, gate, weight, bias, eps):
+    return layer_norm_mean(x, weight, bias, eps)
+
+
+FUNCTIONS = {"layer_norm_gated": layer_norm_gated, "layer_norm_mean": mean_of}
+OF_BOTH = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@OF_BOTH
+def test_what_runs(name):
+    def run(*tensors):
+        return FUNCTIONS[name](*tensors, 1e-5)
+
+    def run_backward(*tensors):
+        with torch.enable_grad():
+            run(*(tensor.detach().requires_grad_() for tensor in tensors)).sum().backward()
+
+    tensors = arguments(2, 3, 4, 20)
+    check_kernel_is_chosen(name, run, tensors)
+    check_kernel_is_chosen(f"{name}_backward", run_backward, tensors)
+    frozen = [tensors[0].requires_grad_(), *(tensor.detach() for tensor in tensors[1:])]
+    assert is_run(f"{name}_backward", lambda *tensors: run(*tensors).sum().backward(), frozen)
 
 
 def test_gradients():
@@ -229,3 +247,98 @@ def test_a_module_can_be_imported_again(tmp_path, monkeypatch):
     importlib.reload(module)
     assert torch.equal(module.layer_norm_gated(*tensors, 1e-5), expected)
     torch.library.opcheck(module.gated_operator, (*tensors, 1e-5))
+
+
+def gradients_of(name, tensors, grad_y):
+    """Returns the gradients of the operator, and those of PyTorch's in float64. Both are in the tensors' dtypes."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    if name == "layer_norm_mean":
+        del tensors[1]
+        actual = torch.autograd.grad(layer_norm_mean(*tensors, 1e-5), tensors, grad_y)
+        return actual, torch.autograd.grad(exact_mean(*tensors, 1e-5), tensors, grad_y.double())
+    actual = torch.autograd.grad(layer_norm_gated(*tensors, 1e-5), tensors, grad_y)
+    return actual, torch.autograd.grad(exact(*tensors, 1e-5), tensors, grad_y.double())
+
+
+def check_gradients(name, tensors, bound):
+    x = tensors[0]
+    shape = x.shape if name == "layer_norm_gated" else (x.shape[0], x.shape[-1])
+    grad_y = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    for actual, expected in zip(*gradients_of(name, tensors, grad_y), strict=True):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        # the gradients of a few channels may cancel to nothing
+        assert (actual.double() - expected.double()).norm() < bound * max(expected.double().norm(), 0.1)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 30), st.integers(3, 100)),
+    seed=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(sorted(FUNCTIONS)),
+)
+def test_gradients_of_random_shapes(shape, seed, name):
+    check_gradients(name, arguments(*shape, seed=seed), 1e-5)
+
+
+@OF_BOTH
+@pytest.mark.parametrize("shape", [(2, 9, 7, 1), (1, 1, 1, 2), (8, 28, 28, 96), (2, 30, 30, 21)], ids=str)
+def test_gradients_of_some_shapes(shape, name):
+    check_gradients(name, arguments(*shape), 2e-6)
+
+
+@OF_BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_precision(dtype, name):
+    """Gradients are exact to their rounding, also under autocast, which keeps parameters in float32."""
+    x, gate, weight, bias = arguments(2, 15, 17, 40)
+    bound = torch.finfo(dtype).eps
+    check_gradients(name, [tensor.to(dtype) for tensor in (x, gate, weight, bias)], bound)
+    check_gradients(name, [x.to(dtype), gate.to(dtype), weight, bias], bound)
+
+
+@OF_BOTH
+@pytest.mark.parametrize("make_view", STRIDED_MAPS.values(), ids=STRIDED_MAPS)
+def test_gradients_of_strided_maps(make_view, name):
+    x, gate, *others = arguments(2, 5, 6, 24)
+    x, gate = make_view(x), make_view(gate)
+    y = FUNCTIONS[name](x, gate, *others, 1e-5)
+    grad_y = make_view(torch.randn(2, 5, 6, 24)) if name == "layer_norm_gated" else torch.randn(y.shape)
+    expected, _ = gradients_of(name, [x.contiguous(), gate.contiguous(), *others], grad_y.contiguous())
+    actual, _ = gradients_of(name, [x, gate, *others], grad_y)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_gradients_of_gates_of_any_size():
+    x, gate, weight, bias = arguments(9, 16)
+    gate = torch.linspace(-200, 200, gate.numel()).view_as(gate)
+    for actual, expected in zip(*gradients_of("layer_norm_gated", [x, gate, weight, bias], x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_gradient_is_written(monkeypatch):
+    x, gate, weight, bias = arguments(3, 70, 15, 21)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda tensor, *size, **options: new_empty(tensor, *size, **options).fill_(torch.nan),
+    )
+    assert all(each.isfinite().all() for each in gated_bwd_operator(x, x, gate, weight, bias, 1e-5))
+    assert all(each.isfinite().all() for each in mean_bwd_operator(x[:, 0, 0], x, weight, bias, 1e-5))
+
+
+@OF_BOTH
+def test_the_number_of_threads_changes_no_gradient(num_threads, name):
+    tensors = arguments(3, 70, 15, 37)
+    grad_y = torch.ones_like(FUNCTIONS[name](*tensors, 1e-5))
+    actual, _ = gradients_of(name, tensors, grad_y)
+    torch.set_num_threads(1)
+    assert all(map(torch.equal, gradients_of(name, tensors, grad_y)[0], actual))
+
+
+def test_registration_of_gradients():
+    x, gate, weight, bias = (tensor.requires_grad_() for tensor in arguments(2, 3, 4, 20))
+    torch.library.opcheck(gated_operator, (x, gate, weight, bias, 1e-5))
+    torch.library.opcheck(mean_operator, (x, weight, bias, 1e-5))
+    torch.library.opcheck(gated_bwd_operator, (gate.detach(), x, gate, weight, bias, 1e-5))
+    torch.library.opcheck(mean_bwd_operator, (gate.detach()[:, 0, 0], x, weight, bias, 1e-5))
