@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -50,6 +51,22 @@ def test_layer_decay_slows_early_blocks_down(model):
     assert rates[f"{stages}.1.downsampling_layer.reduction.weight"] == 0.5
     assert rates[f"{stages}.1.layers.0.expand_conv.weight"] == 0.5
     assert rates["efficientvmamba.layernorm.weight"] == rates["classifier.weight"] == 1.0
+
+
+def test_the_fused_optimizer_takes_the_steps_of_adamw(model):
+    recipe = load_recipe("tiny", {"layer_decay": 0.5})
+    other = copy.deepcopy(model)
+    optimizer, expected = create_optimizer(model, recipe), create_optimizer(other, recipe)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for group in expected.param_groups:
+        group["fused"] = False
+    for _ in range(3):
+        for parameter, its_copy in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            its_copy.grad = parameter.grad.clone()
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
 
 
 def test_depths_of_the_published_networks_count_blocks():
