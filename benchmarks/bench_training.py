@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_model import PEERS
 from measure import RESULTS_DIR, describe_environment, median_times, print_table, write_csv
+from networks import PEERS
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
