@@ -61,8 +61,14 @@ def build_plain_scan(candidate: Candidate) -> Runtime:
     return run
 
 
-def build_optimized(candidate: Candidate) -> Runtime:
-    return Logits(optimize_for_inference(candidate.model))
+def build_optimized(dtype: torch.dtype) -> Callable[[Candidate], Runtime]:
+    def build(candidate: Candidate) -> Runtime:
+        try:
+            return Logits(optimize_for_inference(candidate.model, dtype))
+        except (ImportError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    return build
 
 
 def build_bfloat16(candidate: Candidate) -> Runtime:
@@ -95,7 +101,9 @@ def build_from_file(format: str, dtype: str = "float32") -> Callable[[Candidate]
 # name -> builder, which raises a UserError if the runtime is not available
 RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
     "PyTorch": build_eager,
-    "PyTorch, optimize_for_inference": build_optimized,
+    "PyTorch, optimize_for_inference": build_optimized(torch.float32),
+    "PyTorch, optimize_for_inference, bfloat16": build_optimized(torch.bfloat16),
+    "PyTorch, optimize_for_inference, int8": build_optimized(torch.int8),
     "PyTorch, scan in plain operators": build_plain_scan,
     "PyTorch, bfloat16": build_bfloat16,
     "PyTorch, accelerator": build_accelerator,
