@@ -102,8 +102,8 @@ def build_from_file(format: str, dtype: str = "float32") -> Callable[[Candidate]
 RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
     "PyTorch": build_eager,
     "PyTorch, optimize_for_inference": build_optimized(torch.float32),
-    "PyTorch, optimize_for_inference, bfloat16": build_optimized(torch.bfloat16),
-    "PyTorch, optimize_for_inference, int8": build_optimized(torch.int8),
+    "PyTorch, optimized in bfloat16": build_optimized(torch.bfloat16),
+    "PyTorch, optimized in int8": build_optimized(torch.int8),
     "PyTorch, scan in plain operators": build_plain_scan,
     "PyTorch, bfloat16": build_bfloat16,
     "PyTorch, accelerator": build_accelerator,

@@ -10,8 +10,8 @@ from evmamba_demo.bundled import find_bundled_model
 BOUNDS = {
     "PyTorch": 1e-5,
     "PyTorch, optimize_for_inference": 1e-5,
-    "PyTorch, optimize_for_inference, bfloat16": 0.1,
-    "PyTorch, optimize_for_inference, int8": 0.3,
+    "PyTorch, optimized in bfloat16": 0.1,
+    "PyTorch, optimized in int8": 0.3,
     "PyTorch, scan in plain operators": 1e-5,
     "PyTorch, bfloat16": 0.2,
     "ONNX Runtime": 1e-5,
