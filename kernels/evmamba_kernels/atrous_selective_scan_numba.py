@@ -13,6 +13,7 @@ Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -103,9 +104,9 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Pointers to the float32 gradients of the backward pass."""
+    """Pointers to the gradients of the backward pass, in float32 except for `y`."""
 
-    y: int  # (B, H, W, D), read
+    y: int  # (B, H, W, D), read, in the dtype of u
     u: int  # (B, H, W, D), written: the gradient of u without the projection
     projected: int  # (B, K, splits, rows, columns, sizes.projected), written: parts, summed over the splits later
     parameters: Parameters  # (B, K, ...) each, written, except for `x_proj_weight`
@@ -170,7 +171,7 @@ def inputs_in(work, u):
 
 
 @compiled
-def gradients_in(work):
+def gradients_in(work, grad_y):
     parameters = Parameters(
         float_pointer(work.grad_x_proj_weight),
         float_pointer(work.grad_dt_proj_weight),
@@ -178,9 +179,7 @@ def gradients_in(work):
         float_pointer(work.grad_A_log),
         float_pointer(work.grad_D),
     )
-    return Gradients(
-        float_pointer(work.grad_y), float_pointer(work.grad_u), float_pointer(work.grad_projected), parameters
-    )
+    return Gradients(grad_y, float_pointer(work.grad_u), float_pointer(work.grad_projected), parameters)
 
 
 @compiled
@@ -524,9 +523,10 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
 
 
 def scan_bwd_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `SCAN_BWD_WORK`."""
+    """Process jobs until none is left. `pointer` points to a record `SCAN_BWD_WORK`, its type names a map's dtype."""
     work = carray(untyped(pointer), 1, SCAN_BWD_WORK)[0]
-    inputs, gradients = inputs_in(work, float_pointer(work.u)), gradients_in(work)
+    inputs = inputs_in(work, map_pointer(pointer, work.u))
+    gradients = gradients_in(work, map_pointer(pointer, work.grad_y))
     packed, chunk = new_packed_parameters(inputs.sizes), new_chunk(inputs.sizes)
     workspace = new_bwd_workspace(inputs.sizes)
     job = claim_job(pointer)
@@ -597,26 +597,30 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    u, parameters, work = prepare_call((hidden_states.float(), *arguments[1:]))
+    u, parameters, work = prepare_call(arguments)
     batch_size, height, width, _ = u.shape
-    grad = grad.detach().float().contiguous()
-    grad_u = u.new_empty(u.shape)
-    grad_projected = u.new_empty(
+    grad = readable(grad.detach().to(hidden_states.dtype)).contiguous()
+    grad_u = u.new_empty(u.shape, dtype=torch.float32)
+    grad_projected = grad_u.new_empty(
         batch_size, NUM_GROUPS, work["num_splits"], (height + 1) // 2, (width + 1) // 2, work["projected"]
     )
     weight, *others = parameters
-    grad_weight, *grad_others = torch.empty_like(weight), *(u.new_empty(batch_size, *other.shape) for other in others)
+    grad_weight, *grad_others = (
+        torch.empty_like(weight),
+        *(grad_u.new_empty(batch_size, *other.shape) for other in others),
+    )
     outputs = (grad, grad_u, grad_projected, grad_weight, *grad_others)
     names = SCAN_BWD_WORK.names[-len(outputs) :]
-    run_jobs(compiled_kernel(scan_bwd_jobs), SCAN_BWD_WORK, work | dict(zip(names, outputs, strict=True)))
+    run_jobs(compiled_kernel(scan_bwd_jobs, u.dtype), SCAN_BWD_WORK, work | dict(zip(names, outputs, strict=True)))
 
-    grad_projected = grad_projected.sum(dim=2)[..., : weight.shape[1]]  # (B, K, rows, columns, R + 2N)
+    # (B, K, rows, columns, R + 2N); one split is neither added nor copied
+    grad_projected = reduce(torch.add, grad_projected.unbind(dim=2))[..., : weight.shape[1]]
     with without_autocast(u.device):
         for k in range(NUM_GROUPS):
             u_k = u[:, k % 2 :: 2, k // 2 :: 2]  # the pixels of the group
-            grad_k = grad_projected[:, k, : u_k.shape[1], : u_k.shape[2]]
-            grad_u[:, k % 2 :: 2, k // 2 :: 2] += grad_k @ weight[k]
-            grad_weight[k] = grad_k.flatten(0, 2).T @ u_k.flatten(0, 2)
+            grad_k = grad_projected[:, k, : u_k.shape[1], : u_k.shape[2]].flatten(0, 2)  # (pixels, R + 2N)
+            grad_u[:, k % 2 :: 2, k // 2 :: 2] += (grad_k @ weight[k]).view(u_k.shape)
+            grad_weight[k] = grad_k.T @ u_k.float().flatten(0, 2)
 
     gradients = (grad_u, grad_weight, *(gradient.sum(dim=0) for gradient in grad_others))
     return tuple(gradient.to(argument.dtype) for gradient, argument in zip(gradients, arguments, strict=True))

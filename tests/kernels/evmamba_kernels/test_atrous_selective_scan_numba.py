@@ -120,6 +120,17 @@ def test_every_element_is_written(monkeypatch):
     assert all(gradient.isfinite().all() for gradient in kernels.backward(y, *tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_lower_dtypes_are_rounded_once(dtype):
+    """The kernel reads both maps in their dtype. Only the gradient of the map is rounded."""
+    u, *parameters = arguments()
+    u, grad = u.to(dtype), torch.randn(u.shape).to(dtype)
+    expected = kernels.backward(grad.float(), u.float(), *parameters)
+    actual = kernels.backward(grad, u, *parameters)
+    assert torch.equal(actual[0], expected[0].to(dtype))
+    assert all(map(torch.equal, actual[1:], expected[1:]))
+
+
 def test_several_python_threads_at_once(num_threads):
     calls = [arguments(seed=seed) for seed in range(12)]
     expected = [kernels.forward(*tensors) for tensors in calls]
