@@ -31,10 +31,11 @@ def join_pair(rank: int, place: dict[str, str], function: Callable[[int], object
     end.wait()
 
 
-def run_on_two_processes(function: Callable[[int], object], timeout: float = 30) -> list:
+def run_on_two_processes(function: Callable[[int], object], timeout: float = 150) -> list:
     """Return what a function of the rank returns on each process, or the traceback of what it raises.
 
     A process lives until the other one has returned. So the test fails if one waits for what the other never does.
+    Both may compile kernels first, for up to a minute on a busy machine.
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
