@@ -18,7 +18,9 @@ def is_run(operator: str, function: Callable, tensors: list[torch.Tensor]) -> bo
 def check_kernel_is_chosen(operator: str, function: Callable, tensors: list[torch.Tensor]) -> None:
     assert is_run(operator, function, tensors)
     assert is_run(operator, function, [tensor.bfloat16() for tensor in tensors])
-    assert not is_run(operator, function, [tensor.double() for tensor in tensors])
+    for backend in (None, "numba"):
+        with use_backend(backend):
+            assert not is_run(operator, function, [tensor.double() for tensor in tensors])
     with use_backend("torch"):
         assert not is_run(operator, function, tensors)
     with pytest.MonkeyPatch.context() as patch:  # a backend of the scan alone, first in the order of preference

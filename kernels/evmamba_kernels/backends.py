@@ -219,7 +219,9 @@ def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Te
     if not is_plain_call():
         return False
     hidden_states, *others = maps
-    if any(other.dtype != hidden_states.dtype for other in others) or hidden_states.numel() == 0:
+    if hidden_states.dtype not in LOWER_DTYPES or hidden_states.numel() == 0:
+        return False
+    if any(other.dtype != hidden_states.dtype for other in others):
         return False
     if any(parameter.dtype not in (torch.float32, hidden_states.dtype) for parameter in parameters):
         return False
