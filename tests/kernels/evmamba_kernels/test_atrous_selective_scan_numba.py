@@ -285,9 +285,10 @@ def test_compiled_code_is_cached_on_disk():
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])
+import torch
 from test_atrous_selective_scan_numba import arguments, kernels, threads
 kernels.forward(*arguments())
-print(threads.compiled_kernel(kernels.scan_fwd_jobs).kernel.cache_hits)
+print(threads.compiled_kernel(kernels.scan_fwd_jobs, torch.float32).kernel.cache_hits)
 """
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -302,7 +303,7 @@ from evmamba_kernels.numba_threads import compiled_kernel
 x, weight, bias = torch.randn(1, 3, 2, 20), torch.randn(20), torch.randn(20)
 expected = torch.nn.functional.layer_norm(x, (20,), weight, bias).mean(dim=(1, 2))
 torch.testing.assert_close(layer_norm_mean(x, weight, bias, 1e-5), expected)
-print(compiled_kernel(layer_norm_numba.mean_jobs).kernel.cache_hits)
+print(compiled_kernel(layer_norm_numba.mean_jobs, torch.float32).kernel.cache_hits)
 """
 
 
