@@ -26,6 +26,7 @@ from .numba_simd import (
     SILU,
     activate,
     add,
+    add_to_sums,
     clear_part,
     compiled,
     float32,
@@ -115,11 +116,6 @@ def add_row_to_pixel(total, x, at, stride, has_left, has_right, weights, count):
     """Add the contribution of a row to the output of a pixel. `at` is the row's element in the pixel's column."""
     left, right = load_if(has_left, x, at - stride, count), load_if(has_right, x, at + stride, count)
     return products(left, load_first(x, at, count), right, weights, total)
-
-
-@compiled
-def add_to_sums(sums, at, total, count):
-    store_first(sums, at, add(load_first(sums, at, count), total), count)
 
 
 @compiled

@@ -41,7 +41,15 @@ from .atrous_selective_scan_numba import (
 )
 from .atrous_selective_scan_torch import NUM_GROUPS
 from .depthwise_conv_numba import Convolution, convolve_row
-from .layer_norm_numba import Statistics, add_normalized, find_statistics, normalize_row
+from .layer_norm_numba import (
+    STATISTICS_BYTES,
+    Statistics,
+    add_normalized,
+    find_statistics,
+    normalize_row,
+    statistics_at,
+    write_mean,
+)
 from .layer_parameters import EVSSParameters
 from .numba_products import (
     LINEAR_FIELDS,
@@ -70,17 +78,14 @@ from .numba_simd import (
     bfloat16_pointer,
     clear_part,
     compiled,
-    float32,
     float_pointer,
     load,
     load_first,
     multiply,
     multiply_add,
     pointer_to,
-    splat,
     store,
     store_first,
-    sum_of_parts,
     untyped,
 )
 from .numba_threads import (
@@ -179,16 +184,13 @@ def maps_in(work):
 @compiled
 def memory_of_thread(work, thread):
     start = work.thread_memory + thread * work.thread_bytes
-    statistics, steps, chunk = start + work.statistics, start + work.steps, start + work.chunk
-    lanes, vectors = 4 * LANES, 4 * LANES * CHUNK_LENGTH  # bytes
-    projected = 4 * CHUNK_LENGTH * work.projected
+    steps, chunk = start + work.steps, start + work.chunk
+    vectors, projected = 4 * CHUNK_LENGTH * LANES, 4 * CHUNK_LENGTH * work.projected  # bytes
     return Memory(
         start,
         float_pointer(start + work.values),
         float_pointer(start + work.sums),
-        Statistics(
-            float_pointer(statistics), float_pointer(statistics + lanes), float_pointer(statistics + 2 * lanes)
-        ),
+        statistics_at(start + work.statistics),
         Chunk(
             index_pointer(steps),
             index_pointer(steps + 8 * CHUNK_LENGTH),
@@ -366,29 +368,19 @@ def project_output(job, work, table, maps, memory):
 
 
 @compiled
-def write_mean(sums, image, num_parts, work, table, mean):
-    """Compute the mean of LayerNorm over an image from the sums of its bands."""
-    weight, bias = vector_at(table, WEIGHTS.gate_norm), vector_at(table, WEIGHTS.gate_norm + 1)
-    channels, share = work.channels, splat(float32(1.0 / (work.height * work.width)))
-    for d in range(0, channels, LANES):
-        count = min(LANES, channels - d)
-        total = sum_of_parts(sums, image * num_parts, num_parts, channels, d, count)
-        affine = multiply_add(multiply(total, share), load_first(weight, d, count), load_first(bias, d, count))
-        store_first(mean, d, affine, count)
-
-
-@compiled
 def find_factors(image, work, table, maps, memory):
     """Compute the factors of the channel gate for both branches of an image."""
     channels, squeezed, mean, hidden = work.channels, work.squeezed, memory.values, memory.sums
+    weight, bias = vector_at(table, WEIGHTS.gate_norm), vector_at(table, WEIGHTS.gate_norm + 1)
+    num_pixels = work.height * work.width
     squeeze, squeeze_bias = vector_at(table, WEIGHTS.squeeze), vector_at(table, WEIGHTS.squeeze + 1)
     expand, expand_bias = vector_at(table, WEIGHTS.expand), vector_at(table, WEIGHTS.expand + 1)
     num_vectors, hidden_vectors = (channels + LANES - 1) // LANES, (squeezed + LANES - 1) // LANES
     for branch in range(2):
         if branch == 0:
-            write_mean(maps.mixed_sums, image, work.num_bands, work, table, mean)
+            write_mean(maps.mixed_sums, image, work.num_bands, num_pixels, channels, weight, bias, mean, 0)
         else:
-            write_mean(maps.local_sums, image, work.num_row_bands, work, table, mean)
+            write_mean(maps.local_sums, image, work.num_row_bands, num_pixels, channels, weight, bias, mean, 0)
         multiply_vector(mean, channels, squeeze, squeeze_bias, 0, hidden_vectors, GELU, hidden)
         factors = float_pointer(work.factors + 4 * (2 * image + branch) * num_vectors * LANES)
         multiply_vector(hidden, squeezed, expand, expand_bias, 0, num_vectors, SIGMOID, factors)
@@ -526,7 +518,7 @@ def apply(layer: EVSSLayer, x: torch.Tensor) -> torch.Tensor:
             largest_tile,
             4 * max(rows * channels, inner + LANES, channels + LANES),  # values
             4 * (max(inner, channels, layer.squeezed) + LANES),  # sums
-            4 * LANES * (LANES + 2),  # statistics
+            STATISTICS_BYTES,
             3 * 8 * CHUNK_LENGTH,  # steps
             4 * CHUNK_LENGTH * (projected + 3 * LANES),  # chunk
             4 * num_inner_vectors * state_size * LANES,  # h
@@ -562,5 +554,5 @@ def apply(layer: EVSSLayer, x: torch.Tensor) -> torch.Tensor:
         "mixer_eps": layer.eps[1],
         "gate_eps": layer.eps[2],
     }
-    run_jobs(compiled_kernel(evss_layer_jobs), WORK, work)
+    run_jobs(compiled_kernel(evss_layer_jobs, x.dtype), WORK, work)
     return out

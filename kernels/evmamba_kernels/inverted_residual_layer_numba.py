@@ -317,5 +317,5 @@ class InvertedResidualLayer:
             "num_conv_parts": num_conv_parts,
             **dict(zip(MAPS, maps, strict=True)),
         }
-        run_jobs(compiled_kernel(inverted_residual_layer_jobs), WORK, work)
+        run_jobs(compiled_kernel(inverted_residual_layer_jobs, x.dtype), WORK, work)
         return out

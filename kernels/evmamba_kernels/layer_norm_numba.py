@@ -73,6 +73,16 @@ def new_statistics():
     return Statistics(np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.zeros(LANES * LANES, np.float32))
 
 
+STATISTICS_BYTES = 4 * LANES * (LANES + 2)
+
+
+@compiled
+def statistics_at(address):
+    """Returns statistics in the memory at an address."""
+    lanes = 4 * LANES  # bytes of a vector
+    return Statistics(float_pointer(address), float_pointer(address + lanes), float_pointer(address + 2 * lanes))
+
+
 @compiled
 def find_statistics(statistics, x, start, stride, num_rows, channels, eps):
     """Compute the statistics of `num_rows` rows from `start`."""
@@ -133,16 +143,23 @@ def gated_jobs(pointer):
 
 
 @compiled
+def write_mean(sums, image, num_parts, num_rows, channels, weight, bias, out, start):
+    """Compute the mean of an image from the sums of its parts. Weight and bias apply to the mean alone."""
+    share = splat(float32(1.0 / num_rows))
+    for d in range(0, channels, LANES):
+        count = min(LANES, channels - d)
+        total = sum_of_parts(sums, image * num_parts, num_parts, channels, d, count)
+        affine = multiply_add(multiply(total, share), load_first(weight, d, count), load_first(bias, d, count))
+        store_first(out, start + d, affine, count)
+
+
+@compiled
 def write_means(work):
-    """Compute the means from the sums of all parts. Weight and bias apply to the means alone."""
+    """Compute the means of all images."""
     sums, out, channels = float_pointer(work.sums), float_pointer(work.out), work.channels
-    weight, bias, share = float_pointer(work.weight), float_pointer(work.bias), splat(float32(1.0 / work.num_rows))
+    weight, bias = float_pointer(work.weight), float_pointer(work.bias)
     for image in range(work.num_jobs // work.num_parts):
-        for d in range(0, channels, LANES):
-            count = min(LANES, channels - d)
-            total = sum_of_parts(sums, image * work.num_parts, work.num_parts, channels, d, count)
-            affine = multiply_add(multiply(total, share), load_first(weight, d, count), load_first(bias, d, count))
-            store_first(out, image * channels + d, affine, count)
+        write_mean(sums, image, work.num_parts, work.num_rows, channels, weight, bias, out, image * channels)
 
 
 @compiled

@@ -28,6 +28,7 @@ from .numba_derivatives import silu_and_derivative
 from .numba_simd import (
     LANES,
     add,
+    add_to_sums,
     clear_part,
     compiled,
     divide,
@@ -63,11 +64,6 @@ MEAN_BWD_WORK = np.dtype(
 )
 
 ROWS_PER_GATED_BWD_JOB = 128  # a multiple of 16
-
-
-@compiled
-def add_in_place(sums, at, vector, count):
-    store_first(sums, at, add(load_first(sums, at, count), vector), count)
 
 
 @compiled
@@ -128,8 +124,8 @@ def gated_bwd_jobs(pointer):
                     grad_n = multiply(grad_y, silu)
                     scaled_d = multiply(grad_n, weight_d)
                     store(scaled, row * padded + d, scaled_d)
-                    add_in_place(weight_sums, sums_at + d, multiply(grad_n, normalized), count)
-                    add_in_place(bias_sums, sums_at + d, grad_n, count)
+                    add_to_sums(weight_sums, sums_at + d, multiply(grad_n, normalized), count)
+                    add_to_sums(bias_sums, sums_at + d, grad_n, count)
                     sum_scaled = add(sum_scaled, scaled_d)
                     sum_projected = multiply_add(scaled_d, normalized, sum_projected)
                 store(scaled_by_lane, row * LANES, sum_scaled)
@@ -192,7 +188,7 @@ def mean_bwd_jobs(pointer):
                     count = min(LANES, channels - d)
                     centered = subtract(load_first(x, (start + row) * work.row_stride + d, count), mean)
                     normalized = multiply(centered, scale)
-                    add_in_place(sums, job * channels + d, normalized, count)
+                    add_to_sums(sums, job * channels + d, normalized, count)
                     sum_projected = multiply_add(load(scaled, d), normalized, sum_projected)
                 store(by_lane, row * LANES, sum_projected)
             store_means(projections, by_lane, channels)

@@ -357,8 +357,15 @@ bfloat16_products_3, integer_products_3 = products_of_rows(3, False), products_o
 
 
 @compiled
-def multiply_block(tile, num_rows, linear, first, count):
-    """Multiply the rows of a tile by a block of columns, the `count` vectors from `first`. Writes `tile.sums`."""
+def multiply_block(tile, num_rows, linear, block):
+    """Multiply the rows of a tile by a block of columns. Writes `tile.sums`.
+
+    Returns:
+        The first vector of the block, and its number of vectors.
+    """
+    num_vectors = (linear.out_features + LANES - 1) // LANES
+    first = first_vector(block, num_vectors)
+    count = first_vector(block + 1, num_vectors) - first
     words, row_words, sums, weight = tile.words, tile.row_words, tile.sums, linear.weight
     num_words = (linear.in_features + 3) // 4 if linear.is_integer else (linear.in_features + 1) // 2
     start, last = LANES * first * num_words, num_rows - 1
@@ -376,6 +383,7 @@ def multiply_block(tile, num_rows, linear, first, count):
             bfloat16_products_2(words, row_words, row, last, num_words, weight, start, sums)
         else:
             bfloat16_products_1(words, row_words, row, last, num_words, weight, start, sums)
+    return first, count
 
 
 @compiled
@@ -403,11 +411,8 @@ def write_linear(tile, num_rows, linear, blocks, activation, out, start, stride)
         start: Index of the first element of the output's first row.
         stride: Distance of its rows.
     """
-    num_vectors = (linear.out_features + LANES - 1) // LANES
     for block in range(*blocks):
-        first = first_vector(block, num_vectors)
-        count = first_vector(block + 1, num_vectors) - first
-        multiply_block(tile, num_rows, linear, first, count)
+        first, count = multiply_block(tile, num_rows, linear, block)
         for i in range(count):
             column = LANES * (first + i)
             existing = min(LANES, linear.out_features - column)
@@ -419,11 +424,8 @@ def write_linear(tile, num_rows, linear, blocks, activation, out, start, stride)
 @compiled
 def write_linear_and_residual(tile, num_rows, linear, blocks, residual, out, start, stride):
     """Apply a linear layer to the rows of a tile, and add the residual, which is laid out as `out`."""
-    num_vectors = (linear.out_features + LANES - 1) // LANES
     for block in range(*blocks):
-        first = first_vector(block, num_vectors)
-        count = first_vector(block + 1, num_vectors) - first
-        multiply_block(tile, num_rows, linear, first, count)
+        first, count = multiply_block(tile, num_rows, linear, block)
         for i in range(count):
             column = LANES * (first + i)
             existing = min(LANES, linear.out_features - column)

@@ -725,6 +725,12 @@ def clear_part(sums, part, channels):
 
 
 @compiled
+def add_to_sums(sums, at, total, count):
+    """Add the first `count` of 16 numbers to those of `sums` from `at`."""
+    store_first(sums, at, add(load_first(sums, at, count), total), count)
+
+
+@compiled
 def sum_of_parts(sums, first_part, num_parts, channels, d, count):
     """Returns the sums of `count` channels from `d` over `num_parts` rows of `sums` `(parts, channels)`."""
     total = splat(float32(0.0))

@@ -202,7 +202,7 @@ def digest_of_sources() -> str:
 
 
 @cache
-def compiled_kernel(do_jobs: Callable, dtype: torch.dtype = torch.float32) -> CFunction:
+def compiled_kernel(do_jobs: Callable, dtype: torch.dtype) -> CFunction:
     """Returns a C function that claims jobs until none is left, so no Python runs between threads and jobs.
 
     Args:

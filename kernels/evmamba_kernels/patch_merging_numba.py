@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("the CPU kernel of patch merging needs numba: pip install numba") from error
 
-from .layer_norm_numba import Statistics, find_statistics, normalize_row
+from .layer_norm_numba import STATISTICS_BYTES, find_statistics, normalize_row, statistics_at
 from .layer_parameters import PatchMergingParameters
 from .numba_products import (
     LINEAR_FIELDS,
@@ -86,9 +86,7 @@ def patch_merging_jobs(pointer):
     reduction, size = linear_at(table, 0), 4 * work.channels
     weight, bias = float_pointer(table[LINEAR_FIELDS]), float_pointer(table[LINEAR_FIELDS + 1])
     start = work.thread_memory + claim_thread(pointer) * work.thread_bytes
-    values, means = float_pointer(start + work.values), start + work.statistics
-    scales, by_lane = float_pointer(means + 4 * LANES), float_pointer(means + 8 * LANES)
-    statistics = Statistics(float_pointer(means), scales, by_lane)
+    values, statistics = float_pointer(start + work.values), statistics_at(start + work.statistics)
     num_cells = (work.height + 1) // 2 * ((work.width + 1) // 2)
     job = claim_job(pointer)
     while job < work.num_jobs:
@@ -125,7 +123,7 @@ class PatchMerging:
         most_parts = number_of_blocks(math.ceil(self.out_features / LANES))
         num_parts = min(most_parts, math.ceil(2 * num_threads / (batch_size * num_bands)))
         offsets, thread_bytes = place(
-            [tile_bytes(cells_per_band, 4 * channels), 4 * LANES * 4 * channels, 4 * LANES * (LANES + 2)]
+            [tile_bytes(cells_per_band, 4 * channels), 4 * LANES * 4 * channels, STATISTICS_BYTES]
         )
         (thread_memory,) = allocate([num_threads * thread_bytes])
         out = x.new_empty(batch_size, rows, columns, self.out_features)
@@ -146,5 +144,5 @@ class PatchMerging:
             "num_parts": num_parts,
             "eps": self.eps,
         }
-        run_jobs(compiled_kernel(patch_merging_jobs), WORK, work)
+        run_jobs(compiled_kernel(patch_merging_jobs, x.dtype), WORK, work)
         return out

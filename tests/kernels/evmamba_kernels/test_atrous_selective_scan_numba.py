@@ -146,7 +146,7 @@ def leave_all_jobs(pointer):
 
 def test_undone_jobs_are_an_error(num_threads):
     """A kernel cannot raise. It returns early if it gets no memory."""
-    do_nothing = threads.compiled_kernel(leave_all_jobs)
+    do_nothing = threads.compiled_kernel(leave_all_jobs, torch.float32)
     with pytest.raises(MemoryError, match="finished 0 of 8 jobs"):
         threads.run_jobs(do_nothing, kernels.SCAN_FWD_WORK, {"num_jobs": 8})
     assert kernels.forward(*arguments()).isfinite().all()
