@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from hub_server import HubServer
+from kernel_cache import compile_kernels
 
 
 # huggingface_hub reads these at import. They keep the tests off the user's own cache and login.
@@ -20,11 +21,22 @@ os.environ |= {
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
+import datasets.config  # noqa: E402
 import torch  # noqa: E402
 
 
+# datasets sleeps after each shuffled stream, for 5 seconds, until Arrow's threads have ended.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
+
 # Parallel tests (pytest -n) on small maps gain nothing from threads, which would wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_sessionstart() -> None:
+    """Compile the CPU kernels into Numba's cache. Parallel processes (pytest -n) share them out."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        compile_kernels(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks the proce
 
 
 def join_pair(rank: int, place: dict[str, str], function: Callable[[int], object], results, end) -> None:
-    os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"})
+    # accelerate takes OMP_NUM_THREADS. With more, PyTorch would wait for threads that a fork does not copy.
+    settings = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.update(place | settings)
     AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in the parent
     assert join_processes().num_processes == 2
     try:

@@ -38,6 +38,7 @@ def count_pictures(notebook: NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_classify_and_look_inside(tmp_path):
     facts = """{
         "label": predictions[0]["label"],

@@ -146,6 +146,7 @@ def test_resumed_training_ends_at_the_same_weights(tmp_path, splits, image_proce
     assert_same_weights(resumed.model.state_dict(), expected)
 
 
+@pytest.mark.slow
 def test_example_of_the_documentation(tmp_path):
     """The example runs unchanged, on an image folder where it expects one."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
