@@ -16,11 +16,11 @@ import math
 from functools import reduce
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernels of the atrous selective scan need numba: pip install numba") from error

@@ -8,11 +8,11 @@ that it contributes to.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernel of the depthwise convolution needs numba: pip install numba") from error

@@ -16,12 +16,12 @@ the phases are bfloat16. Tiles of the products exist for one job only, and stay 
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 
 try:
+    import numpy as np
     from llvmlite import ir
     from numba import carray
     from numba.core import types

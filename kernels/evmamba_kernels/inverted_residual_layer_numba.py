@@ -15,11 +15,11 @@ the phases are bfloat16.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernel of the inverted-residual block needs numba: pip install numba") from error

@@ -7,11 +7,11 @@ read, the row is in the first-level cache.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernels of LayerNorm need numba: pip install numba") from error

@@ -13,11 +13,11 @@ Sums over rows have a fixed order, so two runs give the same bits.
 
 import math
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernels of LayerNorm need numba: pip install numba") from error

@@ -9,10 +9,9 @@ Memory may hold bfloat16 or float16 numbers instead. Loads widen them to float32
 
 import platform
 
-import numpy as np
-
 
 try:
+    import numpy as np
     from llvmlite import ir
     from numba import njit
     from numba.core import cgutils, types

@@ -22,11 +22,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from llvmlite import ir
     from numba import cfunc
     from numba.core import types

@@ -5,11 +5,11 @@ A job gathers the cells of 2 x 2 pixels of a band, normalizes them, and projects
 
 import math
 
-import numpy as np
 import torch
 
 
 try:
+    import numpy as np
     from numba import carray
 except ImportError as error:
     raise ImportError("the CPU kernel of patch merging needs numba: pip install numba") from error

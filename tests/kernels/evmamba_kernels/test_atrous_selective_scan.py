@@ -440,11 +440,12 @@ def test_the_environment_chooses_a_backend():
         assert run.stdout.strip() == name, run.stderr
 
 
-def test_pytorch_computes_where_packages_are_missing():
-    """PyTorch's operators compute unless another backend needs neither package."""
+@pytest.mark.parametrize("missing", [["numba", "triton"], ["numba", "triton", "numpy"]], ids=", ".join)
+def test_pytorch_computes_where_packages_are_missing(missing):
+    """PyTorch's operators compute unless another backend needs none of the packages. PyTorch does not need NumPy."""
     script = """
 import json, sys
-sys.modules["numba"] = sys.modules["triton"] = None  # importing them raises ImportError
+sys.modules |= dict.fromkeys(sys.argv[1:])  # importing them raises ImportError
 import torch, evmamba_kernels as k
 from evmamba_kernels.backends import BACKENDS, why_not
 for device in ("cpu", "cuda"):
@@ -454,7 +455,7 @@ arguments = [torch.ones(shape) for shape in [(1, 3, 3, 2), (4, 3, 2), (4, 2, 1),
 print(k.atrous_selective_scan(*arguments).shape)
 k.atrous_selective_scan(*arguments, backend="numba")
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", script, *missing], capture_output=True, text=True, timeout=120)
     *choices, shape = run.stdout.splitlines()
     for choice, package in zip(choices, ("numba", "triton"), strict=True):
         backend, reasons = json.loads(choice)
