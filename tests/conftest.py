@@ -18,7 +18,14 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",  # Xet has another protocol and server. Without it, the client speaks plain LFS.
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+for name in (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_HUB_CACHE",
+    "KERNELS_CACHE",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+):
     os.environ.pop(name, None)
 
 import datasets.config  # noqa: E402

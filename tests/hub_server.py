@@ -35,7 +35,7 @@ ROUTES = [
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
-    ("POST", r"/(?:(?P<kind>dataset|space)s/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+    ("POST", r"/(?:(?P<kind>dataset|space|kernel)s/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/upload/(?P<oid>\w+)(?:/(?P<part>\d+))?", "upload"),
     ("POST", r"/(?P<repo>[^/]+/[^/]+)/complete/(?P<oid>\w+)", "complete"),
     ("POST", r"/(?P<repo>[^/]+/[^/]+)/verify", "verify"),
@@ -48,7 +48,7 @@ ROUTES = [
     ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?", "info"),
     (
         "GET",
-        r"/(?:(?P<kind>dataset|space)s/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        r"/(?:(?P<kind>dataset|space|kernel)s/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
         "resolve",
     ),
     ("GET", r"/storage/(?P<oid>\w+)", "download"),
@@ -240,6 +240,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.user != owner or self.role != "write":
             raise HubError(403, "You don't have the rights to write here")
 
+    def url_of(self, kind: str, repo: str) -> str:
+        return f"{self.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{repo}"
+
     def resolve_revision(self, repo: Repo, revision: str) -> str:
         sha = repo.refs.get(revision, revision)
         if sha not in repo.commits:
@@ -259,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
         owner = payload.get("organization") or self.user
         repo_id, kind = f"{owner}/{payload['name']}", payload.get("type", "model")
         self.demand_write(owner)
-        url = f"{self.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
+        url = self.url_of(kind, repo_id)
         if (kind, repo_id) in self.hub.repos:
             return self.answer(409, {"error": "You already created this repo", "url": url})
         private = payload.get("visibility") == "private" or payload.get("private") is True
@@ -279,9 +282,10 @@ class Handler(BaseHTTPRequestHandler):
     def on_info(self, kind: str, repo: str, revision: str | None) -> None:
         found = self.find(kind, repo)
         sha = self.resolve_revision(found, revision or "main")
-        siblings = [{"rfilename": path} for path in sorted(found.commits[sha].files)]
         fields = {"private": found.private, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        self.answer(200, {"_id": "0", "id": repo, "sha": sha, "siblings": siblings, **fields})
+        if kind != "kernel":  # the client's KernelInfo knows no files
+            fields["siblings"] = [{"rfilename": path} for path in sorted(found.commits[sha].files)]
+        self.answer(200, {"_id": "0", "id": repo, "sha": sha, **fields})
 
     def on_refs(self, kind: str, repo: str) -> None:
         refs = [
@@ -389,7 +393,7 @@ class Handler(BaseHTTPRequestHandler):
             number = 1 + sum(name.startswith("refs/pr/") for name in found.refs)
             ref = f"refs/pr/{number}"
         sha = found.commit(ref, files, title, parent)
-        url = f"{self.hub.endpoint}/{repo}"
+        url = self.url_of(kind, repo)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", "hookOutput": ""}
         if is_pull_request:
             answer["pullRequestUrl"] = f"{url}/discussions/{number}"

@@ -35,7 +35,7 @@ from evmamba_hub.model_folder import check_is_converted, check_model_dir
 
 
 Files = dict[str, Path | bytes]  # path in the repository -> local file or content
-RepoType = Literal["model", "dataset", "space"]
+RepoType = Literal["model", "dataset", "space", "kernel"]
 
 LOGIN_HINT = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -166,6 +166,30 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} names no owner: give the repository as user/name")
 
 
+def create_repo(hub: HfApi, repo_id: str, repo_type: RepoType, space_sdk: str | None, private: bool) -> None:
+    """Create a repository.
+
+    Raises:
+        UserError: If the Hub does not let the user create kernels. It grants this on request only.
+    """
+    try:
+        retry(
+            hub.create_repo,
+            repo_id,
+            repo_type=repo_type,
+            space_sdk=space_sdk,
+            private=private or None,
+            exist_ok=True,
+        )
+    except HfHubHTTPError as error:
+        if repo_type != "kernel" or error.response.status_code != 403:
+            raise
+        raise UserError(
+            f"{constants.ENDPOINT} does not let you create the kernel {repo_id}: request access to kernels on "
+            f"{constants.ENDPOINT}/settings/account, and use a token that may write to {repo_id.split('/')[0]}"
+        ) from error
+
+
 def upload(
     repo_id: str,
     files: Files,
@@ -207,19 +231,12 @@ def upload(
             for other in {"model", "dataset", "space"} - {repo_type}:
                 if retry(hub.repo_exists, repo_id, repo_type=other):
                     raise UserError(f"{repo_id} is a {other} on the Hub, not a {repo_type}: choose another id")
-            retry(
-                hub.create_repo,
-                repo_id,
-                repo_type=repo_type,
-                space_sdk=space_sdk,
-                private=private or None,
-                exist_ok=True,
-            )
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            create_repo(hub, repo_id, repo_type, space_sdk, private)
+        if revision is not None and not revision.startswith("refs/"):
             retry(hub.create_branch, repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
 
         head = retry(hub.repo_info, repo_id, repo_type=repo_type, revision=revision)
-        present = [sibling.rfilename for sibling in head.siblings]
+        present = retry(hub.list_repo_files, repo_id, repo_type=repo_type, revision=head.sha)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path, source) for path, source in files.items()
         ]

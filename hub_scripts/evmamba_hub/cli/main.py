@@ -14,6 +14,7 @@ from evmamba_hub.cli.evaluate import evaluate
 from evmamba_hub.cli.export import export
 from evmamba_hub.cli.info import info
 from evmamba_hub.cli.push import push
+from evmamba_hub.cli.push_kernel import push_kernel
 from evmamba_hub.cli.push_space import push_space
 from evmamba_hub.cli.republish import republish
 from evmamba_hub.cli.train import train
@@ -37,6 +38,7 @@ for command in (
     convert,
     push,
     push_space,
+    push_kernel,
     republish,
     demo,
     info,
