@@ -29,6 +29,9 @@ def export(
         Literal["float32", "float16", "int8"],
         typer.Option(help="Dtype of the file. With `int8`, for ONNX only, linear layers have 8-bit weights."),
     ] = "float32",
+    half_inputs: Annotated[
+        bool, typer.Option("--half-inputs", help="Take images and return logits in float16, for files in float16.")
+    ] = False,
     revision: RevisionOption = None,
 ) -> None:
     """Export a classifier as one file for another runtime.
@@ -51,7 +54,9 @@ def export(
 
     logging.disable_progress_bar()
     with console.status("Exporting"):
-        result = export_model(model, output, format, image_size=image_size, dtype=dtype, revision=revision)
+        result = export_model(
+            model, output, format, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision
+        )
     table = Table("images", Column("largest difference of a logit", justify="right"), box=box.SIMPLE_HEAD)
     for (batch_size, height, width), difference in result.differences.items():
         table.add_row(f"{batch_size} x {height} x {width}", f"{difference:.2g}")

@@ -44,6 +44,13 @@ class Logits(nn.Module):
         return self.model(pixel_values).logits
 
 
+class LogitsOfAnyDtype(Logits):
+    """A classifier whose logits have the dtype of the pixel values, whatever its own is."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return super().forward(pixel_values.to(self.model.dtype)).to(pixel_values.dtype)
+
+
 @dataclass
 class ExportReport:
     """The result of an export, with the differences of its logits to PyTorch's."""
@@ -58,6 +65,7 @@ class Exportable:
 
     model: EfficientVMambaForImageClassification
     image_processor: BaseImageProcessor
+    input_dtype: torch.dtype = torch.float32  # of pixel values and logits in the file
 
 
 def load_exportable(model: str, dtype: str, revision: str | None = None) -> Exportable:
@@ -144,11 +152,12 @@ def export_model(
     *,
     image_size: tuple[int, int] | None = None,
     dtype: str = "float32",
+    half_inputs: bool = False,
     revision: str | None = None,
 ) -> ExportReport:
     """Export a classifier to one file, which takes `pixel_values` (B, C, H, W) and returns `logits` (B, labels).
 
-    Pixel values and logits have the given dtype, and float32 for "int8".
+    Pixel values and logits are in float32, whatever the dtype of the weights.
 
     Args:
         model: Directory or Hub id.
@@ -156,6 +165,7 @@ def export_model(
         format: A key of `FORMATS`.
         image_size: The height and width to fix, or None for images of any size. The batch size is never fixed.
         dtype: "float32", "float16" or, for ONNX, "int8" (8-bit weights in linear layers).
+        half_inputs: Take pixel values and return logits in float16. It is for the dtype "float16".
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -170,6 +180,8 @@ def export_model(
         raise UserError(f"{output} cannot be written: it is a directory, or its parent directory does not exist")
     if dtype == "int8" and format != "onnx":
         raise UserError(f"int8 is for the format onnx: {format} takes float32 or float16")
+    if half_inputs and dtype != "float16":
+        raise UserError(f"half inputs are for files in float16, and this one is in {dtype}: set the dtype to float16")
     reference = load_exportable(model, "float32", revision).model
     config = reference.config
     if image_size is not None and min(image_size) < config.patch_size:
@@ -177,7 +189,9 @@ def export_model(
             f"images must have at least {config.patch_size} x {config.patch_size} pixels, the size of a patch"
         )
     with staged(output) as file:
-        runtime = write_and_open(model, format, file, image_size=image_size, dtype=dtype, revision=revision)
+        runtime = write_and_open(
+            model, format, file, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision
+        )
         differences = check_logits(runtime, reference, image_size, BOUNDS[dtype])
     if image_size is None:
         smallest = smallest_side(config)
@@ -192,17 +206,34 @@ def write_and_open(
     *,
     image_size: tuple[int, int] | None = None,
     dtype: str = "float32",
+    half_inputs: bool = False,
     revision: str | None = None,
 ) -> Runtime:
     """Write an exported file and open it, without comparing logits. `export_model` describes the arguments."""
+    write_file(model, format, file, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision)
+    run = FORMATS[format].load(file)
+    input_dtype = torch.float16 if half_inputs else torch.float32
+    return lambda pixel_values: run(pixel_values.to(input_dtype)).float()
+
+
+def write_file(
+    model: str,
+    format: str,
+    file: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+    half_inputs: bool = False,
+    revision: str | None = None,
+) -> None:
+    """Write an exported file, without comparing logits. `export_model` describes the arguments."""
     network_dtype = "float16" if dtype == "float16" else "float32"  # int8 is quantized from float32
     classifier = load_exportable(model, network_dtype, revision)
+    classifier.input_dtype = torch.float16 if half_inputs else torch.float32
     fold_batch_norms(classifier.model)
     FORMATS[format].write(classifier, image_size, file)
     if dtype == "int8":
         quantize_onnx(file)
-    run = FORMATS[format].load(file)
-    return lambda pixel_values: run(pixel_values.to(classifier.model.dtype)).float()
 
 
 @contextmanager
@@ -218,16 +249,15 @@ def quiet_exporters() -> Iterator[None]:
         logging.disable(previous)
 
 
-def trace(
-    model: EfficientVMambaForImageClassification, image_size: tuple[int, int] | None, backend: str
-) -> ExportedProgram:
+def trace(classifier: Exportable, image_size: tuple[int, int] | None, backend: str) -> ExportedProgram:
     """Trace the network to a graph, with the scan of the given backend."""
-    smallest = smallest_side(model.config)
+    config = classifier.model.config
+    smallest = smallest_side(config)
     height, width = image_size or (2 * smallest, 3 * smallest)  # any sizes without special cases
-    pixel_values = torch.zeros(2, model.config.num_channels, height, width, dtype=model.dtype)
+    pixel_values = torch.zeros(2, config.num_channels, height, width, dtype=classifier.input_dtype)
     dynamic = {0: Dim.DYNAMIC} if image_size else {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad(), use_backend(backend), quiet_exporters():
-        return torch.export.export(Logits(model), (pixel_values,), dynamic_shapes=(dynamic,))
+        return torch.export.export(LogitsOfAnyDtype(classifier.model), (pixel_values,), dynamic_shapes=(dynamic,))
 
 
 def describe_inputs(classifier: Exportable) -> dict[str, str]:
@@ -246,7 +276,7 @@ def write_onnx(classifier: Exportable, image_size: tuple[int, int] | None, file:
     from evmamba_hub.export import onnx_scan
 
     # a kernel's scan is a single node, which `onnx_scan` translates
-    program = trace(classifier.model, image_size, "numba")
+    program = trace(classifier, image_size, "numba")
     with quiet_exporters():
         exported = torch.onnx.export(
             program,
@@ -294,7 +324,7 @@ def load_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def write_torch_export(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
     # with the scan in PyTorch operators, the file does not need this package
-    program = trace(classifier.model, image_size, "torch")
+    program = trace(classifier, image_size, "torch")
     extra_files = {f"{name}.json": text for name, text in describe_inputs(classifier).items()}
     with quiet_exporters():
         torch.export.save(program, file, extra_files=extra_files)
@@ -322,7 +352,7 @@ def require_compiler() -> None:
 def write_aoti(classifier: Exportable, image_size: tuple[int, int] | None, file: Path) -> None:
     require_compiler()
     # the scan as a call of our kernel, because PyTorch operators would compile for many minutes
-    program = trace(classifier.model, image_size, "numba")
+    program = trace(classifier, image_size, "numba")
     with quiet_exporters():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 

@@ -128,11 +128,14 @@ def test_onnx_of_one_size(exported, model):
         run_onnx(file, colorful(3, 3, 94, 250))
 
 
-def test_onnx_in_half_precision(exported, model):
-    pixel_values = colorful(3, 3, 41, 33).half()
-    logits = run_onnx(exported("--dtype", "float16"), pixel_values)
-    assert logits.dtype == torch.float16
-    assert largest_difference(logits, model, pixel_values) < 1e-2
+def test_onnx_in_half_precision(exported, onnx_file, model):
+    for options, dtype in [([], torch.float32), (["--half-inputs"], torch.float16)]:
+        file = exported("--dtype", "float16", *options)
+        pixel_values = colorful(3, 3, 41, 33).to(dtype)
+        logits = run_onnx(file, pixel_values)
+        assert logits.dtype == dtype
+        assert 1e-5 < largest_difference(logits, model, pixel_values) < 1e-2
+        assert file.stat().st_size < onnx_file.stat().st_size
 
 
 @pytest.mark.slow
@@ -186,6 +189,17 @@ print(labels["labels.json"])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options, dtype", [([], torch.float32), (["--half-inputs"], torch.float16)], ids=str)
+def test_torch_export_in_half_precision(exported, model, options, dtype):
+    file = exported("--format", "torch-export", "--dtype", "float16", *options, name="model.pt2")
+    pixel_values = colorful(3, 3, 41, 33).to(dtype)
+    with torch.no_grad():
+        logits = torch.export.load(file).module()(pixel_values)
+    assert logits.dtype == dtype
+    assert 1e-5 < largest_difference(logits, model, pixel_values) < 1e-2
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_aoti_package(exported, model):
     file = exported("--format", "aoti", "--image-size", 37, 53, name="model.pt2")
@@ -234,6 +248,7 @@ def test_without_the_extra(evmamba, checkpoint, tmp_path, monkeypatch):
         (["model.onnx", "--format", "aoti"], 1, "files of the format aoti end in .pt2"),
         (["missing/model.onnx"], 1, "its parent directory does not exist"),
         (["model.pt2", "--format", "torch-export", "--dtype", "int8"], 1, "int8 is for the format onnx"),
+        (["model.onnx", "--half-inputs"], 1, "half inputs are for files in float16, and this one is in float32"),
         (["model.onnx", "--image-size", 3, 64], 1, "must have at least 4 x 4 pixels"),
         (["model.onnx", "--image-size", 64], 2, "requires 2 arguments"),
         (["model.onnx", "--dtype", "float8"], 2, "float8"),
