@@ -26,7 +26,8 @@ def check_runtimes(
     The table shows the maximum difference of a logit to PyTorch in float64, over images of three sizes. It also shows
     the median latency of one image of the model's own size. Compilers take minutes.
 
-    ONNX Runtime needs the extra `export`: run `pip install ".[export]"` in a clone of the repository.
+    ONNX Runtime needs the extra `export`. OpenVINO needs the extra `openvino`, which contains the former: run
+    `pip install ".[openvino]"` in a clone of the repository.
 
     Examples:
 

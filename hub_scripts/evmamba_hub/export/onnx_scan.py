@@ -77,8 +77,15 @@ def recur(h_0, delta, delta_u, B, C, A) -> FLOAT[...]:
         A: (K, N, D).
     """
 
+    # OpenVINO compiles no body whose values have neither a type nor a rank; the sides are of any size
     @graph()
-    def advance(h, delta_t, delta_u_t, B_t, C_t):
+    def advance(
+        h: FLOAT[None, None, None, None],
+        delta_t: FLOAT[None, None, 1, None],
+        delta_u_t: FLOAT[None, None, 1, None],
+        B_t: FLOAT[None, None, None, 1],
+        C_t: FLOAT[None, None, 1, None],
+    ):
         h_t = op.Exp(delta_t * A) * h + delta_u_t * B_t
         y_t = op.MatMul(C_t, h_t)
         return h_t, y_t

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import UserError, require
 from evmamba_hub.export.export import (
     FORMATS,
     Logits,
@@ -20,8 +20,9 @@ from evmamba_hub.export.export import (
     load_exportable,
     quiet_exporters,
     require_compiler,
-    write_and_open,
+    write_file,
 )
+from evmamba_hub.files import staged
 from evmamba_hub.info import measure_latency
 from evmamba_kernels import use_backend
 from modeling_evmamba import EfficientVMambaForImageClassification, optimize_for_inference
@@ -42,11 +43,20 @@ class RuntimeReport:
 
 @dataclass
 class Candidate:
-    """A directory or Hub id, and its classifier in float32."""
+    """A directory or Hub id, its classifier in float32, and a directory for its exported files."""
 
     name: str
     revision: str | None
     model: EfficientVMambaForImageClassification
+    folder: Path
+
+    def export(self, format: str, dtype: str) -> Path:
+        """Write an exported file, unless another runtime has done so."""
+        file = self.folder / f"{format}-{dtype}{FORMATS[format].suffix}"
+        if not file.exists():
+            with staged(file) as staging:
+                write_file(self.name, format, staging, dtype=dtype, revision=self.revision)
+        return file
 
 
 def build_eager(candidate: Candidate) -> Runtime:
@@ -90,12 +100,32 @@ def build_compiled(candidate: Candidate) -> Runtime:
 
 
 def build_from_file(format: str, dtype: str = "float32") -> Callable[[Candidate], Runtime]:
+    return lambda candidate: FORMATS[format].load(candidate.export(format, dtype))
+
+
+def build_openvino(dtype: str = "float32", precision: str | None = "f32") -> Callable[[Candidate], Runtime]:
     def build(candidate: Candidate) -> Runtime:
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / f"model{FORMATS[format].suffix}"
-            return write_and_open(candidate.name, format, file, dtype=dtype, revision=candidate.revision)
+        require("openvino", extra="openvino")
+        return load_openvino(candidate.export("onnx", dtype), precision)
 
     return build
+
+
+def load_openvino(file: Path, precision: str | None) -> Runtime:
+    """Compile an ONNX file in OpenVINO for the CPU.
+
+    Args:
+        file: The ONNX file.
+        precision: OpenVINO's name of the dtype to compute in, such as "f32". None leaves the choice to OpenVINO, which
+            takes bfloat16 on processors that multiply in it.
+    """
+    import openvino
+
+    options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if precision is not None:
+        options["INFERENCE_PRECISION_HINT"] = precision
+    compiled = openvino.Core().compile_model(file, "CPU", options)
+    return lambda pixel_values: torch.from_numpy(compiled(pixel_values.numpy())[0])
 
 
 # name -> builder, which raises a UserError if the runtime is not available
@@ -113,6 +143,10 @@ RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
     "ONNX Runtime": build_from_file("onnx"),
     "ONNX Runtime, float16": build_from_file("onnx", "float16"),
     "ONNX Runtime, int8": build_from_file("onnx", "int8"),
+    "OpenVINO": build_openvino(),
+    "OpenVINO, precision of its choice": build_openvino(precision=None),
+    "OpenVINO, float16": build_openvino("float16"),
+    "OpenVINO, int8": build_openvino("int8"),
 }
 
 
@@ -129,25 +163,27 @@ def compare_runtimes(
     Raises:
         UserError: If the model cannot be loaded, or is another network.
     """
-    candidate = Candidate(model, revision, load_exportable(model, "float32", revision).model)
-    exact = deepcopy(candidate.model).double()
+    classifier = load_exportable(model, "float32", revision).model
+    exact = deepcopy(classifier).double()
     batches = []
     for size in choose_check_sizes(exact.config, None):
         images = create_check_images(exact.config, size)
         with torch.inference_mode():
             batches.append((images, exact(images.double()).logits))
-    for name in names:
-        try:
-            runtime = RUNTIMES[name](candidate)
-        except UserError as error:
-            yield RuntimeReport(name, missing=str(error))
-            continue
-        with quiet_exporters():  # compilers run at the first call
-            difference = find_largest_difference(runtime, batches)
-        images, _ = batches[0]
-        with torch.inference_mode():
-            seconds = measure_latency(partial(runtime, images), TIMED_CALLS, WARM_UP_CALLS)
-        yield RuntimeReport(name, difference, 1e3 * statistics.median(seconds))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps the files that a runtime has open
+        candidate = Candidate(model, revision, classifier, Path(folder))
+        for name in names:
+            try:
+                runtime = RUNTIMES[name](candidate)
+            except UserError as error:
+                yield RuntimeReport(name, missing=str(error))
+                continue
+            with quiet_exporters():  # compilers run at the first call
+                difference = find_largest_difference(runtime, batches)
+            images, _ = batches[0]
+            with torch.inference_mode():
+                seconds = measure_latency(partial(runtime, images), TIMED_CALLS, WARM_UP_CALLS)
+            yield RuntimeReport(name, difference, 1e3 * statistics.median(seconds))
 
 
 @torch.inference_mode()

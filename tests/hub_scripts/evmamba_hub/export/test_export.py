@@ -16,6 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from evmamba_demo.bundled import find_bundled_model
 from evmamba_hub.convert.convert import convert_checkpoint
 from evmamba_hub.export.export import export_model
+from evmamba_hub.export.runtimes import load_openvino
 from golden_values import image, load_cases, original_state_dict, relative_error
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.digits import load_splits
@@ -136,6 +137,30 @@ def test_onnx_in_half_precision(exported, onnx_file, model):
         assert logits.dtype == dtype
         assert 1e-5 < largest_difference(logits, model, pixel_values) < 1e-2
         assert file.stat().st_size < onnx_file.stat().st_size
+
+
+# bounds of a difference in float32, and of what a dtype must differ by at least
+OPENVINO_BOUNDS = {"float32": (0, 1e-5), "float16": (1e-5, 1e-2), "int8": (1e-5, 0.3)}
+
+
+@pytest.mark.parametrize("dtype", OPENVINO_BOUNDS)
+def test_openvino_takes_any_batch_and_size(exported, model, dtype):
+    pytest.importorskip("openvino", reason='needs OpenVINO: run pip install ".[openvino]"')
+    run = load_openvino(exported("--dtype", dtype), "f32")
+    smallest, largest = OPENVINO_BOUNDS[dtype]
+    for shape in [(1, 3, 64, 64), (5, 3, 45, 43), (2, 3, 37, 53), (1, 3, SMALLEST_SIDE, 100), (3, 3, 4, 4)]:
+        pixel_values = colorful(*shape)
+        assert smallest < largest_difference(run(pixel_values), model, pixel_values) < largest, shape
+
+
+def test_openvino_takes_one_size_in_half_precision(exported, model):
+    pytest.importorskip("openvino", reason='needs OpenVINO: run pip install ".[openvino]"')
+    file = exported("--image-size", 50, 94, "--dtype", "float16", "--half-inputs")
+    for batch_size in (1, 2, 5):
+        pixel_values = colorful(batch_size, 3, 50, 94).half()
+        logits = load_openvino(file, "f32")(pixel_values)
+        assert logits.dtype == torch.float16
+        assert largest_difference(logits, model, pixel_values) < 1e-2
 
 
 @pytest.mark.slow

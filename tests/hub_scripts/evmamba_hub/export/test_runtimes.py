@@ -1,5 +1,7 @@
 """`evmamba check-runtimes` on the bundled model."""
 
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +17,10 @@ BOUNDS = {
     "PyTorch, scan in plain operators": 1e-5,
     "PyTorch, bfloat16": 0.2,
     "ONNX Runtime": 1e-5,
+    "OpenVINO": 1e-5,
+    "OpenVINO, precision of its choice": 0.2,
+    "OpenVINO, float16": 0.02,
+    "OpenVINO, int8": 0.3,
 }
 
 
@@ -33,6 +39,14 @@ def test_table_of_runtimes(evmamba):
         assert measured["PyTorch, accelerator"][0] < 1e-3
     else:
         assert not measured and "Skipped: PyTorch, accelerator: PyTorch finds no accelerator" in stdout
+
+
+def test_without_openvino(evmamba, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    exit_code, stdout, stderr = evmamba("check-runtimes", find_bundled_model(), "--only", "OpenVINO")
+    assert exit_code == 0, stderr
+    reason = 'this needs the package openvino: run pip install ".[openvino]" in a clone of the repository'
+    assert f"Skipped: OpenVINO: {reason}" in stdout
 
 
 @pytest.mark.parametrize(
