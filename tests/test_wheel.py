@@ -24,6 +24,8 @@ DATA_FILES = {
     "evmamba_hub/images/imagenet1k_synsets.txt",
     "evmamba_hub/publish/data/checkpoints.yaml",
     "evmamba_hub/publish/data/model_card.md",
+    "evmamba_hub/publish/data/onnx_card.md",
+    "evmamba_hub/publish/data/onnx_usage.md",
     "evmamba_hub/py.typed",
     "evmamba_kernels/py.typed",
     "modeling_evmamba/py.typed",

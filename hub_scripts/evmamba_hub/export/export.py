@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import BaseImageProcessor
+from transformers.utils import CONFIG_NAME
 
 from evmamba_hub.errors import UserError, require
 from evmamba_hub.files import staged
@@ -145,6 +146,20 @@ def check_logits(
     return differences
 
 
+def check_labels(config: EfficientVMambaConfig) -> None:
+    """Check that each class has a label.
+
+    Raises:
+        UserError: If a class has none.
+    """
+    labels = config.id2label or {}
+    missing = sorted(set(range(len(labels))) - labels.keys())
+    if missing:
+        raise UserError(
+            f"id2label in {CONFIG_NAME} has no label for class {missing[0]}: name the classes 0 to {len(labels) - 1}"
+        )
+
+
 def export_model(
     model: str,
     output: Path,
@@ -184,6 +199,7 @@ def export_model(
         raise UserError(f"half inputs are for files in float16, and this one is in {dtype}: set the dtype to float16")
     reference = load_exportable(model, "float32", revision).model
     config = reference.config
+    check_labels(config)
     if image_size is not None and min(image_size) < config.patch_size:
         raise UserError(
             f"images must have at least {config.patch_size} x {config.patch_size} pixels, the size of a patch"

@@ -1,0 +1,102 @@
+"""`evmamba export --format onnx-hub`: a directory as transformers.js and ONNX Runtime load it from the Hub."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, constants
+from jinja2 import Template
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+
+from evmamba_hub.export.export import ExportReport, load_exportable
+from evmamba_hub.export.onnx_files import check_for_javascript, export_onnx_files
+from evmamba_hub.files import check_is_free, staged
+from evmamba_hub.publish.card import TASK, describe_network, read_text
+from evmamba_hub.publish.card_metadata import create_placeholder_id, read_metadata
+from modeling_evmamba import EfficientVMambaConfig
+
+
+TEMPLATES = Path(__file__).parent / "data"
+
+
+def render_usage(repo_id: str) -> str:
+    """Returns the section of a card that shows how to use the ONNX files of a repository."""
+    template = (TEMPLATES / "onnx_usage.md").read_text(encoding="utf-8")
+    return Template(template, keep_trailing_newline=True).render(repo_id=repo_id)
+
+
+def render_onnx_card(
+    name: str, model: str, config: EfficientVMambaConfig, reports: dict[str, ExportReport]
+) -> ModelCard:
+    """Render the card of a directory of ONNX files. The license is that of the model's own card.
+
+    Args:
+        name: The name of the directory.
+        model: Directory or Hub id of the model.
+        config: Its configuration.
+        reports: The reports of the files by their names.
+
+    Raises:
+        UserError: If the metadata of the model's card are damaged.
+    """
+    base_model = None if Path(model).exists() else model
+    metadata = read_metadata(read_text(model, constants.REPOCARD_NAME) or "").data or {}
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="onnx",
+            pipeline_tag=TASK,
+            license=metadata.get("license"),
+            license_name=metadata.get("license_name"),
+            license_link=metadata.get("license_link"),
+            base_model=base_model,
+            tags=["efficientvmamba", "vision", "mamba", "state-space-model"],
+        ),
+        template_path=str(TEMPLATES / "onnx_card.md"),
+        title=name,
+        base_model=base_model,
+        summary=describe_network(config, is_classifier=True),
+        usage=render_usage(create_placeholder_id(name)),
+        reports=reports,
+        images=next(iter(reports.values())).images,
+    )
+
+
+def export_onnx_folder(
+    model: str,
+    folder: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    revision: str | None = None,
+    before_file: Callable[[str], None] = lambda name: None,
+) -> dict[str, ExportReport]:
+    """Write a directory with ONNX files in three dtypes, configuration, image processor and card.
+
+    A `Notice` says so if transformers.js may prepare images in another way.
+
+    Args:
+        model: Directory or Hub id of a classifier.
+        folder: The directory to write, new or empty. An error leaves it as it was.
+        image_size: The height and width to fix, or None for images of any size.
+        revision: Branch, tag or commit on the Hub.
+        before_file: Is called with the name of each ONNX file before the work on it.
+
+    Returns:
+        The reports of the ONNX files by their names in the directory.
+
+    Raises:
+        UserError: If the directory is not empty, the model cannot be exported, or logits differ from PyTorch's.
+    """
+    folder = folder.absolute()
+    check_is_free(folder)
+    classifier = load_exportable(model, "float32", revision)
+    check_for_javascript(classifier)
+    config = json.loads(classifier.model.config.to_json_string())
+    config.pop("auto_map", None)  # names code that is not in the directory
+    with staged(folder) as staging:
+        staging.mkdir()
+        reports = export_onnx_files(model, staging, image_size=image_size, revision=revision, before_file=before_file)
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # with all defaults, because those of transformers.js differ
+        (staging / IMAGE_PROCESSOR_NAME).write_text(classifier.image_processor.to_json_string(), encoding="utf-8")
+        render_onnx_card(folder.name, model, classifier.model.config, reports).save(staging / constants.REPOCARD_NAME)
+    return reports
