@@ -13,6 +13,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    RepoFile,
     constants,
     get_token,
     snapshot_download,
@@ -152,6 +153,8 @@ class Upload:
 
     url: str  # of the commit or the pull request
     changed: bool  # whether a commit was made
+    new: list[str]  # uploaded files, except large ones whose content the repository held before
+    kept: list[str]  # other files of the repository
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -164,6 +167,12 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise UserError(f"{repo_id!r} names no owner: give the repository as user/name")
+
+
+def list_files(hub: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
+    """Returns the files of a repository. Large ones have a hash of their content."""
+    tree = hub.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+    return [entry for entry in tree if isinstance(entry, RepoFile)]
 
 
 def create_repo(hub: HfApi, repo_id: str, repo_type: RepoType, space_sdk: str | None, private: bool) -> None:
@@ -236,11 +245,12 @@ def upload(
             retry(hub.create_branch, repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
 
         head = retry(hub.repo_info, repo_id, repo_type=repo_type, revision=revision)
-        present = retry(hub.list_repo_files, repo_id, repo_type=repo_type, revision=head.sha)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path, source) for path, source in files.items()
-        ]
-        operations += [CommitOperationDelete(name) for name in present if is_stale(name) and name not in files]
+        present = retry(list_files, hub, repo_id, repo_type, head.sha)
+        others = [file.path for file in present if file.path not in files]
+        hashes = {file.lfs.sha256 for file in present if file.lfs}
+        additions = [CommitOperationAdd(path, source) for path, source in files.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
+        operations += [CommitOperationDelete(name) for name in others if is_stale(name)]
         try:
             commit = retry(
                 hub.create_commit,
@@ -255,7 +265,12 @@ def upload(
             if isinstance(error, HTTPError):
                 raise
             raise UserError(redact_token(f"{constants.ENDPOINT} rejects the upload to {repo_id}: {error}")) from error
-    return Upload(commit.pr_url or commit.commit_url, commit.oid != head.sha)
+    return Upload(
+        commit.pr_url or commit.commit_url,
+        changed=commit.oid != head.sha,
+        new=[each.path_in_repo for each in additions if each.upload_info.sha256.hex() not in hashes],
+        kept=[name for name in others if not is_stale(name)],
+    )
 
 
 def fetch_model(model: str, revision: str | None = None) -> Path:

@@ -61,7 +61,7 @@ DEVELOPER_PAGES = [
 ]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 ALL_PAGES = PAGES + DEVELOPER_PAGES + NOTEBOOKS
-SLOW_PAGES = {"export.md", "tutorial.md"}  # writes and compiles files
+SLOW_PAGES = {"export.md", "javascript.md", "tutorial.md"}  # writes and compiles files
 PROGRAM = typer.main.get_command(app)
 
 # of other programs, as pages name them
@@ -256,7 +256,7 @@ PROGRAMS = {
     "torchrun": check_launcher,
     "build/check/bin/pip": check_pip,
     "build/check/bin/evmamba": parse_evmamba,
-} | dict.fromkeys(["git", "jupyter", "mkdir", "mv", "pre-commit", "rm", "twine"], lambda words: None)
+} | dict.fromkeys(["git", "jupyter", "mkdir", "mv", "npm", "pre-commit", "rm", "twine"], lambda words: None)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
@@ -266,7 +266,7 @@ def test_commands_are_understood(command):
 
 def test_languages_of_blocks():
     """A block without a language holds commands."""
-    assert {block.language for block in BLOCKS} <= {"", "python", "text", "json", "bibtex"}
+    assert {block.language for block in BLOCKS} <= {"", "python", "js", "text", "json", "bibtex"}
 
 
 # Following a page

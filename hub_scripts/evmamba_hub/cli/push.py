@@ -1,11 +1,13 @@
 """`evmamba push`"""
 
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from evmamba_hub.cli.console import console
 from evmamba_hub.cli.options import CreatePrOption, DryRunOption, MessageOption, PrivateOption
 from evmamba_hub.cli.uploads import UPLOAD_MESSAGE, get_card, report_upload, show_files
 from evmamba_hub.errors import Notice
@@ -25,6 +27,9 @@ def push(
     ] = None,
     create_pr: CreatePrOption = False,
     dry_run: DryRunOption = False,
+    with_onnx: Annotated[
+        bool, typer.Option("--with-onnx", help="Export the classifier to ONNX, and upload these files too.")
+    ] = False,
     base_model: Annotated[
         str | None, typer.Option(help="For the card: Hub id of the model that was fine-tuned.", show_default=False)
     ] = None,
@@ -49,16 +54,26 @@ def push(
     `model.fp16.safetensors` and all other files stay. An interrupted upload leaves the repository as it was. Run the
     same command again to complete it.
 
+    `--with-onnx` adds ONNX files in float32, float16 and int8, which transformers.js loads in browsers and Node.js.
+    The uploaded card then shows how to use them. They replace those of an earlier upload. The option needs the extra
+    `export`.
+
     Examples:
 
         evmamba push efficientvmamba-tiny someone/efficientvmamba-tiny --dry-run
 
+        evmamba push efficientvmamba-tiny someone/efficientvmamba-tiny --with-onnx
+
         evmamba push flowers someone/flowers --base-model someone/efficientvmamba-tiny --license apache-2.0
     """
+    from transformers.utils import logging
+
     from evmamba_hub.publish.card import CardDetails, read_results
     from evmamba_hub.publish.card_metadata import find_other_id
-    from evmamba_hub.publish.push import WEIGHTS_PATTERNS, collect_model_files, push_model
+    from evmamba_hub.publish.onnx_folder import added_onnx_files
+    from evmamba_hub.publish.push import choose_stale_patterns, collect_model_files, push_model
 
+    logging.disable_progress_bar()
     details = None
     if any([base_model, dataset, license, results]):
         details = CardDetails(
@@ -68,12 +83,20 @@ def push(
             results=[] if results is None else read_results(results, model_dir, repo_id),
         )
     files = collect_model_files(model_dir, repo_id, details)
-    if dry_run:
-        show_files(repo_id, files, WEIGHTS_PATTERNS)
-    else:
-        report_upload(
-            push_model(repo_id, files, message=message, private=private, revision=revision, create_pr=create_pr)
-        )
+    with ExitStack() as temporary_files:
+        if with_onnx:
+            with console.status("Exporting") as status:
+                files = temporary_files.enter_context(
+                    added_onnx_files(
+                        files, model_dir, repo_id, before_file=lambda name: status.update(f"Exporting {name}")
+                    )
+                )
+        if dry_run:
+            show_files(repo_id, files, choose_stale_patterns(files))
+        else:
+            report_upload(
+                push_model(repo_id, files, message=message, private=private, revision=revision, create_pr=create_pr)
+            )
     if other := find_other_id(get_card(files), repo_id):
         notice = f"the examples in the card load {other}: put {repo_id} there if they are for this model"
         warnings.warn(notice, Notice, stacklevel=1)

@@ -20,7 +20,9 @@ FRONT_MATTER = re.compile(rf"(\ufeff?\s*{FENCE}.*?)((?<=[\r\n]){FENCE})(.*)", re
 OPEN_FRONT_MATTER = re.compile(rf"\ufeff?\s*{FENCE}")
 PLACEHOLDER_OWNER = "your-name"
 PLACEHOLDER_ID = re.compile(rf'"{PLACEHOLDER_OWNER}/([\w.-]+)"', re.ASCII)  # as it stands in the code of a card
-LOADED_ID = re.compile(r'\b(?:model=|from_pretrained\(\s*)"([\w.-]+/[\w.-]+)"')  # likewise, any id
+# likewise, any id
+LOADED_ID = re.compile(r'\b(?:model=|const id = |(?:from_pretrained|hf_hub_download)\(\s*)"([\w.-]+/[\w.-]+)"')
+HOW_TO_USE = re.compile(r"^## How to use\s*?$.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 
 
 def split_card(card: str) -> tuple[str, str, str]:
@@ -109,6 +111,16 @@ def replace_placeholder(card: str, repo_id: str) -> str:
     if title:
         text = title[0] + name + text[title.end() + len(own_name) :]
     return metadata.text + fence + text
+
+
+def add_usage(card: str, section: str) -> str:
+    """Put a section behind "How to use" in a card, or at its end if it has no such heading."""
+    line_break = "\r\n" if "\r\n" in card else "\n"
+    section = section.strip().replace("\n", line_break)
+    match = HOW_TO_USE.search(card)
+    before, after = (card[: match.end()], card[match.end() :]) if match else (card, "")
+    parts = [before.rstrip(), section, after] if after else [before.rstrip(), section + line_break]
+    return (2 * line_break).join(parts)
 
 
 def find_other_id(card: str, repo_id: str) -> str | None:

@@ -1,18 +1,21 @@
-"""`evmamba export --format onnx-hub`: a directory as transformers.js and ONNX Runtime load it from the Hub."""
+"""ONNX files as transformers.js and ONNX Runtime load them from the Hub: in a directory, or with an uploaded model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard, ModelCardData, constants
 from jinja2 import Template
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from evmamba_hub.export.export import ExportReport, load_exportable
-from evmamba_hub.export.onnx_files import check_for_javascript, export_onnx_files
+from evmamba_hub.client import Files
+from evmamba_hub.export.export import Exportable, ExportReport, load_exportable
+from evmamba_hub.export.onnx_files import ONNX_FILES, check_for_javascript, export_onnx_files
 from evmamba_hub.files import check_is_free, staged
 from evmamba_hub.publish.card import TASK, describe_network, read_text
-from evmamba_hub.publish.card_metadata import create_placeholder_id, read_metadata
+from evmamba_hub.publish.card_metadata import add_usage, create_placeholder_id, read_metadata
 from modeling_evmamba import EfficientVMambaConfig
 
 
@@ -61,6 +64,11 @@ def render_onnx_card(
     )
 
 
+def describe_image_processor(classifier: Exportable) -> bytes:
+    """Returns a `preprocessor_config.json` with all settings, because transformers.js has other defaults."""
+    return classifier.image_processor.to_json_string().encode()
+
+
 def export_onnx_folder(
     model: str,
     folder: Path,
@@ -96,7 +104,40 @@ def export_onnx_folder(
         staging.mkdir()
         reports = export_onnx_files(model, staging, image_size=image_size, revision=revision, before_file=before_file)
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        # with all defaults, because those of transformers.js differ
-        (staging / IMAGE_PROCESSOR_NAME).write_text(classifier.image_processor.to_json_string(), encoding="utf-8")
+        (staging / IMAGE_PROCESSOR_NAME).write_bytes(describe_image_processor(classifier))
         render_onnx_card(folder.name, model, classifier.model.config, reports).save(staging / constants.REPOCARD_NAME)
     return reports
+
+
+@contextmanager
+def added_onnx_files(
+    files: Files, model_dir: Path, repo_id: str, before_file: Callable[[str], None] = lambda name: None
+) -> Iterator[Files]:
+    """Export the ONNX files of a model. Yield the files of its repository with them, which exist inside the block.
+
+    The card shows how to use the ONNX files, unless it does already.
+
+    Args:
+        files: The files of `collect_model_files`.
+        model_dir: The directory of the model.
+        repo_id: The id of the repository, for the card.
+        before_file: Is called with the name of each ONNX file before the work on it.
+
+    Raises:
+        UserError: If the model is no classifier, cannot be exported, or logits differ from PyTorch's.
+    """
+    classifier = load_exportable(str(model_dir), "float32")
+    check_for_javascript(classifier)
+    card = files[constants.REPOCARD_NAME]
+    text = (card if isinstance(card, bytes) else card.read_bytes()).decode()
+    if "@huggingface/transformers" not in text:
+        text = add_usage(text, render_usage(repo_id))
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        export_onnx_files(str(model_dir), folder, before_file=before_file)
+        yield {
+            **files,
+            constants.REPOCARD_NAME: text.encode(),
+            IMAGE_PROCESSOR_NAME: describe_image_processor(classifier),
+            **{name: folder / name for name in ONNX_FILES.values()},
+        }

@@ -1,6 +1,7 @@
 """`evmamba push`: upload a directory that `save_pretrained` wrote to the Hub, with card and code."""
 
 import json
+import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import device as torch_device
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.client import Files, Upload, check_repo_id, upload
-from evmamba_hub.errors import UserError
+from evmamba_hub.errors import Notice, UserError
 from evmamba_hub.model_folder import find_model_class, find_weights, load_config
 from evmamba_hub.publish.bundle import AUTO_MAP, find_remote_code
 from evmamba_hub.publish.card import EVAL_RESULTS_FOLDER, CardDetails, load_card, render_card, result_entries
@@ -27,6 +28,10 @@ WEIGHTS_PATTERNS = [
     "pytorch_model-?????-of-?????.bin",
     "pytorch_model.bin.index.json",
 ]
+
+
+# Files that transformers.js loads by default
+ONNX_PATTERNS = ["onnx/model*.onnx", "onnx/model*.onnx_data*"]
 
 
 def check_weights(
@@ -100,9 +105,14 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
     return files | find_remote_code()
 
 
-def is_stale(name: str) -> bool:
-    """Returns whether a file may hold weights of an earlier upload, which `from_pretrained` might prefer."""
-    return any(fnmatchcase(name, pattern) for pattern in WEIGHTS_PATTERNS)
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def choose_stale_patterns(files: Files) -> list[str]:
+    """Returns the names of files of an earlier upload that programs might load in place of the files to upload."""
+    has_onnx = any(matches(name, ONNX_PATTERNS) for name in files)
+    return WEIGHTS_PATTERNS + (ONNX_PATTERNS if has_onnx else [])
 
 
 def push_model(
@@ -114,5 +124,25 @@ def push_model(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Upload:
-    """Upload the files of `collect_model_files` in one commit. `client.upload` describes arguments and errors."""
-    return upload(repo_id, files, message, private=private, revision=revision, create_pr=create_pr, is_stale=is_stale)
+    """Upload the files of `collect_model_files` in one commit. `client.upload` describes arguments and errors.
+
+    A `Notice` says so if new weights are now beside ONNX files of an earlier upload.
+    """
+    stale = choose_stale_patterns(files)
+    result = upload(
+        repo_id,
+        files,
+        message,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        is_stale=lambda name: matches(name, stale),
+    )
+    old = [name for name in result.kept if matches(name, ONNX_PATTERNS)]
+    if old and any(matches(name, WEIGHTS_PATTERNS) for name in result.new):
+        notice = (
+            f"{repo_id} still holds {', '.join(old)} beside new weights: add --with-onnx to replace ONNX files of "
+            "earlier weights, or delete them on the Hub"
+        )
+        warnings.warn(notice, Notice, stacklevel=2)
+    return result

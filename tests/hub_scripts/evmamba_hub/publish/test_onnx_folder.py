@@ -23,8 +23,10 @@ from evmamba_hub.errors import Notice
 from evmamba_hub.export.export import load_exportable
 from evmamba_hub.export.onnx_files import ONNX_FILES, check_for_javascript
 from evmamba_hub.inference.classify import classify_files, load_classifier
+from evmamba_hub.publish.card_metadata import add_usage
 from evmamba_hub.publish.onnx_folder import export_onnx_folder
-from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
+from evmamba_hub.publish.push import collect_model_files, push_model
+from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 LABELS = ["bird", "cat", "dog", "été"]
@@ -204,6 +206,94 @@ def test_without_the_extra(evmamba, model_dir, tmp_path, monkeypatch):
     code, _, err = evmamba("export", model_dir, tmp_path / "new", "--format", "onnx-hub")
     assert code == 1 and 'run pip install ".[export]" in a clone of the repository' in err
     assert list(tmp_path.iterdir()) == []
+
+
+# Upload with the model
+
+REPO_ID = "someone/pets"
+
+
+@pytest.mark.slow
+def test_a_model_with_its_onnx_files(evmamba, hub, model_dir):
+    code, out, err = evmamba("push", model_dir, REPO_ID, "--with-onnx", "--dry-run")
+    assert code == 0, err
+    assert hub.requests == []
+    assert all(re.search(rf"{name} +│ +\d", out) for name in ONNX_FILES.values())
+    assert "onnx/model*.onnx" in out and f'const id = "{REPO_ID}";' in out
+
+    assert evmamba("push", model_dir, REPO_ID, "--with-onnx")[0] == 0
+    repo = hub.repos["model", REPO_ID]
+    assert len(repo.history) == 2
+    files = repo.files()
+    assert files.keys() >= {"model.safetensors", "modeling_evmamba.py", *ONNX_FILES.values()}
+    assert files["README.md"].decode().startswith("---\nlicense: mit\n---\n# Pets\n\n## In JavaScript")
+    assert (model_dir / "README.md").read_text() == "---\nlicense: mit\n---\n# Pets\n"
+    assert json.loads(files["preprocessor_config.json"])["do_normalize"] is True
+    session = InferenceSession(files["onnx/model.onnx"], providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == LABELS
+
+    assert "no commit was made" in evmamba("push", model_dir, REPO_ID, "--with-onnx")[1]
+
+
+def test_onnx_files_of_an_earlier_upload_are_replaced(hub, model_dir):
+    old = dict.fromkeys(["onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model.onnx_data"], b"old")
+    others = dict.fromkeys(["onnx/decoder.onnx", "model.onnx", "onnx/readme.txt"], b"other")
+    hub.create(REPO_ID, old | others)
+    files = collect_model_files(model_dir, REPO_ID) | dict.fromkeys(ONNX_FILES.values(), b"new")
+    push_model(REPO_ID, files, message="Upload")
+    found = hub.repos["model", REPO_ID].files()
+    assert {name for name, content in found.items() if content == b"new"} == set(ONNX_FILES.values())
+    assert found.keys() >= others.keys()
+    assert not found.keys() & {"onnx/model_q4.onnx", "onnx/model.onnx_data"}
+
+
+def test_new_weights_beside_old_onnx_files_are_announced(evmamba, hub, model_dir, tmp_path):
+    """The files stay, as other variants of the weights do."""
+    shutil.copytree(model_dir, tmp_path / "model")
+    hub.create(REPO_ID, {"onnx/model_q4.onnx": b"old", "onnx/decoder.onnx": b"other"})
+    notice = f"{REPO_ID} still holds onnx/model_q4.onnx beside new weights: add --with-onnx"
+    assert notice in evmamba("push", tmp_path / "model", REPO_ID)[2]
+    assert "onnx/model_q4.onnx" in hub.repos["model", REPO_ID].files()
+
+    (tmp_path / "model" / "README.md").write_text("# Other words\n")
+    _, out, err = evmamba("push", tmp_path / "model", REPO_ID)
+    assert "Uploaded" in out and "still holds" not in err  # the weights are the same
+    assert "still holds" not in evmamba("push", tmp_path / "model", REPO_ID)[2]
+
+    model = EfficientVMambaForImageClassification.from_pretrained(model_dir)
+    model.classifier.bias.data += 1
+    model.save_pretrained(tmp_path / "model", max_shard_size="5KB")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert notice in evmamba("push", tmp_path / "model", REPO_ID)[2]
+
+
+def test_onnx_files_need_a_classifier(evmamba, hub, tmp_path):
+    config = EfficientVMambaConfig(hidden_sizes=[8] * 4, depths=[1] * 4)
+    EfficientVMambaBackbone(config).save_pretrained(tmp_path)
+    BitImageProcessorPil().save_pretrained(tmp_path)
+    code, out, err = evmamba("push", tmp_path, REPO_ID, "--with-onnx")
+    assert (code, out) == (1, "") and "holds no image classifier but EfficientVMambaBackbone" in err
+    assert hub.requests == []
+
+
+USAGE = "## In JavaScript\n\ntext\n"
+
+
+@pytest.mark.parametrize(
+    "card, expected",
+    [
+        ("# Pets\n", "# Pets\n\n## In JavaScript\n\ntext\n"),
+        ("# Pets", "# Pets\n\n## In JavaScript\n\ntext\n"),
+        (
+            "# A\n\n## How to use\n\nwords\n\n### More\n\n## Size\nsmall\n",
+            "# A\n\n## How to use\n\nwords\n\n### More\n\n## In JavaScript\n\ntext\n\n## Size\nsmall\n",
+        ),
+        ("## How to use\n\nwords\n", "## How to use\n\nwords\n\n## In JavaScript\n\ntext\n"),
+        ("# Pets\r\n\r\nwords\r\n", "# Pets\r\n\r\nwords\r\n\r\n## In JavaScript\r\n\r\ntext\r\n"),
+    ],
+)
+def test_the_section_of_a_card(card, expected):
+    assert add_usage(card, USAGE) == expected
 
 
 # What transformers.js does otherwise
