@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from evmamba_demo.bundled import find_bundled_model, find_examples
 from evmamba_hub.images.images import read_image
@@ -126,9 +127,14 @@ def test_logits_are_those_of_pytorch(results, pixel_values, dtype):
     assert dtype == "fp32" or difference > 1e-4  # it is another file
 
 
-def test_pixel_values_differ_by_the_resize_alone(results):
+def test_images_that_need_no_resize_are_prepared_as_in_python(desk, results):
+    """Crop, scale and normalization are those of the image processor. Node.js resizes without antialiasing."""
+    generator = np.random.default_rng(0)
+    files = [desk / f"{height}x{width}.png" for height, width in [(32, 32), (32, 45), (44, 32), (32, 47)]]
+    for file in files:
+        height, width = map(int, file.stem.split("x"))
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
+    prepared = json.loads(run_node(desk, COMPARE, desk / "digits-onnx", "pixels.json", *files))["prepared"]
     image_processor = load_pipeline(str(find_bundled_model()), "cpu", "float32", optimize=False).image_processor
-    images = [read_image(path) for path in find_examples()]
-    expected = image_processor(images, return_tensors="np").pixel_values
-    prepared = np.array(results["prepared"]).reshape(expected.shape)
-    assert np.abs(prepared - expected).mean() < 0.05  # of values from -1 to 1
+    expected = image_processor([read_image(file) for file in files], return_tensors="np").pixel_values
+    np.testing.assert_allclose(np.array(prepared).reshape(expected.shape), expected, atol=1e-6)
