@@ -83,6 +83,7 @@ def push(
             results=[] if results is None else read_results(results, model_dir, repo_id),
         )
     files = collect_model_files(model_dir, repo_id, details)
+    other = find_other_id(get_card(files), repo_id)  # before the examples of the ONNX files, which load repo_id
     with ExitStack() as temporary_files:
         if with_onnx:
             with console.status("Exporting") as status:
@@ -97,6 +98,6 @@ def push(
             report_upload(
                 push_model(repo_id, files, message=message, private=private, revision=revision, create_pr=create_pr)
             )
-    if other := find_other_id(get_card(files), repo_id):
+    if other is not None:
         notice = f"the examples in the card load {other}: put {repo_id} there if they are for this model"
         warnings.warn(notice, Notice, stacklevel=1)

@@ -14,7 +14,7 @@ from evmamba_hub.client import Files
 from evmamba_hub.export.export import Exportable, ExportReport, load_exportable
 from evmamba_hub.export.onnx_files import ONNX_FILES, check_for_javascript, export_onnx_files
 from evmamba_hub.files import check_is_free, staged
-from evmamba_hub.publish.card import TASK, describe_network, read_text
+from evmamba_hub.publish.card import TASK, describe_network, find_card
 from evmamba_hub.publish.card_metadata import add_usage, create_placeholder_id, read_metadata
 from modeling_evmamba import EfficientVMambaConfig
 
@@ -29,30 +29,24 @@ def render_usage(repo_id: str) -> str:
 
 
 def render_onnx_card(
-    name: str, model: str, config: EfficientVMambaConfig, reports: dict[str, ExportReport]
+    name: str, base_model: str | None, license: dict, config: EfficientVMambaConfig, reports: dict[str, ExportReport]
 ) -> ModelCard:
-    """Render the card of a directory of ONNX files. The license is that of the model's own card.
+    """Render the card of a directory of ONNX files.
 
     Args:
         name: The name of the directory.
-        model: Directory or Hub id of the model.
+        base_model: The Hub id of the model, if it is on the Hub.
+        license: The metadata of its license.
         config: Its configuration.
         reports: The reports of the files by their names.
-
-    Raises:
-        UserError: If the metadata of the model's card are damaged.
     """
-    base_model = None if Path(model).exists() else model
-    metadata = read_metadata(read_text(model, constants.REPOCARD_NAME) or "").data or {}
     return ModelCard.from_template(
         ModelCardData(
             library_name="onnx",
             pipeline_tag=TASK,
-            license=metadata.get("license"),
-            license_name=metadata.get("license_name"),
-            license_link=metadata.get("license_link"),
             base_model=base_model,
             tags=["efficientvmamba", "vision", "mamba", "state-space-model"],
+            **license,
         ),
         template_path=str(TEMPLATES / "onnx_card.md"),
         title=name,
@@ -62,6 +56,16 @@ def render_onnx_card(
         reports=reports,
         images=next(iter(reports.values())).images,
     )
+
+
+def read_license(model_dir: Path) -> dict:
+    """Returns the metadata of the license in the card of a model. It is empty without a card.
+
+    Raises:
+        UserError: If the metadata of the card are damaged.
+    """
+    metadata = read_metadata(find_card(model_dir)).data or {}
+    return {name: metadata[name] for name in ("license", "license_name", "license_link") if name in metadata}
 
 
 def describe_image_processor(classifier: Exportable) -> bytes:
@@ -98,6 +102,7 @@ def export_onnx_folder(
     check_is_free(folder)
     classifier = load_exportable(model, "float32", revision)
     check_for_javascript(classifier)
+    base_model, license = (None, read_license(Path(model))) if Path(model).exists() else (model, {})
     config = json.loads(classifier.model.config.to_json_string())
     config.pop("auto_map", None)  # names code that is not in the directory
     with staged(folder) as staging:
@@ -105,7 +110,8 @@ def export_onnx_folder(
         reports = export_onnx_files(model, staging, image_size=image_size, revision=revision, before_file=before_file)
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (staging / IMAGE_PROCESSOR_NAME).write_bytes(describe_image_processor(classifier))
-        render_onnx_card(folder.name, model, classifier.model.config, reports).save(staging / constants.REPOCARD_NAME)
+        card = render_onnx_card(folder.name, base_model, license, classifier.model.config, reports)
+        card.save(staging / constants.REPOCARD_NAME)
     return reports
 
 

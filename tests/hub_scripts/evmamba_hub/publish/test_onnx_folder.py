@@ -30,6 +30,7 @@ from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, Eff
 
 
 LABELS = ["bird", "cat", "dog", "été"]
+CARD = '---\nlicense: mit\n---\n# Pets\n\npipeline(model="someone/dogs")\n'
 BOUNDS = {"float32": 1e-5, "float16": 1e-2, "int8": 1e-1}
 
 
@@ -60,7 +61,7 @@ def model_dir(tmp_path_factory) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_evmamba.EfficientVMambaConfig"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Pets\n")
+    (folder / "README.md").write_text(CARD)
     return folder
 
 
@@ -174,6 +175,13 @@ def test_a_directory_that_is_not_empty(evmamba, model_dir, tmp_path):
         assert list_files(tmp_path) == before
 
 
+def test_a_damaged_card_is_found_before_the_work(evmamba, tmp_path):
+    (save_model(tmp_path / "model") / "README.md").write_text("---\nlicense: [\n---\n")
+    code, out, err = evmamba("export", tmp_path / "model", tmp_path / "new", "--format", "onnx-hub")
+    assert (code, out) == (1, "") and "the metadata of the card cannot be read" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("options", [["--dtype", "float32"], ["--half-inputs"]], ids=" ".join)
 def test_one_dtype_is_not_for_the_directory(evmamba, model_dir, tmp_path, options):
     code, _, err = evmamba("export", model_dir, tmp_path / "new", "--format", "onnx-hub", *options)
@@ -221,13 +229,14 @@ def test_a_model_with_its_onnx_files(evmamba, hub, model_dir):
     assert all(re.search(rf"{name} +│ +\d", out) for name in ONNX_FILES.values())
     assert "onnx/model*.onnx" in out and f'const id = "{REPO_ID}";' in out
 
-    assert evmamba("push", model_dir, REPO_ID, "--with-onnx")[0] == 0
+    code, _, err = evmamba("push", model_dir, REPO_ID, "--with-onnx")
+    assert code == 0 and "the examples in the card load someone/dogs" in err
     repo = hub.repos["model", REPO_ID]
     assert len(repo.history) == 2
     files = repo.files()
     assert files.keys() >= {"model.safetensors", "modeling_evmamba.py", *ONNX_FILES.values()}
-    assert files["README.md"].decode().startswith("---\nlicense: mit\n---\n# Pets\n\n## In JavaScript")
-    assert (model_dir / "README.md").read_text() == "---\nlicense: mit\n---\n# Pets\n"
+    assert files["README.md"].decode().startswith(f"{CARD}\n## In JavaScript and ONNX Runtime\n\n")
+    assert (model_dir / "README.md").read_text() == CARD
     assert json.loads(files["preprocessor_config.json"])["do_normalize"] is True
     session = InferenceSession(files["onnx/model.onnx"], providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == LABELS
