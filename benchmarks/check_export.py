@@ -1,4 +1,4 @@
-"""Compare ONNX files of T, S and B in onnxruntime with PyTorch: differences of logits, and latency.
+"""Compare ONNX files of T, S and B in onnxruntime and OpenVINO with PyTorch: differences of logits, and latency.
 
 Weights are random. Batch norms and linear layers are initialized so that images differ in their logits. The bundled
 model measures the accuracy of each dtype on the held-out digits.
@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from evmamba_demo.bundled import find_bundled_model
 from evmamba_hub.export.export import Logits, Runtime, create_check_images, load_exportable, write_and_open
+from evmamba_hub.export.runtimes import load_openvino
 from modeling_evmamba import (
     VARIANTS,
     EfficientVMambaConfig,
@@ -60,7 +61,7 @@ def save_checkpoint(variant: str, folder: Path) -> None:
 
 
 def make_runtimes(checkpoint: Path, folder: Path) -> dict[str, Runtime]:
-    """Returns PyTorch with the kernels of this package (as loaded, optimized, and in bfloat16), and onnxruntime.
+    """Returns PyTorch with the kernels of this package (as loaded, optimized, in bfloat16) and the ONNX runtimes.
 
     The ONNX files go to `folder`.
     """
@@ -74,6 +75,8 @@ def make_runtimes(checkpoint: Path, folder: Path) -> dict[str, Runtime]:
     for dtype in DTYPES:
         file = folder / f"{dtype}.onnx"
         runtimes[f"ONNX {dtype}"] = write_and_open(str(checkpoint), "onnx", file, dtype=dtype)
+        runtimes[f"OpenVINO {dtype}"] = load_openvino(file, "f32")
+    runtimes["OpenVINO float32, its precision"] = load_openvino(folder / "float32.onnx", None)
     return runtimes
 
 
