@@ -20,6 +20,12 @@ DATA_FILES = {
     "evmamba_demo/examples/digit_3.png",
     "evmamba_demo/space/README.md",
     "evmamba_demo/space/requirements.txt",
+    "evmamba_demo/web/README.md",
+    "evmamba_demo/web/index.html",
+    "evmamba_demo/web/page.js",
+    "evmamba_demo/web/runtime.json",
+    "evmamba_demo/web/service-worker.js",
+    "evmamba_demo/web/worker.js",
     "evmamba_hub/images/imagenet1k_labels.txt",
     "evmamba_hub/images/imagenet1k_synsets.txt",
     "evmamba_hub/publish/data/checkpoints.yaml",
@@ -140,6 +146,6 @@ def test_the_space_that_would_be_uploaded(environment):
     shown = run(environment, "evmamba", "push-space", "someone/space", "--model", "someone/digits", "--dry-run")
     files = {line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")}
     own = {path.relative_to(ROOT / "demo").as_posix() for path in (ROOT / "demo").rglob("*") if path.is_file()}
-    assert {name for name in own if "__pycache__" not in name} <= files
+    assert {name for name in own if "__pycache__" not in name and not name.startswith("web/")} <= files
     assert {"evmamba_hub/client.py", "evmamba_kernels/__init__.py", "modeling_evmamba/__init__.py"} <= files
     assert not any(name.startswith(("training_evmamba", "evmamba_hub/cli/", "evmamba_demo/space/")) for name in files)

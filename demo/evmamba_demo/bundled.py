@@ -3,6 +3,7 @@
 The repository holds them beside this package, in `demo/`. setup.cfg installs them inside the package.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -28,6 +29,22 @@ def find_examples() -> list[Path]:
 def find_photographs() -> list[Path]:
     """Return photographs for models of other classes. `demo/photographs/README.md` names authors and licenses."""
     return sorted(find_data("photographs", "photographs").glob("*.jpg"))
+
+
+def choose_examples(labels: Iterable[str]) -> list[Path]:
+    """Return example images for a model with these labels: digits, and photographs unless it knows digits alone."""
+    return find_examples() if set(labels) <= set("0123456789") else find_photographs() + find_examples()
+
+
+def find_credits(examples: list[Path]) -> Path | None:
+    """Return the text that names the authors of the photographs among examples, or None if there are none."""
+    photographs = find_photographs()
+    return photographs[0].with_name("README.md") if set(photographs) & set(examples) else None
+
+
+def find_page_files() -> dict[str, Path]:
+    """Return the files of the page that classifies in the browser, and its card, by path in the Space."""
+    return {path.name: path for path in sorted(find_data("web", "web").iterdir()) if path.is_file()}
 
 
 def find_space_files() -> dict[str, Path]:

@@ -23,7 +23,7 @@ from gradio.utils import get_space
 from PIL import Image
 
 from evmamba_demo import drawings, explanations
-from evmamba_demo.bundled import find_examples, find_photographs
+from evmamba_demo.bundled import choose_examples, find_credits
 from evmamba_demo.models import MAX_PIXELS, Models, measure_sides, predict, read_picture
 from evmamba_hub.errors import UserError
 
@@ -255,8 +255,7 @@ def pick_place(view: str, event: gr.SelectData) -> tuple[float, float, str]:
 def create_app(models: Models) -> gr.Blocks:
     """Creates the page with its endpoints. `launch` starts it."""
     demonstration = Demonstration(models)
-    reads_digits = set(demonstration.model.config.label2id) <= set("0123456789")
-    examples = find_examples() if reads_digits else find_photographs() + find_examples()
+    examples = choose_examples(demonstration.model.config.label2id)
     network = {"concurrency_id": "network", "concurrency_limit": 1}  # a forward pass uses all cores
 
     def show(label: str, alt_text: str, **settings) -> gr.Image:
@@ -304,7 +303,7 @@ def create_app(models: Models) -> gr.Blocks:
                     type="index",
                     label="Examples",
                 )
-                if not reads_digits:
+                if find_credits(examples) is not None:
                     gr.Markdown(PHOTOGRAPHERS, elem_id="photographers")
                 if get_space():
                     with gr.Row():

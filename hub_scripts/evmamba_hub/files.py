@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -78,3 +78,17 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # if the old one cannot be restored now, the next call restores it
             clean_up()
+
+
+def write_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
+    """Write files, or copies of them, into a new directory, by path in it. It appears whole, or not at all.
+
+    Raises:
+        UserError: If the directory exists and is not empty, or cannot be written.
+    """
+    check_is_free(directory)
+    with staged(directory.absolute()) as staging:
+        for name, source in files.items():
+            target = staging / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source if isinstance(source, bytes) else source.read_bytes())
