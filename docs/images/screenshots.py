@@ -1,10 +1,13 @@
 """Takes the screenshots of the demo with the bundled model, for light and dark pages.
 
-    python docs/images/screenshots.py
+    python docs/images/screenshots.py --runtime package/dist
 
-Needs the extra `demo`, playwright and Chromium. Writes `demo-classify-*.png` and `demo-inside-*.png` beside this file.
+Needs the extras `demo` and `export`, playwright, Chromium, and the files of the npm package onnxruntime-web in the
+version of `demo/web/runtime.json`. Writes `demo-classify-*.png`, `demo-inside-*.png` and `demo-web-*.png` beside this
+file.
 """
 
+import argparse
 import os
 import shutil
 import socket
@@ -21,6 +24,8 @@ from urllib.request import urlopen
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from evmamba_demo.bundled import find_bundled_model
+
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 1280, 600
@@ -31,21 +36,44 @@ START_SECONDS = 300
 
 
 @contextmanager
-def run_demo() -> Iterator[str]:
-    """Runs `evmamba demo` on a free port, and returns its address."""
+def run_server(command: list[str], **variables: str) -> Iterator[str]:
+    """Runs a server, whose command takes a port as its last argument, and returns its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "evmamba_hub.cli", "demo", "--port", str(port)]
+    process = subprocess.Popen([*command, str(port)], env=os.environ | variables)
+    try:
+        wait_for(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def run_demo() -> Iterator[str]:
+    """Runs `evmamba demo`, and returns its address."""
     with TemporaryDirectory() as uploads:
-        process = subprocess.Popen(command, env=os.environ | {"GRADIO_TEMP_DIR": uploads})
-        try:
-            wait_for(url, process)
+        command = [sys.executable, "-m", "evmamba_hub.cli", "demo", "--port"]
+        with run_server(command, GRADIO_TEMP_DIR=uploads) as url:
             yield url
-        finally:
-            process.terminate()
-            process.wait()
+
+
+@contextmanager
+def run_page(runtime: Path) -> Iterator[str]:
+    """Serves the page that classifies in the browser, and returns its address."""
+    with TemporaryDirectory() as folder:
+        files, page = Path(folder, "efficientvmamba-digits"), Path(folder, "page")
+        (files / "onnx").mkdir(parents=True)
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copy(find_bundled_model() / name, files)
+        evmamba = [sys.executable, "-m", "evmamba_hub.cli"]
+        subprocess.run([*evmamba, "export", find_bundled_model(), files / "onnx" / "model.onnx"], check=True)
+        options = ["--model", files, "--static", "--runtime", runtime, "--save-to", page]
+        subprocess.run([*evmamba, "push-space", "someone/digits", *options], check=True)
+        with run_server([sys.executable, "-m", "http.server", "--directory", str(page)]) as url:
+            yield url
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
@@ -98,9 +126,29 @@ def take_screenshots(browser: Browser, url: str, theme: str) -> None:
     context.close()
 
 
-if __name__ == "__main__":
-    with run_demo() as url, sync_playwright() as playwright:
+def take_screenshot_of_page(browser: Browser, url: str, theme: str) -> None:
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=theme)
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#offline")).to_contain_text("Works without a network", timeout=60_000)
+    page.locator("#examples button").nth(DIGIT).click()
+    expect(page.locator("#first")).to_have_text(str(DIGIT))
+    page.evaluate("document.activeElement.blur()")
+    save(page, f"demo-web-{theme}")
+    context.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", type=Path, required=True, help="directory with the files of onnxruntime-web")
+    runtime = parser.parse_args().runtime.absolute()
+    with run_demo() as demo, run_page(runtime) as web, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for theme in ("light", "dark"):
-            take_screenshots(browser, url, theme)
+            take_screenshots(browser, demo, theme)
+            take_screenshot_of_page(browser, web, theme)
         browser.close()
+
+
+if __name__ == "__main__":
+    main()

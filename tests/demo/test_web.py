@@ -27,6 +27,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from evmamba_demo.bundled import choose_examples, find_bundled_model, find_credits, find_examples, find_page_files
 from evmamba_hub.export.export import export_model
+from evmamba_hub.export.onnx_files import ONNX_FILES
 from evmamba_hub.files import write_files
 from evmamba_hub.images.images import read_image
 from evmamba_hub.inference.classify import load_classifier
@@ -82,8 +83,8 @@ def digits(shared_folder) -> Path:
             (folder / "onnx").mkdir(parents=True)
             for name in ("config.json", "preprocessor_config.json"):
                 shutil.copy(find_bundled_model() / name, folder)
-            export_model(str(find_bundled_model()), folder / "onnx" / "model.onnx", "onnx")
-            shutil.copy(folder / "onnx" / "model.onnx", folder / "onnx" / "model_quantized.onnx")  # for the choice
+            for dtype in ("float32", "float16"):
+                export_model(str(find_bundled_model()), folder / ONNX_FILES[dtype], "onnx", dtype=dtype)
     return folder
 
 
@@ -630,9 +631,10 @@ def test_a_blocked_camera(playwright, url):
 
 
 def test_other_weights(page):
-    page.locator("#weights").select_option("int8")
+    page.locator("#weights").select_option("float16")
+    expect(page.locator("#offline")).to_contain_text("onnx/model_fp16.onnx")
     expect(page.locator("#first")).to_have_text("0")
-    expect(page.locator("#offline")).to_contain_text("onnx/model_quantized.onnx")
+    expect(page.locator("#map-figure")).to_be_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

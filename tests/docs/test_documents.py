@@ -256,7 +256,7 @@ PROGRAMS = {
     "torchrun": check_launcher,
     "build/check/bin/pip": check_pip,
     "build/check/bin/evmamba": parse_evmamba,
-} | dict.fromkeys(["git", "jupyter", "mkdir", "mv", "npm", "pre-commit", "rm", "twine"], lambda words: None)
+} | dict.fromkeys(["git", "jupyter", "mkdir", "mv", "npm", "pre-commit", "rm", "tar", "twine"], lambda words: None)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)

@@ -13,14 +13,10 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from evmamba_hub.client import Files, Upload, check_downloads, check_repo_id, translate_hub_errors, upload
 from evmamba_hub.errors import UserError
 from evmamba_hub.export.activation_maps import add_activation_maps
+from evmamba_hub.export.onnx_files import ONNX_FILES
 from evmamba_hub.publish.card_metadata import add_model
 
 
-ONNX_FILES = {
-    "float32": "onnx/model.onnx",
-    "float16": "onnx/model_fp16.onnx",
-    "int8": "onnx/model_quantized.onnx",
-}
 PAGE_SETTINGS = "page.json"  # what the page shows
 RUNTIME_SETTINGS = "runtime.json"  # the version of onnxruntime-web, its address, and the hashes of its files
 RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER = "vendor/", "examples/", "onnx/"
@@ -29,7 +25,7 @@ CREDITS = f"{EXAMPLES_FOLDER}README.txt"  # browsers show plain text
 
 @dataclass
 class OnnxModel:
-    """A directory with ONNX files, configuration and image processor, as `evmamba export` writes it."""
+    """A directory with ONNX files, configuration and image processor, in the format `onnx-hub`."""
 
     folder: Path
     name: str  # for visitors
@@ -63,7 +59,9 @@ def find_onnx_model(model: str) -> OnnxModel:
     wanted = [CONFIG_NAME, IMAGE_PROCESSOR_NAME, ONNX_FILES["float32"]]
     missing = [name for name in wanted if not (found.folder / name).is_file()]
     if missing:
-        raise UserError(f"{model} holds no {missing[0]}: give a directory of ONNX files that `evmamba export` wrote")
+        raise UserError(
+            f"{model} holds no {missing[0]}: write a directory of ONNX files with `evmamba export --format onnx-hub`"
+        )
     return found
 
 

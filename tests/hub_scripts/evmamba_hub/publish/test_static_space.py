@@ -162,7 +162,7 @@ def test_what_is_refused(evmamba, hub, model, runtime, tmp_path):
     other.mkdir()
     (other / "ort.mjs").write_bytes(b"changed")
     for folder, options, message in [
-        (tmp_path / "plain", (), "holds no config.json: give a directory of ONNX files that `evmamba export` wrote"),
+        (tmp_path / "plain", (), "holds no config.json: write a directory of ONNX files with `evmamba export"),
         (tmp_path / "absent", (), "is neither a path nor a valid repository id"),
         (damaged, (), "model.onnx is damaged: export the model again"),
         (model, ("--folder", tmp_path), "--folder is a Gradio Space, and --static uploads another one"),
