@@ -227,7 +227,7 @@ def check_python(words: list[str]) -> None:
         parse_script(segment_shapes.main, words[1:])
     elif words[:2] == ["-m", "training_evmamba.digits"]:
         parse_script(write_digits, words[2:])
-    elif words[:2] in (["-m", "build"], ["-m", "venv"]):
+    elif words[:2] in (["-m", "build"], ["-m", "http.server"], ["-m", "venv"]):
         return
     elif words[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[2:] if "/" in word)
