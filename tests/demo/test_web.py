@@ -43,7 +43,10 @@ FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (Debian, Ubuntu)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (Debian, Ubuntu)"),
+]
 
 expect.set_options(timeout=30_000)  # enough for the first visit on busy cores
 

@@ -675,16 +675,11 @@ def expect_serving() -> list[list[Cell]]:
 
 
 def expect_image_sizes() -> list[list[Cell]]:
-    columns = {
-        ("EfficientVMamba-T", "numba"): ("median ms", "ns per pixel", "peak MiB"),
-        ("EfficientVMamba-T, optimized", "numba"): ("median ms", "ns per pixel"),
-        ("EfficientVMamba-T", "torch"): ("median ms", "peak MiB"),
-    }
-    rows: dict[str, dict[tuple[str, str], list[Cell]]] = {}
-    for row in read_csv("model_image_sizes.csv"):
-        key = row["network"], row["backend"]
-        rows.setdefault(row["image"], {})[key] = [float(row[name]) for name in columns[key]]
-    return [[f"{side} x {side}", *(cell for key in columns for cell in row[key])] for side, row in rows.items()]
+    figures = ("median ms", "ns per pixel", "peak MiB")
+    return [
+        [row["network"], row["backend"], f"{row['image']} x {row['image']}", *(float(row[name]) for name in figures)]
+        for row in read_csv("model_image_sizes.csv")
+    ]
 
 
 def expect_differences() -> list[list[Cell]]:
