@@ -159,7 +159,7 @@ class Recipe:
         "Optimization", "Layer-wise decay: factor of the learning rate from a block to the one before.", 1.0
     )
     ema_decay: float = option(
-        "Optimization", "Decay of the averaged weights (EMA), which are evaluated and exported.", 0.9999
+        "Optimization", "Decay of the averaged weights (EMA), which are evaluated and saved.", 0.9999
     )
     seed: int = option("Optimization", "Seed of weights, order, augmentation and stochastic depth.", 0)
 

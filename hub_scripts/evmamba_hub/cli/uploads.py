@@ -31,7 +31,7 @@ def show_files(repo_id: str, files: "Files", replaced: Sequence[str] = ()) -> No
     table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
     console.print(table)
     if replaced:
-        console.print(f"The upload deletes other weights of these names: {', '.join(replaced)}")
+        console.print(f"The upload deletes other files of these names: {', '.join(replaced)}")
     console.print(get_card(files), markup=False)
 
 

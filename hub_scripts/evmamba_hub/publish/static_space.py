@@ -20,6 +20,7 @@ from evmamba_hub.publish.card_metadata import add_model
 PAGE_SETTINGS = "page.json"  # what the page shows
 RUNTIME_SETTINGS = "runtime.json"  # the version of onnxruntime-web, its address, and the hashes of its files
 RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER = "vendor/", "examples/", "onnx/"
+REPLACED_FOLDERS = (RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER)  # an upload deletes their earlier files
 CREDITS = f"{EXAMPLES_FOLDER}README.txt"  # browsers show plain text
 
 
@@ -60,7 +61,8 @@ def find_onnx_model(model: str) -> OnnxModel:
     missing = [name for name in wanted if not (found.folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{model} holds no {missing[0]}: write a directory of ONNX files with `evmamba export --format onnx-hub`"
+            f"{model} holds no {missing[0]}: write a directory of ONNX files with `evmamba export --format onnx-hub`, "
+            "or push the model with `--with-onnx`"
         )
     return found
 
@@ -133,7 +135,6 @@ def upload_static_space(repo_id: str, files: Files, *, message: str, private: bo
 
     Errors: `upload`.
     """
-    folders = (RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER)
     return upload(
         repo_id,
         files,
@@ -141,5 +142,5 @@ def upload_static_space(repo_id: str, files: Files, *, message: str, private: bo
         repo_type="space",
         space_sdk="static",
         private=private,
-        is_stale=lambda name: name.startswith(folders),
+        is_stale=lambda name: name.startswith(REPLACED_FOLDERS),
     )

@@ -110,7 +110,7 @@ def test_dry_run_touches_no_network(evmamba, hub, monkeypatch):
     assert sizes["model.safetensors"] == f"{(DIGITS / 'model.safetensors').stat().st_size:,}"
     assert sizes.keys() == collect_model_files(DIGITS, REPO_ID).keys()
     assert (DIGITS / "README.md").read_text() in out
-    assert "The upload deletes other weights of these names: model.safetensors, model-" in out
+    assert "The upload deletes other files of these names: model.safetensors, model-" in out
 
 
 def test_private_branch_and_pull_request(evmamba, hub, model_dir):

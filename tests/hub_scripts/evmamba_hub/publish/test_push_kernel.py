@@ -115,6 +115,7 @@ def test_dry_run(push, hub, monkeypatch):
     assert code == 0 and hub.requests == []
     assert all(name in out for name in collect_kernel_files(REPO_ID))
     assert f'get_kernel("{REPO_ID}"' in out
+    assert "The upload deletes other files of these names: build/*" in out
 
 
 def test_the_package_kernels_is_not_needed(push, hub, monkeypatch):

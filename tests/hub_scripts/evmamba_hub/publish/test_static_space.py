@@ -134,6 +134,7 @@ def test_dry_run_and_save_to(evmamba, hub, model, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     code, out, _ = push(evmamba, model, "--dry-run")
     assert code == 0 and "onnx/model.onnx" in out and "sdk: static" in out
+    assert "The upload deletes other files of these names: vendor/*, examples/*, onnx/*" in out
     assert push(evmamba, model, "--save-to", tmp_path / "new" / "page")[0] == 0
     written = {path.relative_to(tmp_path / "new" / "page").as_posix() for path in (tmp_path / "new").rglob("*.*")}
     assert written - {"."} == PAGE | DIGITS | {
