@@ -455,7 +455,9 @@ arguments = [torch.ones(shape) for shape in [(1, 3, 3, 2), (4, 3, 2), (4, 2, 1),
 print(k.atrous_selective_scan(*arguments).shape)
 k.atrous_selective_scan(*arguments, backend="numba")
 """
-    run = subprocess.run([sys.executable, "-c", script, *missing], capture_output=True, text=True, timeout=120)
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, *missing]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     *choices, shape = run.stdout.splitlines()
     for choice, package in zip(choices, ("numba", "triton"), strict=True):
         backend, reasons = json.loads(choice)
