@@ -12,7 +12,7 @@ import argparse
 import shutil
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +32,7 @@ from evmamba_hub.publish.static_space import collect_static_files, find_onnx_mod
 from modeling_evmamba import VARIANTS
 
 
+# the headers that threads of WebAssembly need
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 WARM_UP_CALLS = 3
 
@@ -58,11 +59,15 @@ MEASURE = """async ([dtype, threads, calls]) => {
 }"""
 
 
-class IsolatingHandler(SimpleHTTPRequestHandler):
-    """Serves files with the headers that threads of WebAssembly need."""
+class Handler(SimpleHTTPRequestHandler):
+    """Serves files with some headers."""
+
+    def __init__(self, *arguments, headers: Mapping[str, str], **options):
+        self.headers_to_send = headers
+        super().__init__(*arguments, **options)
 
     def end_headers(self) -> None:
-        for name, value in ISOLATION.items():
+        for name, value in self.headers_to_send.items():
             self.send_header(name, value)
         super().end_headers()
 
@@ -101,8 +106,9 @@ def write_page(folder: Path, variant: str, dtypes: list[str], runtime: Path) -> 
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(IsolatingHandler, directory=folder))
+def serve(folder: Path, headers: Mapping[str, str]) -> Iterator[str]:
+    """As `python -m http.server`, with headers. A browser treats 127.0.0.1 as it does https."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder, headers=headers))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -128,7 +134,8 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
         for variant in arguments.variants:
-            with serve(write_page(Path(folder, variant), variant, arguments.dtypes, arguments.runtime)) as url:
+            page = write_page(Path(folder, variant), variant, arguments.dtypes, arguments.runtime)
+            with serve(page, ISOLATION) as url:
                 for dtype in arguments.dtypes:
                     for threads in arguments.threads:
                         row = measure(browser, url, dtype, threads, arguments.repeats)

@@ -8,11 +8,8 @@ import os
 import shutil
 import subprocess
 import tarfile
-import threading
 from base64 import b64encode
 from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,6 +22,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
+from benchmarks.bench_browser import ISOLATION, serve
 from evmamba_demo.bundled import choose_examples, find_bundled_model, find_credits, find_examples, find_page_files
 from evmamba_hub.export.export import export_model
 from evmamba_hub.export.onnx_files import ONNX_FILES
@@ -41,7 +39,6 @@ RUNTIME = json.loads((ROOT / "demo" / "web" / "runtime.json").read_text())
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,31 +105,6 @@ def page_folder(digits, runtime, tmp_path_factory) -> Path:
 def own_page(page_folder, tmp_path) -> Path:
     """A copy of the page's files, to change."""
     return shutil.copytree(page_folder, tmp_path / "page", copy_function=os.link)
-
-
-class Handler(SimpleHTTPRequestHandler):
-    headers_to_send: dict[str, str] = {}
-
-    def end_headers(self):
-        for name, value in self.headers_to_send.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def log_message(self, *arguments):
-        pass
-
-
-@contextmanager
-def serve(folder: Path, headers: dict[str, str]):
-    """As `python -m http.server`, with headers. A browser treats 127.0.0.1 as it does https."""
-    handler = type("Handler", (Handler,), {"headers_to_send": headers})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
