@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -169,6 +170,11 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} names no owner: give the repository as user/name")
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether one of the patterns matches the name of a file."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def list_files(hub: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
     """Returns the files of a repository. Large ones have a hash of their content."""
     tree = hub.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
@@ -209,7 +215,7 @@ def upload(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
-    is_stale: Callable[[str], bool] = lambda name: False,
+    stale: Iterable[str] = (),
 ) -> Upload:
     """Upload files to a repository in one commit. Make no commit if the repository holds them already.
 
@@ -225,7 +231,7 @@ def upload(
         private: Whether to make a new repository private.
         revision: The branch to commit to. It is created from the main branch if it does not exist.
         create_pr: Whether to open a pull request instead of committing to the branch.
-        is_stale: Whether to delete a file of the repository, by its name. Names in `files` are not deleted.
+        stale: Patterns of the names of files to delete. Names in `files` are not deleted.
 
     Raises:
         UserError: If the token, the permission or the connection is missing, or the id is invalid or that of another
@@ -250,7 +256,7 @@ def upload(
         hashes = {file.lfs.sha256 for file in present if file.lfs}
         additions = [CommitOperationAdd(path, source) for path, source in files.items()]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
-        operations += [CommitOperationDelete(name) for name in others if is_stale(name)]
+        operations += [CommitOperationDelete(name) for name in others if matches(name, stale)]
         try:
             commit = retry(
                 hub.create_commit,
@@ -269,7 +275,7 @@ def upload(
         commit.pr_url or commit.commit_url,
         changed=commit.oid != head.sha,
         new=[each.path_in_repo for each in additions if each.upload_info.sha256.hex() not in hashes],
-        kept=[name for name in others if not is_stale(name)],
+        kept=[name for name in others if not matches(name, stale)],
     )
 
 

@@ -80,6 +80,11 @@ def staged(target: Path) -> Iterator[Path]:
             clean_up()
 
 
+def read_content(source: Path | bytes) -> bytes:
+    """Returns the content of a file that is on the disk or in memory."""
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
 def write_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
     """Write files, or copies of them, into a new directory, by path in it. It appears whole, or not at all.
 
@@ -91,4 +96,4 @@ def write_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
         for name, source in files.items():
             target = staging / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+            target.write_bytes(read_content(source))

@@ -38,7 +38,7 @@ def push_kernel(
 
     files = job.collect_kernel_files(repo_id)
     if dry_run:
-        show_files(repo_id, files, [f"{job.BUILDS}*"])
+        show_files(repo_id, files, job.STALE_PATTERNS)
         return
     uploads = job.push_kernel(repo_id, files, message=message, private=private, create_pr=create_pr)
     for result in [each for each in uploads if each.changed] or uploads[:1]:

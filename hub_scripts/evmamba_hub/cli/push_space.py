@@ -62,7 +62,7 @@ def push_space(
     """
     from evmamba_hub.files import write_files
     from evmamba_hub.publish.push_space import upload_space
-    from evmamba_hub.publish.static_space import REPLACED_FOLDERS, upload_static_space
+    from evmamba_hub.publish.static_space import STALE_PATTERNS, upload_static_space
 
     if static and folder is not None:
         raise UserError("--folder is a Gradio Space, and --static uploads another one: leave one of them out")
@@ -70,7 +70,7 @@ def push_space(
         raise UserError("--runtime is for pages that classify in the browser: add --static")
     files = collect_static_page(repo_id, model, runtime) if static else collect_gradio_demo(repo_id, model, folder)
     if dry_run:
-        show_files(repo_id, files, [f"{folder}*" for folder in REPLACED_FOLDERS] if static else [])
+        show_files(repo_id, files, STALE_PATTERNS if static else [])
     elif save_to is not None:
         write_files(files, save_to)
         console.print("[bold green]Wrote[/]", literal(f"{len(files)} files to {save_to}"))

@@ -7,6 +7,7 @@ from rich.table import Column, Table
 
 from evmamba_hub.cli.console import console
 from evmamba_hub.errors import literal
+from evmamba_hub.files import read_content
 
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def show_files(repo_id: str, files: "Files", replaced: Sequence[str] = ()) -> No
 
 def get_card(files: "Files") -> str:
     """Returns the text of the card among the files to upload."""
-    card = files["README.md"]
-    return (card if isinstance(card, bytes) else card.read_bytes()).decode()
+    return read_content(files["README.md"]).decode()
 
 
 def report_upload(result: "Upload") -> None:

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from evmamba_hub.client import Files
 from evmamba_hub.export.export import Exportable, ExportReport, load_exportable
 from evmamba_hub.export.onnx_files import ONNX_FILES, check_for_javascript, export_onnx_files
-from evmamba_hub.files import check_is_free, staged
+from evmamba_hub.files import check_is_free, read_content, staged
 from evmamba_hub.publish.card import TASK, describe_network, find_card
 from evmamba_hub.publish.card_metadata import add_usage, create_placeholder_id, read_metadata
 from modeling_evmamba import EfficientVMambaConfig
@@ -134,8 +134,7 @@ def added_onnx_files(
     """
     classifier = load_exportable(str(model_dir), "float32")
     check_for_javascript(classifier)
-    card = files[constants.REPOCARD_NAME]
-    text = (card if isinstance(card, bytes) else card.read_bytes()).decode()
+    text = read_content(files[constants.REPOCARD_NAME]).decode()
     if "@huggingface/transformers" not in text:
         text = add_usage(text, render_usage(repo_id))
     with TemporaryDirectory() as temporary:

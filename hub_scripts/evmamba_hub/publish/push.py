@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import device as torch_device
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from evmamba_hub.client import Files, Upload, check_repo_id, upload
+from evmamba_hub.client import Files, Upload, check_repo_id, matches, upload
 from evmamba_hub.errors import Notice, UserError
 from evmamba_hub.model_folder import find_model_class, find_weights, load_config
 from evmamba_hub.publish.bundle import AUTO_MAP, find_remote_code
@@ -105,10 +104,6 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
     return files | find_remote_code()
 
 
-def matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def choose_stale_patterns(files: Files) -> list[str]:
     """Returns the names of files of an earlier upload that programs might load in place of the files to upload."""
     has_onnx = any(matches(name, ONNX_PATTERNS) for name in files)
@@ -128,7 +123,6 @@ def push_model(
 
     A `Notice` says so if new weights are now beside ONNX files of an earlier upload.
     """
-    stale = choose_stale_patterns(files)
     result = upload(
         repo_id,
         files,
@@ -136,7 +130,7 @@ def push_model(
         private=private,
         revision=revision,
         create_pr=create_pr,
-        is_stale=lambda name: matches(name, stale),
+        stale=choose_stale_patterns(files),
     )
     old = [name for name in result.kept if matches(name, ONNX_PATTERNS)]
     if old and any(matches(name, WEIGHTS_PATTERNS) for name in result.new):

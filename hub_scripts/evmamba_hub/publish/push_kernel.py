@@ -34,11 +34,12 @@ BRANCH = f"v{VERSION}"
 TORCH_BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 
 BUILDS = "build/"
+STALE_PATTERNS = [f"{BUILDS}*"]  # files of earlier builds
 
 OLDEST_CLIENT = "2.3"  # the first huggingface_hub that commits to kernels
 
 
-def describe_build(backend: str, files: dict[str, Path]) -> bytes:
+def describe_build(backend: str, hashes: dict[str, str]) -> bytes:
     """Returns `metadata.json` of a build.
 
     Its id names the module that `kernels` creates, and so the namespace of its operators in PyTorch. A digest of the
@@ -46,9 +47,8 @@ def describe_build(backend: str, files: dict[str, Path]) -> bytes:
 
     Args:
         backend: One of `TORCH_BACKENDS`.
-        files: The Python files of the build by name.
+        hashes: The SHA-256 of each Python file of the build in base64, by its name.
     """
-    hashes = {name: b64encode(sha256(path.read_bytes()).digest()).decode() for name, path in files.items()}
     digest = sha256(json.dumps(hashes).encode()).hexdigest()[:8]
     metadata = {
         "id": f"_{evmamba_kernels.__name__}_{backend}_{digest}",
@@ -73,6 +73,7 @@ def collect_kernel_files(repo_id: str) -> Files:
     """
     check_repo_id(repo_id)
     modules = {path.name: path for path in sorted(find_package_folder(evmamba_kernels).glob("*.py"))}
+    hashes = {name: b64encode(sha256(path.read_bytes()).digest()).decode() for name, path in modules.items()}
     card = ModelCard.from_template(
         ModelCardData(
             library_name="kernels", license=LICENSE, tags=["kernels", "vision", "mamba", "state-space-model"]
@@ -86,13 +87,8 @@ def collect_kernel_files(repo_id: str) -> Files:
     for backend in TORCH_BACKENDS:
         folder = f"{BUILDS}torch-{backend}/"
         files |= {folder + name: path for name, path in modules.items()}
-        files[f"{folder}metadata.json"] = describe_build(backend, modules)
+        files[f"{folder}metadata.json"] = describe_build(backend, hashes)
     return files
-
-
-def is_build(name: str) -> bool:
-    """Returns whether a file of the repository belongs to a build."""
-    return name.startswith(BUILDS)
 
 
 def push_kernel(
@@ -115,4 +111,4 @@ def push_kernel(
         )
     push = partial(upload, repo_id, message=message, repo_type="kernel", private=private, create_pr=create_pr)
     card = {constants.REPOCARD_NAME: files[constants.REPOCARD_NAME]}
-    return [push(files=files, revision=BRANCH, is_stale=is_build), push(files=card)]
+    return [push(files=files, revision=BRANCH, stale=STALE_PATTERNS), push(files=card)]

@@ -20,7 +20,7 @@ from evmamba_hub.publish.card_metadata import add_model
 PAGE_SETTINGS = "page.json"  # what the page shows
 RUNTIME_SETTINGS = "runtime.json"  # the version of onnxruntime-web, its address, and the hashes of its files
 RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER = "vendor/", "examples/", "onnx/"
-REPLACED_FOLDERS = (RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER)  # an upload deletes their earlier files
+STALE_PATTERNS = [f"{folder}*" for folder in (RUNTIME_FOLDER, EXAMPLES_FOLDER, ONNX_FOLDER)]  # of an earlier model
 CREDITS = f"{EXAMPLES_FOLDER}README.txt"  # browsers show plain text
 
 
@@ -142,5 +142,5 @@ def upload_static_space(repo_id: str, files: Files, *, message: str, private: bo
         repo_type="space",
         space_sdk="static",
         private=private,
-        is_stale=lambda name: name.startswith(REPLACED_FOLDERS),
+        stale=STALE_PATTERNS,
     )
