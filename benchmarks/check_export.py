@@ -19,7 +19,7 @@ from transformers import BitImageProcessorPil
 from transformers.utils import logging
 
 from evmamba_demo.bundled import find_bundled_model
-from evmamba_hub.export.export import Logits, Runtime, create_check_images, load_exportable, write_and_open
+from evmamba_hub.export.export import Logits, Runtime, create_check_images, load_exportable, load_onnx, write_file
 from evmamba_hub.export.runtimes import load_openvino
 from modeling_evmamba import (
     VARIANTS,
@@ -74,7 +74,8 @@ def make_runtimes(checkpoint: Path, folder: Path) -> dict[str, Runtime]:
     }
     for dtype in DTYPES:
         file = folder / f"{dtype}.onnx"
-        runtimes[f"ONNX {dtype}"] = write_and_open(str(checkpoint), "onnx", file, dtype=dtype)
+        write_file(str(checkpoint), "onnx", file, dtype=dtype)
+        runtimes[f"ONNX {dtype}"] = load_onnx(file)
         runtimes[f"OpenVINO {dtype}"] = load_openvino(file, "f32")
     runtimes["OpenVINO float32, its precision"] = load_openvino(folder / "float32.onnx", None)
     return runtimes

@@ -205,31 +205,12 @@ def export_model(
             f"images must have at least {config.patch_size} x {config.patch_size} pixels, the size of a patch"
         )
     with staged(output) as file:
-        runtime = write_and_open(
-            model, format, file, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision
-        )
-        differences = check_logits(runtime, reference, image_size, BOUNDS[dtype])
+        write_file(model, format, file, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision)
+        differences = check_logits(open_file(format, file, half_inputs), reference, image_size, BOUNDS[dtype])
     if image_size is None:
         smallest = smallest_side(config)
         return ExportReport(f"images of any size from {smallest} x {smallest} pixels", differences)
     return ExportReport("images of {} x {} pixels".format(*image_size), differences)
-
-
-def write_and_open(
-    model: str,
-    format: str,
-    file: Path,
-    *,
-    image_size: tuple[int, int] | None = None,
-    dtype: str = "float32",
-    half_inputs: bool = False,
-    revision: str | None = None,
-) -> Runtime:
-    """Write an exported file and open it, without comparing logits. `export_model` describes the arguments."""
-    write_file(model, format, file, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision)
-    run = FORMATS[format].load(file)
-    input_dtype = torch.float16 if half_inputs else torch.float32
-    return lambda pixel_values: run(pixel_values.to(input_dtype)).float()
 
 
 def write_file(
@@ -250,6 +231,13 @@ def write_file(
     FORMATS[format].write(classifier, image_size, file)
     if dtype == "int8":
         quantize_onnx(file)
+
+
+def open_file(format: str, file: Path, half_inputs: bool) -> Runtime:
+    """Open an exported file, which takes pixel values in float16 if `half_inputs` is set."""
+    run = FORMATS[format].load(file)
+    input_dtype = torch.float16 if half_inputs else torch.float32
+    return lambda pixel_values: run(pixel_values.to(input_dtype)).float()
 
 
 @contextmanager
