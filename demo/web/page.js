@@ -381,6 +381,10 @@ function listen() {
     canvas.getContext("2d").drawImage(video, 0, 0);
     canvas.toBlob((blob) => classify(blob, "The picture of the camera"));
   };
+  video.onloadeddata = () => {
+    take.disabled = false;
+    take.focus();
+  };
   clear.onclick = openDrawing;
   weights.onchange = device.onchange = () => {
     clearAnswer();
@@ -451,12 +455,13 @@ function openDrawing() {
 }
 
 async function openCamera() {
+  const { camera, take } = elements;
+  camera.disabled = true; // a second click would open a second stream
+  take.disabled = true; // before its first frame, a video has no pixels
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     video.srcObject = stream;
     show(video);
-    await video.play();
-    elements.take.focus();
   } catch (error) {
     show(elements.empty);
     const reasons = {
@@ -465,6 +470,8 @@ async function openCamera() {
       TypeError: "Browsers give the camera to pages with https only: choose a picture.",
     };
     fail(new Sentence(reasons[error.name] ?? `The camera does not start: choose a picture. (${error.message})`));
+  } finally {
+    camera.disabled = false;
   }
 }
 

@@ -597,6 +597,26 @@ def test_camera(page):
     expect(page.locator("#video")).to_be_hidden()
 
 
+def test_clicks_before_the_camera_has_a_frame(page):
+    streams = page.evaluate("""async () => {
+      let streams = 0;
+      const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+      navigator.mediaDevices.getUserMedia = (options) => (streams++, open(options));
+      const [camera, take] = ["camera", "take"].map((id) => document.getElementById(id));
+      const watch = (resolve) => new MutationObserver(resolve).observe(take, { attributeFilter: ["hidden"] });
+      const isShown = new Promise(watch);
+      camera.click();
+      camera.click();
+      await isShown;
+      take.click();
+      return streams;
+    }""")
+    assert streams == 1
+    page.get_by_role("button", name="Take the picture").click()
+    expect(page.locator("#picture")).to_have_attribute("alt", "The picture of the camera")
+    expect(page.locator("#error")).to_be_hidden()
+
+
 def test_a_blocked_camera(playwright, url):
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, "--disable-gpu"])
     with visit(browser, url) as page:
