@@ -83,11 +83,13 @@ digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	rm -rf demo/digits
 	cp -r build/digits-run/model demo/digits
 
-quality: $(INSTALLED)  ## Check style, formatting, notebooks, the layers of the packages, and types.
+quality: $(INSTALLED)  ## Check style, formatting, notebooks, workflows, the layers of the packages, and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/nbstripout --verify examples/*.ipynb
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
