@@ -16,7 +16,7 @@ The contract of both functions:
 - Results are new and contiguous, and share no memory with an argument.
 - The arithmetic is float32. A NaN in an argument reaches the results that depend on it.
 - Autograd records nothing inside: `backward` computes the gradients itself. Autocast may be active: disable it around
-  PyTorch operators with `without_autocast`.
+  PyTorch operators with `without_autocast` of `atrous_selective_scan_torch.py`.
 - Several Python threads may call at the same time.
 
 The kernels of LayerNorm and of the depthwise convolution belong to "numba" and "triton". They run unless another

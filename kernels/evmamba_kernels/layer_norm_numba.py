@@ -1,4 +1,4 @@
-"""Numba kernels of LayerNorm times SiLU of a gate, and of the mean of LayerNorm, for inference on CPUs.
+"""Numba kernels of the forward passes of LayerNorm times SiLU of a gate, and of the mean of LayerNorm, on CPUs.
 
 A job is a number of rows (pixels). It reads a row for its mean, for its variance, and for the output. After the first
 read, the row is in the first-level cache.
