@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+from transformers import PreTrainedModel
 
 from .atrous_selective_scan import atrous_selective_scan
 from .depthwise_conv import depthwise_conv, depthwise_conv_and_mean
 from .modeling_evmamba import (
+    EfficientVMambaBackbone,
     EfficientVMambaEmbeddings,
     EfficientVMambaEVSSLayer,
     EfficientVMambaInvertedResidualLayer,
@@ -39,10 +41,14 @@ from .packed_layers import (
 )
 
 
-Model = TypeVar("Model", bound=EfficientVMambaPreTrainedModel)
+Model = TypeVar("Model", bound=PreTrainedModel)
+Network = TypeVar("Network", bound=EfficientVMambaPreTrainedModel)
 
 # Bytes of the widest feature map of a micro-batch: it and its neighbors fit into the cache (benchmarks/NOTES.md).
 WIDEST_MAP_BYTES = 10 * 2**20
+
+# Detectors of transformers have it as a constant of the class.
+FROZEN_BATCH_NORM_EPS = 1e-5
 
 # On CPUs, kernels of their own compute whole layers in these dtypes.
 LOWER_DTYPES = (torch.bfloat16, torch.int8)
@@ -61,6 +67,9 @@ BATCH_NORMS = {
 def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Returns an optimized copy of a model for inference. Its outputs are the same up to rounding.
 
+    In a head of transformers around an `EfficientVMambaBackbone`, the backbone is optimized. The head has the dtype of
+    the copy. On CPUs, it computes in float32 if that dtype is `torch.bfloat16` or `torch.int8`.
+
     The copy is in evaluation mode, computes no gradients, and cannot be saved. Packed weights cannot change their
     device or dtype. `model` is unchanged.
 
@@ -69,7 +78,7 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Mo
     float32.
 
     Args:
-        model: A model of this package, on any device.
+        model: A model of this package, or one with its backbone, on any device.
         dtype: Dtype of the copy. `None` keeps the dtype of `model`. On CPUs, `torch.bfloat16` and `torch.int8` need
             Numba, and are faster than float32 if the processor multiplies in them (AVX512-BF16, AVX512-VNNI).
             `torch.int8` quantizes weights by output channel, and feature maps by pixel while the network computes.
@@ -85,9 +94,13 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Mo
         ValueError: If a layer of a block has hooks, which the copy would not call, the device does not compute in
             `dtype`, or a lower dtype needs another backend than the requested one.
     """
-    if not isinstance(model, EfficientVMambaPreTrainedModel):
-        raise TypeError(f"optimize_for_inference takes an EfficientVMamba model, got a {type(model).__name__}")
-    dtype = dtype or model.dtype
+    if isinstance(model, EfficientVMambaPreTrainedModel):
+        return optimize_network(model, dtype or model.dtype)
+    return optimize_head(model, dtype)
+
+
+def optimize_network(model: Network, dtype: torch.dtype) -> Network:
+    """Returns an optimized copy of a model of this package. `optimize_for_inference` has the errors."""
     refuse_dtype(dtype, model)
     refuse_tensor_subclasses(model)
     is_on_cpu = model.device.type == "cpu"
@@ -103,6 +116,37 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Mo
     for module in model.modules():  # submodules too: their names and weights also differ from the model's
         module.register_state_dict_pre_hook(refuse_to_save)
     model.register_forward_pre_hook(refuse_gradients, with_kwargs=True)
+    return model
+
+
+def optimize_head(model: Model, dtype: torch.dtype | None) -> Model:
+    """Returns a copy of a head of transformers with an optimized backbone. `optimize_for_inference` has the errors."""
+    backbones = ((name, each) for name, each in model.named_modules() if isinstance(each, EfficientVMambaBackbone))
+    name, backbone = next(backbones, (None, None))
+    if name is None or backbone is None:
+        raise TypeError(
+            "optimize_for_inference takes an EfficientVMamba model or one with its backbone, got a "
+            f"{type(model).__name__}"
+        )
+    dtype = dtype or model.dtype
+    optimized = optimize_network(thaw_batch_norms(backbone), dtype)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    head_dtype = torch.float32 if model.device.type == "cpu" and dtype in LOWER_DTYPES else dtype
+    model.to(dtype=head_dtype)  # type: ignore[call-arg]  # transformers' stub lacks it
+    model.set_submodule(name, optimized)
+    return model
+
+
+def thaw_batch_norms(model: EfficientVMambaBackbone) -> EfficientVMambaBackbone:
+    """Returns a copy with batch norms in place of the frozen ones that detectors put into their backbone."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("FrozenBatchNorm2d"):
+                weight = child.get_buffer("weight")
+                batch_norm = nn.BatchNorm2d(len(weight), eps=FROZEN_BATCH_NORM_EPS).to(weight)
+                batch_norm.load_state_dict(child.state_dict(), strict=False)  # frozen ones count no batches
+                setattr(module, name, batch_norm)
     return model
 
 

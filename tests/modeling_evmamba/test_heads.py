@@ -25,7 +25,13 @@ from dense_heads import (
 )
 from evmamba_demo.bundled import find_bundled_model
 from evmamba_hub.publish.push import collect_model_files
-from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
+from modeling_evmamba import (
+    EfficientVMambaBackbone,
+    EfficientVMambaConfig,
+    EfficientVMambaForImageClassification,
+    optimize_for_inference,
+)
+from modeling_evmamba.modeling_evmamba import EfficientVMambaEVSSLayer
 from weights import assert_same_weights
 
 
@@ -169,6 +175,33 @@ def test_heads_with_remote_code(hub, tmp_path):
     )
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.split() == [head.name for head in HEADS if head.is_installed]
+
+
+def set_statistics(model: torch.nn.Module) -> None:
+    """Give batch norms, also frozen ones, other statistics than those of their initialization."""
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, None), (torch.int8, None)])
+def test_optimized_backbones(head, model, dtype, bound):
+    """In lower precision, a head may choose other queries. Its inputs and outputs stay in float32."""
+    set_statistics(model)
+    inputs, state = head.inputs(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimized = optimize_for_inference(model.eval(), dtype)
+    with torch.no_grad():
+        expected, found = list(find_floats(model(**inputs))), list(find_floats(optimized(**inputs)))
+    assert not any(isinstance(module, EfficientVMambaEVSSLayer) for module in optimized.modules())
+    assert not any(parameter.requires_grad for parameter in optimized.parameters())
+    for one, other in zip(expected, found, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype and other.isfinite().eq(one.isfinite()).all()
+        if bound is not None:
+            torch.testing.assert_close(other, one, rtol=bound, atol=bound * one.abs().max().item())
+    assert_same_weights(model.state_dict(), state)
+    with pytest.raises(RuntimeError, match="optimized for inference and can neither be saved nor copied"):
+        optimized.state_dict()
 
 
 @pytest.mark.parametrize("head, message", UNSUPPORTED, ids=[head.name for head, _ in UNSUPPORTED])

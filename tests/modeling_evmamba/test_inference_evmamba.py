@@ -311,7 +311,7 @@ def test_what_optimized_models_do_not_compute_is_refused():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match="takes an EfficientVMamba model, got a Linear"):
+    with pytest.raises(TypeError, match="takes an EfficientVMamba model or one with its backbone, got a Linear"):
         optimize_for_inference(nn.Linear(2, 2))
 
 

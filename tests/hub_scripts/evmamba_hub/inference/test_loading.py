@@ -103,7 +103,10 @@ def test_networks_on_other_devices_stay_as_they_are(small_model):
     "model, reason",
     [
         ("adapted_model", r"mixer.in_proj of a block is a peft\.tuners\.lora\.layer\.Linear"),
-        ("other_network", "takes an EfficientVMamba model, got a ResNetForImageClassification"),
+        (
+            "other_network",
+            "an EfficientVMamba model or one with its backbone, got a ResNetForImageClassification",
+        ),
     ],
 )
 def test_networks_that_cannot_be_optimized_run_as_they_are(request, model, reason, dtype):
