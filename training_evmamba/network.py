@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +13,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.inference.labels import GUESSES, LabelMatcher
-from evmamba_hub.model_folder import find_weights, load_config
+from evmamba_hub.model_folder import find_weights, hide_load_report, load_config
 from evmamba_hub.wording import shorten, to_count
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.recipe import Recipe, create_recipe
@@ -64,21 +61,6 @@ def create_image_processor(recipe: Recipe) -> BitImageProcessorPil:
         image_mean=recipe.image_mean,
         image_std=recipe.image_std,
     )
-
-
-@contextmanager
-def hide_load_report() -> Iterator[None]:
-    """Hide the table of transformers about weights that a checkpoint lacks or has in another shape."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return " LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def has_same_classes(id2label: dict[int, str], class_names: list[str]) -> bool:

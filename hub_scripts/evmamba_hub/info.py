@@ -9,18 +9,14 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from evmamba_hub.dense_tasks import describe_other_network, find_head_class
 from evmamba_hub.errors import UserError
-from evmamba_hub.model_folder import check_is_converted, check_model_dir
+from evmamba_hub.model_folder import check_is_converted, check_model_dir, refuse_dense_model
 from evmamba_kernels import choose_backend
 from evmamba_kernels.atrous_selective_scan import MACS_PER_STATE
-from modeling_evmamba import (
-    VARIANTS,
-    EfficientVMambaConfig,
-    EfficientVMambaForImageClassification,
-    EfficientVMambaPreTrainedModel,
-)
+from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 PACKAGES = ("efficientvmamba", "torch", "transformers", "huggingface_hub", "numba", "triton", "onnxruntime", "timm")
@@ -41,22 +37,33 @@ class Size:
 
 
 def measure_size(
-    config: EfficientVMambaConfig,
+    config: PreTrainedConfig,
     height: int,
     width: int,
-    model_class: type[EfficientVMambaPreTrainedModel] = EfficientVMambaForImageClassification,
+    model_class: type[PreTrainedModel] = EfficientVMambaForImageClassification,
 ) -> Size:
-    """Count parameters and multiply-accumulates on the meta device, without computing or allocating anything.
+    """Count parameters and multiply-accumulates for one image. Networks of this package compute and allocate nothing.
 
     Args:
         config: The configuration of the network.
         height, width: The sides of the image in pixels.
         model_class: The class of the network, which determines its head.
+
+    Raises:
+        UserError: If the head cannot take such an image.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = model_class(config).eval()
+    num_channels = getattr(config, "backbone_config", config).num_channels
+    # heads read the values of tensors, which the meta device does not have
+    device = torch.device("meta" if isinstance(config, EfficientVMambaConfig) else "cpu")
+    with device, torch.no_grad():
+        model = model_class(config).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, config.num_channels, height, width))
+            try:
+                model(torch.zeros(1, num_channels, height, width))
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{model_class.__name__} does not take one image of {height} x {width} pixels alone: {error}"
+                ) from error
     return Size(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
 
 
@@ -95,6 +102,23 @@ def find_variant(config: EfficientVMambaConfig) -> str | None:
     return None
 
 
+def load_auto_config(model: str) -> PreTrainedConfig:
+    """Returns the configuration of a directory or Hub id.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    if Path(model).exists():
+        check_model_dir(Path(model))
+    else:
+        check_is_converted(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        place = "" if Path(model).exists() else " from the Hub, and there is no such directory"
+        raise UserError(f"the model {model!r} cannot be loaded{place}: {error}") from error
+
+
 def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
     """Returns the configuration of a directory or Hub id by its name, or those of the published networks.
 
@@ -106,21 +130,25 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
             f"EfficientVMamba-{variant.capitalize()}": EfficientVMambaConfig(**{**fields, "num_labels": 1000})
             for variant, fields in VARIANTS.items()
         }
-    if Path(model).exists():
-        check_model_dir(Path(model))
-    else:
-        check_is_converted(model)
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        place = "" if Path(model).exists() else " from the Hub, and there is no such directory"
-        raise UserError(f"the model {model!r} cannot be loaded{place}: {error}") from error
+    config = load_auto_config(model)
+    refuse_dense_model(config.architectures or [], model)
     if not isinstance(config, EfficientVMambaConfig):
-        raise UserError(
-            f"the model {model!r} is of the type {config.model_type!r}, not {EfficientVMambaConfig.model_type!r}: "
-            "give an EfficientVMamba"
-        )
+        raise UserError(describe_other_network(config, model))
     return {model: config}
+
+
+def find_networks(model: str | None) -> dict[str, tuple[PreTrainedConfig, type[PreTrainedModel]]]:
+    """Returns the configuration and the class of a network by its name. Heads around the backbone are networks too.
+
+    Args:
+        model: Directory or Hub id, or None for the published networks.
+
+    Raises:
+        UserError: If the model cannot be loaded, or is another network.
+    """
+    if model is not None and not isinstance(config := load_auto_config(model), EfficientVMambaConfig):
+        return {model: (config, find_head_class(config, model))}
+    return {name: (config, EfficientVMambaForImageClassification) for name, config in find_configs(model).items()}
 
 
 def choose_device(name: str) -> torch.device:

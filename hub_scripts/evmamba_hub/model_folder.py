@@ -1,16 +1,24 @@
 """The directory of a model, as `save_pretrained` writes it: configuration, class and weights."""
 
 import json
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import CONFIG_NAME
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 import modeling_evmamba
+from evmamba_hub.dense_tasks import find_dense_task, find_head_class
 from evmamba_hub.errors import UserError
-from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaPreTrainedModel
+from modeling_evmamba import VARIANTS, EfficientVMambaConfig
 
 
 WRITERS = "`save_pretrained`, `evmamba convert` or `evmamba train`"
@@ -74,6 +82,40 @@ def describe_way_out(file: Path) -> str:
     return f"give one that {WRITERS} wrote"
 
 
+def read_fields(model_dir: Path) -> dict[str, Any]:
+    """Returns the fields of the configuration of a model of any architecture, as they are in the file.
+
+    Raises:
+        UserError: If the configuration is missing or damaged.
+    """
+    path = model_dir / CONFIG_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is missing or damaged: it holds no fields")
+    return fields
+
+
+def refuse_dense_model(names: list[str], model: str) -> None:
+    """Refuse a model that predicts more than one label for an image. Call it where only a classifier will do.
+
+    Args:
+        names: The architectures in its configuration.
+        model: What messages call it.
+
+    Raises:
+        UserError: If it is a segmentation model or a detector. The message says what runs and evaluates it.
+    """
+    task = find_dense_task(names)
+    if task is not None:
+        raise UserError(
+            f"{model} is {task.noun} ({', '.join(names)}) and no classifier: run it with "
+            f'pipeline("{task.pipeline}") or `evmamba demo`, and measure it with {task.program}'
+        )
+
+
 def check_is_classifier(model_dir: Path, model: str) -> None:
     """Check that a model of any architecture is an image classifier. transformers would give others a random head.
 
@@ -84,20 +126,20 @@ def check_is_classifier(model_dir: Path, model: str) -> None:
     Raises:
         UserError: If the configuration is damaged, or names another kind of model.
     """
-    try:
-        names = json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{model_dir / CONFIG_NAME} is missing or damaged: {error}") from error
+    names = read_fields(model_dir).get("architectures") or []
+    refuse_dense_model(names, model)
     if names and not any("ForImageClassification" in name for name in names):
         raise UserError(f"{model} holds no image classifier but {', '.join(names)}: give the model of a classifier")
 
 
-def find_model_class(model_dir: Path, config: EfficientVMambaConfig) -> type[EfficientVMambaPreTrainedModel]:
+def find_model_class(model_dir: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Returns the class that `architectures` in the configuration names.
 
     Raises:
-        UserError: If this package has no such class.
+        UserError: If neither this package nor transformers has such a class for this configuration.
     """
+    if not isinstance(config, EfficientVMambaConfig):
+        return find_head_class(config, str(model_dir))
     name = ", ".join(config.architectures or [])
     if name not in modeling_evmamba.__all__:
         raise UserError(
@@ -114,8 +156,9 @@ def load_config(model_dir: Path) -> EfficientVMambaConfig:
         UserError: If the configuration is missing, damaged, or that of another network.
     """
     check_model_dir(model_dir)
+    fields = read_fields(model_dir)
+    refuse_dense_model(fields.get("architectures") or [], str(model_dir))
     try:
-        fields = json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8"))
         if fields["model_type"] != EfficientVMambaConfig.model_type:
             raise UserError(
                 f"{model_dir} holds a model of the type {fields['model_type']!r}, not "
@@ -124,6 +167,22 @@ def load_config(model_dir: Path) -> EfficientVMambaConfig:
         return EfficientVMambaConfig.from_pretrained(model_dir)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{model_dir / CONFIG_NAME} is missing or damaged: {error}") from error
+
+
+def load_any_config(model_dir: Path) -> PreTrainedConfig:
+    """Returns the configuration of a model of this package, or of a head of transformers around its backbone.
+
+    Raises:
+        UserError: If the configuration is missing, damaged, or that of another network.
+    """
+    check_model_dir(model_dir)
+    names = read_fields(model_dir).get("architectures") or []
+    if find_dense_task(names) is None:
+        return load_config(model_dir)
+    try:
+        return AutoConfig.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{model_dir / CONFIG_NAME} is damaged: {error}") from error
 
 
 def find_weights(model_dir: Path) -> list[Path]:
@@ -137,7 +196,7 @@ def find_weights(model_dir: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise UserError(
-            f"{model_dir} holds no {single.name}: save the model with `save_pretrained`; pickles are not uploaded"
+            f"{model_dir} holds no {single.name}: save the model with `save_pretrained`; pickles are not read"
         )
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -147,3 +206,69 @@ def find_weights(model_dir: Path) -> list[Path]:
         if not (model_dir / name).is_file():
             raise UserError(f"{model_dir} lacks {name}, which {index.name} names: save the model again")
     return [index, *(model_dir / name for name in shards)]
+
+
+def find_image_processor(model_dir: Path) -> Path:
+    """Returns the file of a model's image processor.
+
+    Raises:
+        UserError: If there is none.
+    """
+    image_processor = model_dir / IMAGE_PROCESSOR_NAME
+    if not image_processor.is_file():
+        raise UserError(
+            f"{model_dir} holds no {image_processor.name}: save the image processor there with `save_pretrained`"
+        )
+    return image_processor
+
+
+@contextmanager
+def hide_load_report() -> Iterator[None]:
+    """Hide the table of transformers about weights that a checkpoint lacks or has in another shape."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def load_head(model_dir: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """Returns a head of transformers around the backbone in float32, with all its weights from the directory.
+
+    Raises:
+        UserError: If a file is missing or damaged, or does not fit the network.
+    """
+    find_weights(model_dir)  # no pickles
+    try:
+        with hide_load_report():
+            loaded: Any = model_class.from_pretrained(
+                model_dir, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {model_dir} are damaged, save the model again: {error}") from error
+    model, report = loaded
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    refuse_unfit_weights(report["missing_keys"] | report["unexpected_keys"] | mismatched, model_class)
+    return model.eval()
+
+
+def refuse_unfit_weights(names: set[str], model_class: type[PreTrainedModel]) -> None:
+    """Refuse weights that do not fit the network.
+
+    Args:
+        names: Tensors that are missing, unknown or of another shape.
+        model_class: The class of the network.
+
+    Raises:
+        UserError: If there are any.
+    """
+    if names:
+        raise UserError(
+            f"the weights do not fit {model_class.__name__} with this {CONFIG_NAME}: {len(names)} tensors are "
+            f"missing, unknown or of another shape, first {min(names)}. Save weights and configuration together"
+        )

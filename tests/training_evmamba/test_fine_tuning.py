@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from evmamba_hub.errors import UserError
+from evmamba_hub.model_folder import hide_load_report
 from modeling_evmamba import EfficientVMambaForImageClassification
-from training_evmamba.network import complete_recipe, create_model, hide_load_report
+from training_evmamba.network import complete_recipe, create_model
 from training_evmamba.recipe import create_recipe, read_values
 from training_runs import CLASSES, start, train
 

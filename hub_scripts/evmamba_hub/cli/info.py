@@ -25,12 +25,14 @@ def info(
         evmamba info
 
         evmamba info efficientvmamba-tiny --image-size 384
+
+        evmamba info segmenter --image-size 512
     """
-    from evmamba_hub.info import MACS_CONVENTION, describe_environment, find_configs, measure_size
+    from evmamba_hub.info import MACS_CONVENTION, describe_environment, find_networks, measure_size
 
     table = Table("network", Column("parameters", justify="right"), Column("GMACs", justify="right"))
-    for name, config in find_configs(model).items():
-        size = measure_size(config, image_size, image_size)
+    for name, (config, model_class) in find_networks(model).items():
+        size = measure_size(config, image_size, image_size, model_class)
         table.add_row(literal(name), f"{size.parameters:,}", f"{size.macs / 1e9:.3f}")
     console.print(table)
     console.print(f"{MACS_CONVENTION} The image has {image_size} x {image_size} pixels.", soft_wrap=False)

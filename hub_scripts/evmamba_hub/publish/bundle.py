@@ -7,15 +7,18 @@ No file is changed.
 """
 
 import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import evmamba_kernels
 import modeling_evmamba
+from modeling_evmamba import EfficientVMambaConfig
 
 
 AUTO_MAP = {
@@ -24,6 +27,16 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_evmamba.EfficientVMambaForImageClassification",
     "AutoBackbone": "modeling_evmamba.EfficientVMambaBackbone",
 }
+
+
+HEADS_MODULE = "heads_evmamba"
+
+
+def find_auto_map(config: PreTrainedConfig) -> dict[str, str]:
+    """Returns the `auto_map` for a model: that of the network, or that of a head around the backbone."""
+    if isinstance(config, EfficientVMambaConfig):
+        return AUTO_MAP
+    return {"AutoConfig": f"{HEADS_MODULE}.{type(config).__name__}"}
 
 
 def find_package_folder(package: ModuleType) -> Path:
@@ -38,14 +51,15 @@ def find_modules(package: ModuleType) -> dict[str, Path]:
     }
 
 
-@cache
-def find_remote_code() -> dict[str, Path]:
-    """Returns the files that transformers loads for the classes of `AUTO_MAP`, by file name in a bundle.
+def find_remote_code(auto_map: Mapping[str, str] = AUTO_MAP) -> dict[str, Path]:
+    """Returns the files that transformers loads for the classes of an `auto_map`, by file name in a bundle."""
+    return find_imported_files(frozenset(f"{place.partition('.')[0]}.py" for place in auto_map.values()))
 
-    A function of transformers follows the imports.
-    """
+
+@cache
+def find_imported_files(entries: frozenset[str]) -> dict[str, Path]:
+    """Returns files of the bundle and those that they import. A function of transformers follows the imports."""
     modules = find_modules(modeling_evmamba) | find_modules(evmamba_kernels)
-    entries = {f"{place.partition('.')[0]}.py" for place in AUTO_MAP.values()}
     with TemporaryDirectory() as folder:
         for name, path in modules.items():
             shutil.copyfile(path, Path(folder, name))

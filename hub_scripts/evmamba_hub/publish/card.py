@@ -21,8 +21,10 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from evmamba_hub.client import Files, check_downloads, translate_hub_errors, upload
+from evmamba_hub.dense_tasks import DenseTask, find_dense_task
 from evmamba_hub.errors import Notice, UserError, escape_unprintable
 from evmamba_hub.files import write_atomic
 from evmamba_hub.images.labeled_images import LabeledImages
@@ -37,11 +39,7 @@ from evmamba_hub.publish.card_metadata import (
     read_metadata,
 )
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader, dump_yaml
-from modeling_evmamba import (
-    EfficientVMambaConfig,
-    EfficientVMambaForImageClassification,
-    EfficientVMambaPreTrainedModel,
-)
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
@@ -57,6 +55,11 @@ UNKNOWN_LIMITS = (
     "inherits the gaps and biases of that data. The owner of the model has not described further limits."
 )
 
+UNKNOWN_HEAD_LIMITS = (
+    "The model knows the classes of its training data alone, and mistakes other things for them. It inherits the gaps "
+    "and biases of that data. The owner of the model has not described further limits."
+)
+
 
 @dataclass
 class CardDetails:
@@ -66,7 +69,7 @@ class CardDetails:
     base_model: str | None = None  # of a fine-tuned model
     datasets: list[str] = field(default_factory=list)
     training: str = UNKNOWN_TRAINING
-    limits: str = UNKNOWN_LIMITS
+    limits: str | None = None
     results: list[EvalResult] = field(default_factory=list)
 
 
@@ -80,31 +83,57 @@ def describe_network(config: EfficientVMambaConfig, is_classifier: bool) -> str:
     return f"This model is {purpose}, {size}."
 
 
+def describe_head(config: PreTrainedConfig, model_class: type[PreTrainedModel], task: DenseTask) -> str:
+    """Returns a sentence on the classes and the size of a model around the backbone."""
+    variant = find_variant(config.backbone_config)
+    backbone = f"the published variant {variant}" if variant else "an EfficientVMamba of another size"
+    return (
+        f"This model is {task.noun} of {config.num_labels} classes, a {model_class.__name__} of transformers with "
+        f"{backbone} as its backbone."
+    )
+
+
+def choose_image_size(config: PreTrainedConfig, task: DenseTask | None) -> tuple[int, int]:
+    """Returns the height and width for which a card counts GMACs: those of the network, or usual ones of the task."""
+    sides: Any = getattr(config, "image_size", None) or (task and task.image_size)
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return height, width
+
+
+def list_out_features(config: EfficientVMambaConfig, is_classifier: bool) -> list[str]:
+    """Returns the stages of the feature maps in the example of a card: all, or those of a backbone."""
+    return [stage for stage in config.stage_names if stage != "stem"] if is_classifier else config.out_features
+
+
 def render_card(
-    repo_id: str,
-    config: EfficientVMambaConfig,
-    model_class: type[EfficientVMambaPreTrainedModel],
-    details: CardDetails,
+    repo_id: str, config: PreTrainedConfig, model_class: type[PreTrainedModel], details: CardDetails
 ) -> ModelCard:
     """Render the card of a model. The same arguments give the same text.
 
     Args:
         repo_id: The id of the model on the Hub.
         config: The configuration of the network, from which parameters and GMACs are counted.
-        model_class: The class of the checkpoint.
+        model_class: The class of the checkpoint, of this package or a head of transformers.
         details: The content that does not follow from the configuration.
     """
+    task = find_dense_task([model_class.__name__])
     is_classifier = model_class is EfficientVMambaForImageClassification
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    height, width = choose_image_size(config, task)
+    if isinstance(config, EfficientVMambaConfig):
+        summary = describe_network(config, is_classifier)
+        out_features = list_out_features(config, is_classifier)
+    else:
+        assert task is not None  # which `find_head_class` has checked
+        summary, out_features = describe_head(config, model_class, task), None
     title = repo_id.rpartition("/")[2]
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag=TASK if is_classifier else "image-feature-extraction",
+        pipeline_tag=task.pipeline if task else TASK if is_classifier else "image-feature-extraction",
         license=details.license,
         base_model=details.base_model,
         datasets=details.datasets or None,
         tags=["efficientvmamba", "vision", "mamba", "state-space-model"],
-        metrics=["accuracy"] if details.results else None,
+        metrics=sorted({result.metric_type for result in details.results} - {"loss"}) or None,
         model_name=title if details.results else None,
         eval_results=details.results or None,
     )
@@ -112,18 +141,17 @@ def render_card(
         metadata,
         template_path=str(TEMPLATE),
         title=title,
-        summary=describe_network(config, is_classifier),
+        summary=summary,
         repo_id=repo_id,
+        task=task,
         is_classifier=is_classifier,
-        out_features=[stage for stage in config.stage_names if stage != "stem"]
-        if is_classifier
-        else config.out_features,
+        out_features=out_features,
         size=measure_size(config, height, width, model_class),
         height=height,
         width=width,
         macs_convention=MACS_CONVENTION,
         training=details.training,
-        limits=details.limits,
+        limits=details.limits or (UNKNOWN_HEAD_LIMITS if task else UNKNOWN_LIMITS),
         eval_results=details.results,
         measured=MEASURED,
     )

@@ -7,15 +7,24 @@ from pathlib import Path
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch import device as torch_device
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from evmamba_hub.client import Files, Upload, check_repo_id, matches, upload
 from evmamba_hub.errors import Notice, UserError
-from evmamba_hub.model_folder import find_model_class, find_weights, load_config
-from evmamba_hub.publish.bundle import AUTO_MAP, find_remote_code
+from evmamba_hub.model_folder import (
+    find_image_processor,
+    find_model_class,
+    find_weights,
+    load_any_config,
+    load_head,
+    read_fields,
+    refuse_unfit_weights,
+)
+from evmamba_hub.publish.bundle import find_auto_map, find_remote_code
 from evmamba_hub.publish.card import EVAL_RESULTS_FOLDER, CardDetails, load_card, render_card, result_entries
 from evmamba_hub.publish.card_metadata import replace_placeholder
-from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaPreTrainedModel
+from modeling_evmamba import EfficientVMambaConfig
 
 
 # Files that `from_pretrained` loads by default. Variants such as model.fp16.safetensors have other names.
@@ -33,9 +42,7 @@ WEIGHTS_PATTERNS = [
 ONNX_PATTERNS = ["onnx/model*.onnx", "onnx/model*.onnx_data*"]
 
 
-def check_weights(
-    paths: list[Path], model_class: type[EfficientVMambaPreTrainedModel], config: EfficientVMambaConfig
-) -> None:
+def check_weights(paths: list[Path], model_class: type[PreTrainedModel], config: EfficientVMambaConfig) -> None:
     """Compare names and shapes in the files with those of the network, without reading the tensors.
 
     Raises:
@@ -51,12 +58,8 @@ def check_weights(
                     found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             except SafetensorError as error:
                 raise UserError(f"{path} is damaged, save the model again: {error}") from error
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise UserError(
-            f"the weights do not fit {model_class.__name__} with this {CONFIG_NAME}: {len(wrong)} tensors are "
-            f"missing, unknown or of another shape, first {wrong[0]}. Save weights and configuration together"
-        )
+    wrong = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
+    refuse_unfit_weights(wrong, model_class)
 
 
 def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | None = None) -> Files:
@@ -72,17 +75,16 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
         UserError: If the directory holds no complete EfficientVMamba, or holds a card although there are details.
     """
     check_repo_id(repo_id)
-    config = load_config(model_dir)
+    config = load_any_config(model_dir)
     model_class = find_model_class(model_dir, config)
     weights = find_weights(model_dir)
-    check_weights(weights, model_class, config)
-    image_processor = model_dir / IMAGE_PROCESSOR_NAME
-    if not image_processor.is_file():
-        raise UserError(
-            f"{model_dir} holds no {image_processor.name}: save the image processor there with `save_pretrained`"
-        )
-
-    fields = json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    if isinstance(config, EfficientVMambaConfig):
+        check_weights(weights, model_class, config)
+    else:
+        load_head(model_dir, model_class)  # its files may share tensors, or have other names than these
+    image_processor = find_image_processor(model_dir)
+    auto_map = find_auto_map(config)
+    fields = read_fields(model_dir) | {"auto_map": auto_map}
     card = model_dir / constants.REPOCARD_NAME
     if card.is_file():
         if details is not None:
@@ -101,7 +103,7 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
     files |= {
         f"{EVAL_RESULTS_FOLDER}/{path.name}": path for path in sorted((model_dir / EVAL_RESULTS_FOLDER).glob("*.yaml"))
     }
-    return files | find_remote_code()
+    return files | find_remote_code(auto_map)
 
 
 def choose_stale_patterns(files: Files) -> list[str]:

@@ -14,6 +14,7 @@ from evmamba_hub.client import Files, Upload, check_downloads, check_repo_id, tr
 from evmamba_hub.errors import UserError
 from evmamba_hub.export.activation_maps import add_activation_maps
 from evmamba_hub.export.onnx_files import ONNX_FILES
+from evmamba_hub.model_folder import read_fields, refuse_dense_model
 from evmamba_hub.publish.card_metadata import add_model
 
 
@@ -60,6 +61,8 @@ def find_onnx_model(model: str) -> OnnxModel:
     wanted = [CONFIG_NAME, IMAGE_PROCESSOR_NAME, ONNX_FILES["float32"]]
     missing = [name for name in wanted if not (found.folder / name).is_file()]
     if missing:
+        if (found.folder / CONFIG_NAME).is_file():
+            refuse_dense_model(read_fields(found.folder).get("architectures") or [], model)
         raise UserError(
             f"{model} holds no {missing[0]}: write a directory of ONNX files with `evmamba export --format onnx-hub`, "
             "or push the model with `--with-onnx`"

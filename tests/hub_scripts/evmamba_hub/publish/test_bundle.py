@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from dense_heads import find_backbone
+from dense_models import DETECTOR, SEGMENTER, save_dense_model
 from evmamba_hub.publish.bundle import find_remote_code
 from evmamba_hub.publish.push import collect_model_files
 from linked_environments import find_requirements, link_distributions
-from modeling_evmamba import EfficientVMambaForImageClassification
+from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
 
 ROOT = Path(__file__).parents[4]
@@ -72,12 +74,41 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("name, path", find_remote_code().items())
+# Run pipelines of heads without this package. Save one head again, and load what was saved.
+HEADS_SCRIPT = """
+import json, sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, pipeline
+
+PACKAGES = ["torchvision", "numba", "modeling_evmamba", "evmamba_kernels", "evmamba_hub"]
+*repositories, example = sys.argv[1:]
+found = {"installed": [name for name in PACKAGES if find_spec(name)], "results": [], "modules": [], "reloaded": []}
+for repository in repositories:
+    repo_id, task, settings = json.loads(repository)
+    run = pipeline(task, model=repo_id, trust_remote_code=True)
+    results = run(example, **settings)
+    found["results"].append([{name: value for name, value in each.items() if name != "mask"} for each in results])
+    found["modules"].append(type(run.model.config).__module__)
+    run.save_pretrained(repo_id)
+    again = pipeline(task, model=repo_id, trust_remote_code=True)
+    found["reloaded"].append(again(example, **settings) == results)
+    found["marked"] = getattr(transformers, type(run.model.config).__name__)._auto_class
+found["files"] = sorted(path.name for path in Path(sys.modules[found["modules"][0]].__file__).parent.glob("*.py"))
+print(json.dumps(found))
+"""
+
+HEADS_AUTO_MAP = {"AutoConfig": "heads_evmamba.UperNetConfig"}
+
+
+@pytest.mark.parametrize("name, path", (find_remote_code() | find_remote_code(HEADS_AUTO_MAP)).items())
 def test_files_of_a_bundle_demand_no_package(name, path):
     """transformers requires every package that a file imports outside of `try`, whether the file needs it or not."""
     known = {*sys.stdlib_module_names, "huggingface_hub", "numpy", "torch", "transformers"}
     assert set(get_imports(path)) <= known
-    assert {f"{module}.py" for module in get_relative_imports(path)} <= find_remote_code().keys()
+    assert {f"{module}.py" for module in get_relative_imports(path)} <= find_remote_code(HEADS_AUTO_MAP).keys()
 
 
 def create_environment(folder: Path, kind: str) -> Path:
@@ -91,12 +122,12 @@ def create_environment(folder: Path, kind: str) -> Path:
     return folder
 
 
-def use(environment: Path, hub, *arguments: object) -> dict:
-    """Run the script outside of the repository, with an empty cache."""
+def use(environment: Path, *arguments: object, script: str = SCRIPT) -> dict:
+    """Run a script outside of the repository, with an empty cache."""
     variables = {name: os.environ[name] for name in ("PATH", "HF_ENDPOINT", "HF_HUB_DISABLE_XET")}
     home = environment / "home"
     completed = subprocess.run(
-        [environment / "bin" / "python", "-c", SCRIPT, *map(str, arguments)],
+        [environment / "bin" / "python", "-c", script, *map(str, arguments)],
         cwd=environment,
         env={**variables, "HOME": str(home), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -125,7 +156,7 @@ def repositories(hub) -> list[str]:
     ],
 )
 def test_a_clean_environment(hub, repositories, tmp_path, kind):
-    found = use(create_environment(tmp_path / "environment", kind), hub, *repositories, EXAMPLE)
+    found = use(create_environment(tmp_path / "environment", kind), *repositories, EXAMPLE)
     accelerated = kind == "with_numba"
     # A build of PyTorch for GPUs brings Triton
     brought = find_requirements("torch", set()) & {"triton"}
@@ -152,6 +183,36 @@ def test_a_clean_environment(hub, repositories, tmp_path, kind):
     assert found["hidden_states"] == [1, 64, 2, 2]
     assert found["feature_maps"] == [[1, 16, 16, 16], [1, 64, 2, 2]]
     assert found["label"] == "3"
+
+
+def test_heads_in_a_clean_environment(hub, tmp_path):
+    """Only `trust_remote_code` is needed, and a head that was saved again needs no more."""
+    heads = [(SEGMENTER, "image-segmentation", {}), (DETECTOR, "object-detection", {"threshold": 0.0})]
+    repositories, expected = [], []
+    for name, task, settings in heads:
+        folder, repo_id = save_dense_model(tmp_path / name, name), f"someone/{name}"
+        hub.create(repo_id, collect_model_files(folder, repo_id))
+        repositories.append(json.dumps([repo_id, task, settings]))
+        results = pipeline(task, model=str(folder))(str(EXAMPLE), **settings)
+        expected.append([{name: value for name, value in each.items() if name != "mask"} for each in results])
+    environment = create_environment(tmp_path / "environment", "linked")
+    found = use(environment, *repositories, EXAMPLE, script=HEADS_SCRIPT)
+    assert found["installed"] == [] and found["reloaded"] == [True, True] and found["marked"] is None
+    assert all(each.startswith("transformers_modules.someone.") for each in found["modules"])
+    assert found["files"] == sorted({"__init__.py", *find_remote_code(HEADS_AUTO_MAP)})
+    for results, known in zip(found["results"], expected, strict=True):
+        assert [each["label"] for each in results] == [each["label"] for each in known]
+        assert [each["score"] for each in results] == pytest.approx([each["score"] for each in known], abs=1e-4)
+
+
+def test_heads_beside_the_installed_package(hub, tmp_path):
+    folder = save_dense_model(tmp_path / "detector", DETECTOR)
+    hub.create("someone/detector", collect_model_files(folder, "someone/detector"))
+    for options in ({}, {"trust_remote_code": True}):
+        config = AutoConfig.from_pretrained("someone/detector", **options)
+        assert type(config.backbone_config) is EfficientVMambaConfig
+        model = pipeline("object-detection", model="someone/detector", **options).model
+        assert type(find_backbone(model)) is EfficientVMambaBackbone
 
 
 def test_a_bundle_beside_the_installed_package(hub, repositories, tmp_path):

@@ -356,7 +356,7 @@ def lose_a_shard(model_dir: Path) -> None:
         (damage("model.safetensors", None), ["no model.safetensors"]),
         (damage("README.md", b"---\na: [\n---\n"), ["the metadata of", "README.md cannot be read"]),
         (truncate_weights, ["model.safetensors is damaged"]),
-        (pickle_weights, ["no model.safetensors", "pickles are not uploaded"]),
+        (pickle_weights, ["no model.safetensors", "pickles are not read"]),
         (lose_a_tensor, ["1 tensors are missing", "classifier.weight"]),
         (lose_a_shard, ["lacks model-00001-of-00002.safetensors"]),
     ],
