@@ -8,35 +8,49 @@ A visitor may change the picture while older requests run. Their answers must no
 
 import errno
 import socket
-from collections.abc import Callable, Iterator
-from functools import partial, wraps
-from html import escape
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import gradio as gr
 import pandas as pd
 import torch
-from gradio.components.image_editor import EditorData
-from gradio.data_classes import ImageData
-from gradio.utils import get_space
 from PIL import Image
 
 from evmamba_demo import drawings, explanations
-from evmamba_demo.bundled import choose_examples, find_credits
-from evmamba_demo.models import MAX_PIXELS, Models, measure_sides, predict, read_picture
+from evmamba_demo.bundled import choose_examples, find_bundled_model
+from evmamba_demo.dense_page import create_dense_app
+from evmamba_demo.models import LATENCY_SIDES, Models, measure_sides, predict, read_picture
+from evmamba_demo.page_parts import (
+    CACHE_SECONDS,
+    MAX_FILE_SIZE,
+    MAX_WAITING,
+    THEME,
+    answer,
+    answer_and_write,
+    choose_picture,
+    create_measure_tab,
+    explain,
+    find_upload,
+    guard_drawing,
+    offer_examples,
+    own_file,
+    show,
+    tabulate,
+    warn,
+    write,
+)
+from evmamba_hub.client import fetch_model
+from evmamba_hub.dense_tasks import find_dense_task
 from evmamba_hub.errors import UserError
+from evmamba_hub.inference.dense import load_dense_model
+from evmamba_hub.model_folder import read_fields
 
 
-MAX_FILE_SIZE = "20mb"
-MAX_WAITING = 64  # requests in the queue; Gradio rejects further ones
-CACHE_SECONDS = 3600  # uploads and pictures older than this are deleted
 PANEL_WIDTH = 220  # minimum width of a panel of "Look inside" in pixels: three fit side by side on a laptop
 
 NO_PICTURE = "Give a picture first: upload, paste, photograph or draw one, or click an example."
-
-# names of system fonts: Gradio's own themes load fonts from the internet
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 INTRODUCTION = """\
 # EfficientVMamba
@@ -44,76 +58,6 @@ INTRODUCTION = """\
 A lightweight vision network that scans an image in four interleaved sequences
 ([paper](https://arxiv.org/abs/2403.09977)). Choose a picture, then look inside.
 """
-
-PHOTOGRAPHERS = """\
-Photographs: Stefan van der Walt, Rachel Michetti and SpaceX (public domain),
-[danielbuechele](https://www.flickr.com/photos/danielbuechele/6061409035/) and
-[vultilion](https://www.flickr.com/photos/vultilion/6056698931/)
-([CC BY 2.0](https://creativecommons.org/licenses/by/2.0/), scaled).
-"""
-
-
-def reject(function: Callable) -> Callable:
-    """For an endpoint: raise a `UserError` as the error that clients read."""
-
-    @wraps(function)
-    def wrapper(*args):
-        try:
-            return function(*args)
-        except UserError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from error
-
-    return wrapper
-
-
-def explain(function: Callable, num_outputs: int) -> Callable:
-    """For the page: show a `UserError` as the last output, which is a text, and clear the other outputs.
-
-    After an error, Gradio would keep the outputs of an older picture, and forget that an event is to run again.
-    """
-
-    @wraps(function)
-    def wrapper(*args):
-        try:
-            return function(*args)
-        except UserError as error:
-            return *[None] * (num_outputs - 1), escape(str(error))
-
-    return wrapper
-
-
-def warn(notice: str) -> None:
-    """Shows what the visitor should know of a picture."""
-    gr.Warning(escape(f"About this picture: {notice}."))
-
-
-def find_upload(payload: ImageData | None, folder: str) -> str | None:
-    """Returns the path of a file in Gradio's cache of uploads. A request may name any file: others are rejected."""
-    if payload is None or payload.path is None:
-        return None
-    path = Path(payload.path).resolve()
-    if not path.is_relative_to(Path(folder).resolve()):
-        raise gr.Error("This file was not uploaded.", print_exception=False)
-    return str(path)
-
-
-def guard_drawing(drawing: gr.Sketchpad) -> None:
-    """A drawing that rejects files that were not uploaded, as `find_upload` does for a picture."""
-    preprocess = drawing.preprocess
-
-    def check_and_preprocess(payload: EditorData | None) -> dict | None:
-        if payload is not None:
-            for file in (payload.background, payload.composite, *payload.layers):
-                find_upload(file, drawing.GRADIO_CACHE)
-        return preprocess(payload)
-
-    drawing.preprocess = check_and_preprocess
-
-
-def own_file(view: Image.Image) -> Image.Image:
-    """Save a picture to a separate file. Gradio would rewrite the file of equal pictures while others read it."""
-    view.info["id"] = uuid4().hex
-    return view
 
 
 class Demonstration:
@@ -228,11 +172,9 @@ class Demonstration:
 
     def measure(self) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
         """Yields the latency by image size as the measurements come in."""
-        rows = []
-        for side, milliseconds in measure_sides(self.models.shown):
-            rows.append({"side": side, "pixels": side * side, "milliseconds": round(milliseconds, 2)})
-            table = pd.DataFrame(rows)
-            yield table, table
+        shown = self.models.shown
+        forward = lambda pixel_values: shown.forward({"pixel_values": pixel_values})  # noqa: E731
+        yield from tabulate(measure_sides(forward, shown.model.config.num_channels, LATENCY_SIDES))
 
 
 def offer_labels(scores: dict | None) -> gr.Dropdown:
@@ -256,10 +198,6 @@ def create_app(models: Models) -> gr.Blocks:
     """Creates the page with its endpoints. `launch` starts it."""
     demonstration = Demonstration(models)
     examples = choose_examples(demonstration.model.config.label2id)
-    network = {"concurrency_id": "network", "concurrency_limit": 1}  # a forward pass uses all cores
-
-    def show(label: str, alt_text: str, **settings) -> gr.Image:
-        return gr.Image(label=label, alt_text=alt_text, interactive=False, format="png", buttons=[], **settings)
 
     with gr.Blocks(
         title="EfficientVMamba", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
@@ -269,19 +207,7 @@ def create_app(models: Models) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 with gr.Tabs():
                     with gr.Tab("Picture"):
-                        picture = gr.Image(
-                            str(examples[0]),
-                            label=f"Picture (up to {MAX_FILE_SIZE.upper()}, {MAX_PIXELS // 1_000_000} million pixels)",
-                            alt_text="The picture to classify",
-                            type="filepath",
-                            image_mode=None,
-                            sources=["upload", "clipboard", "webcam"],
-                            height=300,
-                            elem_id="picture",
-                        )
-                        # Gradio would open the file here and show Pillow's error with the server's path.
-                        # `read_picture` opens it and explains the error.
-                        picture.preprocess = partial(find_upload, folder=picture.GRADIO_CACHE)
+                        picture = choose_picture(examples[0], "The picture to classify")
                     with gr.Tab("Draw"):
                         drawing = gr.Sketchpad(
                             label="Draw with a thick line",
@@ -296,19 +222,7 @@ def create_app(models: Models) -> gr.Blocks:
                         )
                         guard_drawing(drawing)
                         take = gr.Button("Classify the drawing", variant="primary")
-                gallery = gr.Dataset(
-                    components=[picture],
-                    samples=[[str(example)] for example in examples],
-                    samples_per_page=len(examples),
-                    type="index",
-                    label="Examples",
-                )
-                if find_credits(examples) is not None:
-                    gr.Markdown(PHOTOGRAPHERS, elem_id="photographers")
-                if get_space():
-                    with gr.Row():
-                        gr.DeepLinkButton("Copy a link to this result", size="sm")
-                        gr.DuplicateButton("Duplicate this Space")
+                offer_examples(picture, examples)
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("Classify"), gr.Row():
                     with gr.Column(min_width=280):
@@ -378,20 +292,7 @@ def create_app(models: Models) -> gr.Blocks:
                                 verdicts.append(gr.Label(num_top_classes=5, label=f"{position}: most likely classes"))
                     compare = gr.Button("Compare", variant="primary")
                     agreement = gr.Markdown(elem_id="agreement")
-                with gr.Tab("Measure") as measure_tab:
-                    gr.Markdown("See how the latency of one image grows with its number of pixels.")
-                    start = gr.Button("Measure again", variant="primary")
-                    plot = gr.LinePlot(
-                        x="pixels",
-                        y="milliseconds",
-                        label="Latency by pixels (ms)",
-                        y_lim=[0, None],
-                        height=300,
-                        elem_id="plot",
-                    )
-                    table = gr.Dataframe(
-                        headers=["side", "pixels", "milliseconds"], label="Measurements", interactive=False
-                    )
+                create_measure_tab(demonstration.measure)
 
         classified = gr.State()  # another value after each classification
         picked = gr.State()  # another value after each click on a place
@@ -399,26 +300,6 @@ def create_app(models: Models) -> gr.Blocks:
         def classify_and_offer_labels(picture: str | None) -> tuple:
             scores, view, described = explain(demonstration.classify, 3)(picture)
             return scores, view, described, offer_labels(scores), uuid4().hex
-
-        def answer(function: Callable, inputs: list, outputs: list) -> None:
-            """Offer a function as the endpoint of its name."""
-            gr.on([], reject(function), inputs, outputs, api_name=function.__name__, **network)
-
-        def write(function: Callable, triggers: list, inputs: list, outputs: list) -> None:
-            """Make a function the one that writes its outputs on the page."""
-            gr.on(
-                triggers,
-                function,
-                inputs,
-                outputs,
-                api_visibility="private",
-                trigger_mode="always_last",
-                **network,
-            )
-
-        def answer_and_write(function: Callable, triggers: list, inputs: list, outputs: list) -> None:
-            answer(function, inputs, outputs)
-            write(explain(function, len(outputs)), triggers, inputs, outputs)
 
         answer(demonstration.classify, [picture], [labels, preview, timing])
         write(
@@ -452,24 +333,6 @@ def create_app(models: Models) -> gr.Blocks:
             [picture, *pair],
             [*verdicts, agreement],
         )
-        gr.on(
-            [start.click, measure_tab.select],
-            demonstration.measure,
-            None,
-            [plot, table],
-            api_name="measure",
-            **network,
-        )
-        # `gr.Examples` would ignore a click while it loads another example, and replace `picture.preprocess`
-        gallery.click(
-            lambda index: gallery.samples[index][0]["path"],
-            gallery,
-            picture,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-            trigger_mode="always_last",
-        )
         take.click(take_drawing, drawing, picture, api_visibility="private", trigger_mode="always_last")
     return app.queue(max_size=MAX_WAITING)
 
@@ -500,11 +363,36 @@ def check_address(host: str, port: int) -> None:
             ) from error
 
 
+def prepare_app(models: list[str], allow_any: bool, optimize: bool) -> gr.Blocks:
+    """Load the first model, and create the page for its task. `launch` has the arguments."""
+    folder = fetch_model(models[0])
+    if find_dense_task(read_fields(folder).get("architectures") or []) is not None:
+        refuse_comparison(models, allow_any)
+        return create_dense_app(load_dense_model(models[0], optimize=optimize))
+    shown = Models(models, allow_any, optimize)
+    compile_kernels(shown)
+    return create_app(shown)
+
+
+def refuse_comparison(models: list[str], allow_any: bool) -> None:
+    """Refuse models to compare with a segmentation model or a detector. The bundled model is always offered.
+
+    Raises:
+        UserError: If there are others, or visitors may name some.
+    """
+    if allow_any or any(Path(model).resolve() != find_bundled_model().resolve() for model in models[1:]):
+        raise UserError(
+            f"{models[0]} is no classifier, and the demonstration compares classifiers only: give one --model, and "
+            "leave --allow-any-model out"
+        )
+
+
 def launch(models: list[str], allow_any: bool, host: str | None, port: int | None, optimize: bool = True) -> None:
     """Serve the page until it is stopped.
 
     Args:
-        models: Directories and Hub ids. The page shows the first, and offers the others for comparison.
+        models: Directories and Hub ids. The page shows the first, and offers the others for comparison if it is a
+            classifier.
         allow_any: Whether visitors may name other models.
         host, port: Address to listen on. None takes Gradio's environment variables or defaults.
         optimize: Whether classifications and latencies come from optimized copies on CPUs.
@@ -514,9 +402,7 @@ def launch(models: list[str], allow_any: bool, host: str | None, port: int | Non
     """
     if host is not None and port is not None:
         check_address(host, port)
-    shown = Models(models, allow_any, optimize)
-    compile_kernels(shown)
-    app = create_app(shown)
+    app = prepare_app(models, allow_any, optimize)
     try:
         app.launch(
             server_name=host,

@@ -1,7 +1,7 @@
 """The models that the demo shows: loading, prediction and latency."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -30,6 +30,7 @@ MAX_SQUARES = 4
 MAX_TYPED_MODELS = 2
 
 LATENCY_SIDES = (64, 128, 192, 256, 320, 384, 448)
+DENSE_LATENCY_SIDES = (256, 320, 384, 448, 512, 576, 640)  # which have as many places as detectors have queries
 LATENCY_ROUNDS = 3
 
 
@@ -149,9 +150,10 @@ def describe_backend(classifier: Classifier) -> str:
     return f"backend: {choose_backend(classifier.device.type, classifier.model.dtype).backend}"
 
 
-def measure_sides(classifier: Classifier) -> Iterator[tuple[int, float]]:
+def measure_sides(
+    forward: Callable[[torch.Tensor], object], num_channels: int, sides: Sequence[int]
+) -> Iterator[tuple[int, float]]:
     """Yields sides of square images in pixels with the latency in milliseconds, the best of a few runs."""
-    channels = classifier.model.config.num_channels
-    for side in LATENCY_SIDES:
-        inputs = {"pixel_values": torch.zeros(1, channels, side, side)}
-        yield side, 1000 * min(measure_latency(partial(classifier.forward, inputs), LATENCY_ROUNDS))
+    for side in sides:
+        call = partial(forward, torch.zeros(1, num_channels, side, side))
+        yield side, 1000 * min(measure_latency(call, LATENCY_ROUNDS))

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from packaging.requirements import Requirement
 
+from dense_models import DETECTOR, SEGMENTER, save_dense_model
 from evmamba_demo.bundled import find_space_files
 from evmamba_hub.images.imagenet import load_labels
 from evmamba_hub.publish.push_space import MODEL_VARIABLE, collect_space_files
@@ -144,4 +145,12 @@ def photograph_space(python, space_folder, starting, tmp_path_factory):
     shutil.copyfile(DEMO / "digits" / "preprocessor_config.json", model / "preprocessor_config.json")
     settings = {"SYSTEM": "spaces", "SPACE_ID": "someone/space"}
     with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads"), starting, **settings) as space:
+        yield space
+
+
+@pytest.fixture(scope="session", params=[SEGMENTER, DETECTOR])
+def dense_space(request, python, space_folder, starting, tmp_path_factory):
+    """A Space that shows a segmentation model or a detector with fresh weights."""
+    model = save_dense_model(tmp_path_factory.mktemp("models") / "dense", request.param)
+    with run_space(python, space_folder, model, tmp_path_factory.mktemp("uploads"), starting) as space:
         yield space

@@ -3,6 +3,8 @@
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,6 +18,7 @@ from playwright.sync_api import Page, Route, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "demo" / "examples"
+PHOTOGRAPHS = ROOT / "demo" / "photographs"
 SCREENSHOTS = ROOT / ".cache" / "screenshots"
 FOLLOWERS = ("activation_map", "scan_paths", "receptive_field", "compare")  # functions that run after a classification
 
@@ -44,9 +47,9 @@ def context():
         browser.close()
 
 
-@pytest.fixture
-def open_page(context, space):
-    """Open the page. All that it loads must come from the Space."""
+@contextmanager
+def open_pages(context, space) -> Iterator[Callable[..., Page]]:
+    """Yield a function that opens pages, which are closed at the end. All that they load must come from the Space."""
     pages, addresses = [], set()
 
     def open_page(width: int = 1280, height: int = 1000, dark: bool = False) -> Page:
@@ -57,7 +60,6 @@ def open_page(context, space):
         page.set_default_timeout(20_000)
         page.on("request", lambda request: addresses.add(urlsplit(request.url)))
         page.goto(space.url)
-        expect(page.locator("#labels h2")).to_have_text("0")  # the first example
         return page
 
     yield open_page
@@ -66,6 +68,33 @@ def open_page(context, space):
     assert {address.netloc for address in addresses if address.scheme.startswith("http")} == {
         urlsplit(space.url).netloc
     }
+
+
+@pytest.fixture
+def open_page(context, space):
+    """Open the page, and wait for the class of the first example."""
+    with open_pages(context, space) as open_any:
+
+        def open_page(**settings) -> Page:
+            page = open_any(**settings)
+            expect(page.locator("#labels h2")).to_have_text("0")
+            return page
+
+        yield open_page
+
+
+@pytest.fixture
+def open_dense_page(context, dense_space):
+    """Open the page of a segmentation model or a detector, and wait for what it finds in the first example."""
+    with open_pages(context, dense_space) as open_any:
+
+        def open_page(**settings) -> Page:
+            page = open_any(**settings)
+            expect(page.locator("#view img")).to_be_visible()
+            expect(page.locator("#how")).not_to_be_empty()
+            return page
+
+        yield open_page
 
 
 def click_example(page: Page, index: int) -> None:
@@ -410,3 +439,112 @@ def test_everything_is_reached_by_keyboard(open_page):
     page.get_by_role("tab", name="Measure", exact=True).focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Measure again", exact=True)).to_be_visible()
+
+
+def find_slider(page: Page):
+    """Returns the opacity of a segmentation model, or the threshold of a detector."""
+    return page.locator("#opacity input[type=range], #threshold input[type=range]")
+
+
+def read_kind(page: Page) -> str:
+    return "detector" if page.locator("#threshold").count() else "segmenter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_what_a_dense_model_finds(open_dense_page, dark):
+    page = open_dense_page(dark=dark)
+    kind = read_kind(page)
+    expect(page.locator("#timing")).to_contain_text("on cpu in float32, optimized (backend: numba)")
+    expect(page.locator("#photographers")).to_contain_text("CC BY 2.0")
+    assert page.get_by_role("tab").all_inner_texts() == ["Detect" if kind == "detector" else "Segment", "Measure"]
+    expect(page.locator("#list li").first).to_be_visible()
+    save_screenshot(page, f"{kind}_{'dark' if dark else 'light'}")
+    before = page.locator("#list li").count()
+    find_slider(page).press("End")
+    if kind == "detector":
+        expect(page.locator("#how")).to_contain_text("No box reaches the threshold. The best has")
+        expect(page.locator("#list li")).to_have_count(0)
+    find_slider(page).press("Home")
+    expect(page.locator("#list li").first).to_be_visible()
+    settle(page)
+    assert page.locator("#list li").count() >= before
+
+
+@pytest.mark.slow
+def test_the_slider_does_not_run_the_network(open_dense_page, dense_space):
+    page = open_dense_page()
+    settle(page)
+    network = SlowNetwork(page, dense_space, "find")
+    before = page.locator("#view img").get_attribute("src")
+    find_slider(page).press("Home")
+    expect(page.locator("#view img")).not_to_have_attribute("src", before)
+    settle(page)
+    assert not network.held
+
+
+@pytest.mark.slow
+def test_late_findings_do_not_replace_those_of_a_newer_picture(open_dense_page, dense_space):
+    page = open_dense_page()
+    settle(page)
+    network = SlowNetwork(page, dense_space, "find")
+    click_example(page, 1)
+    network.wait(1)
+    click_example(page, 4)
+    expect(page.locator("#picture img")).to_have_attribute("src", re.compile("temple"))
+    network.let_go()
+    settle(page)
+    found = Image.open(BytesIO(httpx.get(page.locator("#view img").get_attribute("src")).content))
+    with Image.open(PHOTOGRAPHS / "temple.jpg") as temple:
+        assert abs(found.width / found.height - temple.width / temple.height) < 0.01
+
+
+@pytest.mark.slow
+def test_an_error_of_a_dense_page_is_shown_and_the_next_picture_works(open_dense_page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page = open_dense_page()
+    settle(page)
+    upload(page, tmp_path / "broken.png")
+    expect(page.locator("#timing")).to_contain_text("it is not an image in a format that Pillow reads")
+    expect(page.locator("#view img")).to_have_count(0)
+    expect(page.locator("#list li")).to_have_count(0)
+    page.get_by_role("button", name="Remove Image").or_(page.get_by_role("button", name="Clear")).first.click()
+    expect(page.locator("#timing")).to_contain_text("Give a picture first")
+    upload(page, PHOTOGRAPHS / "cat.jpg")
+    expect(page.locator("#view img")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_measure_a_dense_model(open_dense_page):
+    page = open_dense_page()
+    open_tab(page, "Measure")
+    expect(page.get_by_text("200704")).to_be_visible()
+    expect(page.locator("#plot canvas, #plot svg").first).to_be_visible()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_dense_page_on_a_phone(open_dense_page, dark):
+    page = open_dense_page(width=360, height=800, dark=dark)
+    expect(page.locator("#list li").first).to_be_visible()
+    for tab in ("Measure", "Detect" if read_kind(page) == "detector" else "Segment"):
+        open_narrow_tab(page, tab)
+        settle(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
+    save_screenshot(page, f"{read_kind(page)}_phone_{'dark' if dark else 'light'}")
+
+
+@pytest.mark.slow
+def test_the_endpoints_of_a_dense_page(dense_space):
+    client = Client(dense_space.url, verbose=False)
+    endpoints = client.view_api(return_format="dict", print_info=False)
+    (name,) = endpoints["named_endpoints"].keys() - {"/measure"}
+    assert not endpoints["unnamed_endpoints"]
+    assert f"`{name}`" in (ROOT / "docs" / "demo.md").read_text()
+    view, found, timing = client.predict(handle_file(PHOTOGRAPHS / "cat.jpg"), 0, api_name=name)
+    assert max(Image.open(view).size) == 640 and "The forward pass took" in timing
+    assert found and all({"label", "share" if name == "/segment" else "box"} <= each.keys() for each in found)
+    assert len(client.predict(api_name="/measure")[1]["data"]) == 7
+    with pytest.raises(Exception, match="Give a picture first"):
+        client.predict(None, 0, api_name=name)
+    client.close()

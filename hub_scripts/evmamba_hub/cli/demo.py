@@ -35,6 +35,8 @@ def demo(
 ) -> None:
     """Show a model in the browser: classify, look inside, compare, measure.
 
+    A segmentation model or a detector is shown alone, with the regions or the boxes that it finds.
+
     The bundled model of handwritten digits is always offered. On CPUs, classifications and latencies come from
     optimized copies of the models. Explanations come from the shown model as it is.
 
@@ -46,6 +48,8 @@ def demo(
         evmamba demo
 
         evmamba demo --model efficientvmamba-tiny --model someone/efficientvmamba-small --port 8000
+
+        evmamba demo --model detector
     """
     for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
         os.environ.pop(name, None)  # the options hold them; Gradio's import would fail at wrong ones

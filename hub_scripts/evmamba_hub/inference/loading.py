@@ -32,16 +32,17 @@ class Execution:
 
 
 @contextmanager
-def translate_loading_errors(model: str) -> Iterator[None]:
+def translate_loading_errors(model: str, noun: str = "an image classifier") -> Iterator[None]:
     """Translate what transformers raises for the files of a model into a `UserError`.
 
     Args:
         model: What messages call the model.
+        noun: What it should be.
     """
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"the model {model!r} cannot be loaded as an image classifier: {error}") from error
+        raise UserError(f"the model {model!r} cannot be loaded as {noun}: {error}") from error
 
 
 def check_execution(device: torch.device, dtype: str, optimize: bool) -> None:
