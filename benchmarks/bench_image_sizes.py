@@ -7,7 +7,6 @@ Example:
 """
 
 import argparse
-import ctypes
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from measure import (
     median_times,
     peak_memory,
     print_table,
+    return_freed_memory,
     write_csv,
 )
 from networks import create_ours, run_model
@@ -63,12 +63,6 @@ def run_on_backend(model: nn.Module, images: torch.Tensor, backend: str) -> obje
 def create(name: str) -> nn.Module:
     model = create_ours("tiny")
     return optimize_for_inference(model, OPTIMIZED[name]) if name in OPTIMIZED else model
-
-
-def return_freed_memory() -> None:
-    """Make glibc return freed memory to the system. An optimized copy keeps some, which would hide its peak."""
-    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        malloc_trim(0)
 
 
 def measure_memory(name: str, image_size: int, backend: str) -> float:

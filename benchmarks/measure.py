@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import ctypes
 import math
 import statistics
 import subprocess
@@ -50,34 +51,45 @@ def parse_device(text: str) -> torch.device:
 
 
 def times_in_turns(
-    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str
+    methods: dict[Hashable, Callable[[], object]],
+    repeats: int,
+    description: str,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
+    calls_per_round: int = CALLS_PER_ROUND,
+    untimed_calls: int = 1,
 ) -> dict[Hashable, list[float]]:
     """Returns the times of the calls of each method in steady state, in seconds.
 
     Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods.
     """
     times = {name: [] for name in methods}
-    rounds = range(WARM_UP_ROUNDS + repeats)
+    rounds = range(warm_up_rounds + repeats)
     for i in track(rounds, description, console=error_console, transient=True):
         for name, method in methods.items():
             time.sleep(PAUSE)
-            seconds = info.measure_latency(method, CALLS_PER_ROUND)
-            if i >= WARM_UP_ROUNDS:
+            seconds = info.measure_latency(method, calls_per_round, untimed_calls)
+            if i >= warm_up_rounds:
                 times[name] += seconds
     return times
 
 
 def median_times(
-    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str
+    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str, **rounds: int
 ) -> dict[Hashable, float]:
-    """Returns the medians of `times_in_turns`."""
-    times = times_in_turns(methods, repeats, description)
+    """Returns the medians of `times_in_turns`, which describes the arguments."""
+    times = times_in_turns(methods, repeats, description, **rounds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def in_fresh_process(function: Callable, *arguments):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
+
+
+def return_freed_memory() -> None:
+    """Make glibc return freed memory to the system. An optimized copy keeps some, which would hide its peak."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
