@@ -170,8 +170,9 @@ class EfficientVMambaES2D(nn.Module):
         self.x_proj_weight = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, rank + 2 * state_size, intermediate_size))
         self.dt_proj_weight = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, rank))
         self.dt_proj_bias = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
-        self.A_log = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, state_size))
-        self.D = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # see `_keep_in_fp32_modules_strict`
+        self.A_log = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, state_size, dtype=dtype))
+        self.D = nn.Parameter(torch.empty(NUM_SCAN_GROUPS, intermediate_size, dtype=dtype))
         self.activation = nn.SiLU()
         self.layernorm = EfficientVMambaGatedLayerNorm(intermediate_size, eps=config.layer_norm_eps)
         # not Mamba's `out_proj`, which transformers renames in checkpoints of DETR and its relatives
@@ -187,7 +188,8 @@ class EfficientVMambaES2D(nn.Module):
         dt = torch.exp(torch.rand_like(self.dt_proj_bias) * log_range + math.log(self.time_step_min))
         dt = dt.clamp(min=self.time_step_floor)
         init.copy_(self.dt_proj_bias, dt + torch.log(-torch.expm1(-dt)))
-        init.copy_(self.A_log, torch.arange(1, state_size + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        A_log = torch.arange(1, state_size + 1, dtype=self.A_log.dtype, device=self.A_log.device).log()
+        init.copy_(self.A_log, A_log.expand_as(self.A_log))
         init.ones_(self.D)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)

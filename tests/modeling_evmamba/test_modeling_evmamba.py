@@ -245,6 +245,21 @@ def test_half_precision_loading_keeps_the_recurrence_in_float32(tmp_path, dtype)
         assert relative_error(logits.float(), model(pixel_values).logits) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_new_models_in_half_precision_have_the_recurrence_in_float32(dtype):
+    config = EfficientVMambaConfig(**MICRO)
+    model = AutoModelForImageClassification.from_config(config, dtype=dtype)
+    in_float32 = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert in_float32.keys() == model.no_weight_decay()
+    expected = dict(EfficientVMambaForImageClassification(config).named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in in_float32.items())
+
+
+def test_new_models_in_float64_are_in_float64():
+    model = AutoModelForImageClassification.from_config(EfficientVMambaConfig(**MICRO), dtype=torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
 def test_auto_classes(tmp_path):
     config = EfficientVMambaConfig(**MICRO, num_labels=3)
     model = EfficientVMambaForImageClassification(config).eval()
