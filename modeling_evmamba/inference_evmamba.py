@@ -10,6 +10,7 @@ benchmarks/NOTES.md lists the gain of each step.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Container
 from math import prod
 from typing import NoReturn, SupportsIndex, TypeVar
@@ -52,6 +53,9 @@ FROZEN_BATCH_NORM_EPS = 1e-5
 
 # On CPUs, kernels of their own compute whole layers in these dtypes.
 LOWER_DTYPES = (torch.bfloat16, torch.int8)
+
+# Operators of oneDNN that PyTorch keeps private, so a release may drop them.
+PACKED_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight")
 
 # for each block: a convolution or linear layer, and the batch norm that follows it
 BATCH_NORMS = {
@@ -108,7 +112,7 @@ def optimize_network(model: Network, dtype: torch.dtype) -> Network:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if is_on_cpu and dtype in LOWER_DTYPES:
         optimize_in_lower_dtype(model.float(), dtype)
-    elif is_on_cpu and dtype == model.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    elif is_on_cpu and dtype == model.dtype == torch.float32 and has_packed_operators():
         optimize_in_float32(model)
     else:
         fold_batch_norms(model)
@@ -166,13 +170,33 @@ def refuse_dtype(dtype: torch.dtype, model: EfficientVMambaPreTrainedModel) -> N
                 "torch.bfloat16 there"
             )
         return
-    if dtype == torch.float16 != model.dtype and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if dtype == torch.float16 != model.dtype and not multiplies_in_float16():
         raise ValueError("this processor does not multiply in torch.float16 (AVX512-FP16): use torch.bfloat16")
     if dtype in LOWER_DTYPES and "evss" in model.config.block_types and model.config.conv_kernel != 3:
         raise ValueError(
             f"on CPUs, {dtype} needs a network with conv_kernel 3, and this one has {model.config.conv_kernel}: use "
             "torch.float32"
         )
+
+
+def multiplies_in_float16() -> bool:
+    """Returns whether oneDNN multiplies in float16 on this processor. Some builds of PyTorch lack oneDNN."""
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return is_supported is not None and is_supported()
+
+
+def has_packed_operators() -> bool:
+    """Returns whether this PyTorch multiplies with packed weights. Warns if a release has dropped the operators."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    missing = [name for name in PACKED_OPERATORS if not hasattr(torch.ops.mkldnn, name)]
+    if missing:
+        warnings.warn(
+            f"PyTorch {torch.__version__} has no operator mkldnn.{missing[0]}, so linear layers of optimized copies "
+            "run unpacked and slower: install an older PyTorch",
+            stacklevel=3,
+        )
+    return not missing
 
 
 def convert(model: EfficientVMambaPreTrainedModel, dtype: torch.dtype) -> None:
@@ -201,7 +225,7 @@ def optimize_in_lower_dtype(model: EfficientVMambaPreTrainedModel, dtype: torch.
     fold_batch_norms(model)
     write_channels_last(model)
     pack_layers(model, dtype)
-    if torch.backends.mkldnn.is_available():
+    if has_packed_operators():
         pack_linear_layers(model)  # the classifier
     micro_batch_blocks(model, bytes_per_number=2)
     keep_freed_memory()

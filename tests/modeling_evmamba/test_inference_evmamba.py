@@ -13,9 +13,16 @@ from modeling_evmamba import (
     EfficientVMambaBackbone,
     EfficientVMambaConfig,
     EfficientVMambaForImageClassification,
+    inference_evmamba,
     optimize_for_inference,
 )
-from modeling_evmamba.inference_evmamba import LOWER_DTYPES, DepthwiseConv, LowerDtypeLayer, PackedLinear
+from modeling_evmamba.inference_evmamba import (
+    LOWER_DTYPES,
+    DepthwiseConv,
+    LowerDtypeLayer,
+    PackedLinear,
+    multiplies_in_float16,
+)
 
 
 @pytest.fixture
@@ -200,10 +207,24 @@ def test_other_dtypes_are_refused(dtype, config, message):
         optimize_for_inference(EfficientVMambaForImageClassification(small_config(**config)), dtype)
 
 
-@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this processor multiplies in float16")
+@pytest.mark.skipif(multiplies_in_float16(), reason="this processor multiplies in float16")
 def test_float16_needs_a_processor():
     with pytest.raises(ValueError, match=r"does not multiply in torch.float16 \(AVX512-FP16\): use torch.bfloat16"):
         optimize_for_inference(EfficientVMambaForImageClassification(small_config()), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pytorch_without_the_operators_of_packed_weights(monkeypatch, dtype):
+    """Such an operator is private to PyTorch."""
+    model = with_statistics(EfficientVMambaForImageClassification(small_config())).eval()
+    images = torch.randn(2, 3, 64, 64)
+    packed = optimize_for_inference(model, dtype)
+    monkeypatch.setattr(inference_evmamba, "PACKED_OPERATORS", ("_linear_pointwise", "_dropped"))
+    with pytest.warns(UserWarning, match=r"has no operator mkldnn\._dropped, so linear layers"):
+        unpacked = optimize_for_inference(model, dtype)
+    assert PackedLinear in modules_of(packed) and PackedLinear not in modules_of(unpacked)
+    with torch.no_grad():
+        assert relative_error(unpacked(images).logits, packed(images).logits) < 3e-6
 
 
 def test_lower_dtypes_need_numba(monkeypatch):
