@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -37,11 +36,16 @@ def parse_fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def parse_number_or_none(text: str, kind: type) -> Any:
-    try:
-        return text if text == NONE else kind(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a valid {kind.__name__} nor `{NONE}`") from None
+def number_or_none(kind: type) -> Callable[[str], Any]:
+    """Returns a function that parses a number or the word `none`."""
+
+    def parse(text: str) -> Any:
+        try:
+            return text if text == NONE else kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is neither a valid {kind.__name__} nor `{NONE}`") from None
+
+    return parse
 
 
 def show_value(value: Any) -> str:
@@ -66,11 +70,12 @@ def to_parameter(field: dataclasses.Field, default: str) -> inspect.Parameter:
     may_be_none = type(None) in kinds
     (kind,) = kinds - {type(None)}
     number = float if kind == list[float] else kind
-    parser, metavar = None, None
+    parser: Callable[[str], Any] | None = None
+    metavar = None
     if kind == dict[str, Any]:
         kind, parser, metavar = dict, parse_fields, "YAML"
     elif may_be_none and number in (int, float):
-        parser, metavar = partial(parse_number_or_none, kind=number), f"<{number.__name__}|{NONE}>"
+        parser, metavar = number_or_none(number), f"<{number.__name__}|{NONE}>"
     elif may_be_none and get_origin(kind) is Literal:
         kind = Literal[(*get_args(kind), NONE)]
     option = typer.Option(
