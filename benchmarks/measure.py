@@ -107,14 +107,14 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> float:
     clear_refs = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not clear_refs.exists():
         return math.nan
-    clear_refs.write_text("5")
+    clear_refs.write_text("5", encoding="utf-8")
     before = read_process_status("VmRSS")
     function()
     return read_process_status("VmHWM") - before
 
 
 def read_process_status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     raise ValueError(f"/proc/self/status has no field {field}")
@@ -159,7 +159,7 @@ def format_value(value: object) -> str:
 def write_csv(path: Path, rows: list[dict[str, object]], environment: dict[str, str]) -> None:
     """Write a CSV file. Its first lines start with `#` and describe the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in environment.items())
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()

@@ -82,7 +82,7 @@ def wait_for_answer(url: str, process: subprocess.Popen, log: Path) -> None:
         with suppress(httpx.TransportError):
             if httpx.get(url, timeout=10).status_code == 200:
                 return
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
         time.sleep(0.2)
 
 

@@ -253,7 +253,11 @@ def test_models_that_may_be_loaded(tmp_path):
 
 def resident(pid: int) -> int:
     """Return the memory of a process in MB."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    (line,) = [
+        line
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmRSS")
+    ]
     return int(line.split()[1]) // 1024
 
 

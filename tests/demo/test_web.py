@@ -444,9 +444,9 @@ def empty(path: Path) -> None:
 
 def set_processor(**changes):
     def change(path: Path) -> None:
-        settings = json.loads(path.read_text()) | changes
+        settings = json.loads(path.read_text(encoding="utf-8")) | changes
         path.unlink()
-        path.write_text(json.dumps(settings))
+        path.write_text(json.dumps(settings), encoding="utf-8")
 
     return change
 

@@ -108,7 +108,7 @@ def export_onnx_folder(
     with staged(folder) as staging:
         staging.mkdir()
         reports = export_onnx_files(model, staging, image_size=image_size, revision=revision, before_file=before_file)
-        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (staging / CONFIG_NAME).write_bytes(f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
         (staging / IMAGE_PROCESSOR_NAME).write_bytes(describe_image_processor(classifier))
         card = render_onnx_card(folder.name, base_model, license, classifier.model.config, reports)
         card.save(staging / constants.REPOCARD_NAME)

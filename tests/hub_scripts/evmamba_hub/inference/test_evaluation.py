@@ -47,7 +47,7 @@ def evaluate(evmamba, *arguments) -> dict:
     output = Path(arguments[arguments.index("--output") + 1])
     code, _, err = evmamba("evaluate", *arguments)
     assert code == 0, err
-    return json.loads(output.read_text())
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def test_what_the_card_of_the_digits_says(evmamba, digit_images, tmp_path):

@@ -146,7 +146,7 @@ def test_token_of_the_login(evmamba, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     path = Path(constants.HF_TOKEN_PATH)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(token)
+    path.write_text(token, encoding="utf-8")
     try:
         assert evmamba("push", DIGITS, REPO_ID)[0] == 0
     finally:
