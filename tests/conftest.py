@@ -1,6 +1,7 @@
 """Settings that must precede the imports of the libraries, and the Hub of the tests."""
 
 import os
+from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -28,12 +29,39 @@ for name in (
 ):
     os.environ.pop(name, None)
 
-import datasets.config  # noqa: E402
 import torch  # noqa: E402
 
 
-# datasets sleeps after each shuffled stream, for 5 seconds, until Arrow's threads have ended.
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
+with suppress(ImportError):
+    import datasets.config
+
+    # datasets sleeps after each shuffled stream, for 5 seconds, until Arrow's threads have ended.
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
+
+# What test modules import of the extra `test`, and of the packages that it brings.
+OPTIONAL_PACKAGES = {
+    "accelerate",
+    "datasets",
+    "filelock",
+    "gradio",
+    "gradio_client",
+    "httpx",
+    "hypothesis",
+    "markdown_it",
+    "matplotlib",
+    "nbclient",
+    "nbformat",
+    "numba",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pandas",
+    "parameterized",
+    "playwright",
+    "scipy",
+    "sklearn",
+    "triton",
+}
 
 # Parallel tests (pytest -n) on small maps gain nothing from threads, which would wait for each other.
 torch.set_num_threads(1)
@@ -44,6 +72,20 @@ def pytest_sessionstart() -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         compile_kernels(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Skip the tests of a module that imports an optional package which is missing."""
+    report = yield
+    error = report.call.excinfo and report.call.excinfo.value
+    while error is not None:
+        package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
+        if package in OPTIONAL_PACKAGES:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 1, f'Skipped: needs {package}: pip install ".[test]"')
+        error = error.__cause__
+    return report
 
 
 @pytest.fixture

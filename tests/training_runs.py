@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from training_evmamba.recipe import Recipe, load_recipe
-from training_evmamba.trainer import TrainingRun
 from weights import assert_same_weights
 
 
@@ -65,7 +63,11 @@ def make_recipe(stripes):
     return make
 
 
-def start(recipe, output_dir, resume=False) -> TrainingRun:
+def start(recipe, output_dir, resume=False):
+    from accelerate.state import AcceleratorState
+
+    from training_evmamba.trainer import TrainingRun
+
     AcceleratorState._reset_state(reset_partial_state=True)  # left by the last run in this process
     return TrainingRun(recipe, output_dir, resume=resume)
 

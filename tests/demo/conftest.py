@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import pytest
 import torch
 from filelock import FileLock
@@ -77,6 +76,8 @@ def python(space_folder, shared_folder, starting) -> Path:
 
 
 def wait_for_answer(url: str, process: subprocess.Popen, log: Path) -> None:
+    import httpx
+
     deadline = time.monotonic() + 300  # enough to compile the kernels on busy cores
     while True:
         with suppress(httpx.TransportError):

@@ -23,6 +23,7 @@ def evmamba(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def digit_images(tmp_path_factory) -> Path:
     """The 599 held-out digits of the bundled model, in a directory per class."""
+    pytest.importorskip("sklearn", reason='needs scikit-learn: pip install ".[digits]"')
     folder = tmp_path_factory.mktemp("digits")
     save_folder(folder, *load_splits())
     return folder / "validation"

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from evmamba_kernels import numba_threads as threads
-
 
 @pytest.fixture(params=["1 thread", "2 of OpenMP", "7 of OpenMP", "2 of our own", "7 of our own"])
 def num_threads(request, monkeypatch):
+    threads = pytest.importorskip(
+        "evmamba_kernels.numba_threads", reason="needs numba: pip install numba", exc_type=ImportError
+    )
     number = int(request.param.split()[0])
     if "OpenMP" in request.param and threads.openmp is None:
         pytest.skip("this PyTorch computes without an OpenMP runtime that has GNU's interface")
