@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import re
 import shutil
@@ -124,6 +125,32 @@ def test_images_on_disk_are_read_by_one_worker_per_cpu(one_cpu, make_recipe, rec
         reduced = "Reduced --num-workers from 3 to 1, the number of available CPUs"
         assert [note for note in data.notes if "workers" in note] == ([reduced] if number > 1 else [])
     assert not recwarn.list
+
+
+@pytest.fixture
+def spawned_workers():
+    """Start the workers of data loaders as on Windows and macOS: without the memory of this process."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_the_same_batches(spawned_workers, make_recipe):
+    recipe, with_worker = make_recipe(), make_recipe(num_workers=1)
+    assert_same(read_batches(with_worker, 2), read_batches(recipe, 2))
+    preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
+    data = open_data(recipe)
+    loaders = [create_validation_loader(data, each, preprocess, 4, WHOLE) for each in (recipe, with_worker)]
+    assert_same(*map(list, loaders))
+
+
+@pytest.mark.slow
+def test_spawned_workers_read_a_stream(spawned_workers, make_recipe, stream):
+    options = {"dataset": stream, "streaming": True, "images_per_epoch": 37}
+    batches = read_batches(make_recipe(**options, num_workers=1), 2)
+    assert_same(batches, read_batches(make_recipe(**options), 2))
 
 
 def test_part_of_the_training_images_is_held_out_where_there_is_no_other_split(make_recipe, stripes):
