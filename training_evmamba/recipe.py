@@ -264,7 +264,7 @@ def is_hub_id(text: str) -> bool:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return "/" in text
+    return "/" in text and text.isascii()  # huggingface_hub 1 takes the letters of any alphabet
 
 
 def get_kinds(annotation: Any) -> set:
