@@ -682,14 +682,6 @@ def expect_image_sizes() -> list[list[Cell]]:
     ]
 
 
-def expect_dense() -> list[list[Cell]]:
-    figures = ("median ms", "/ Swin-T", "/ ResNet-50", "ns per pixel", "peak MiB")
-    return [
-        [row["head"], row["backbone"], row["image"].replace("x", " x "), *(float(row[name]) for name in figures)]
-        for row in read_csv("dense_upernet.csv") + read_csv("dense_rt_detr.csv")
-    ]
-
-
 def expect_differences() -> list[list[Cell]]:
     return [
         [row["network"], row["image"], row["batch"], *map(float, list(row.values())[3:])]
@@ -752,7 +744,6 @@ TABLES = [
     ("Lower precision on CPUs", 1, expect_dtype_digits),
     ("Servers on CPUs", 0, expect_serving),
     ("Growing images", 0, expect_image_sizes),
-    ("Segmentation and detection", 0, expect_dense),
     ("ONNX files on CPUs", 0, expect_differences),
     ("ONNX files on CPUs", 1, expect_latencies),
     ("ONNX files on CPUs", 2, expect_digits),
