@@ -1,6 +1,9 @@
 """Report the compiled Triton kernels of several GPUs: registers, shared memory, spills, and instructions per state.
 
-The instructions are those of the loops over tiles. This needs no GPU, since Triton includes the assemblers.
+The instructions are those of a state in the loops over tiles. "Unequal" counts sums over lanes into which each lane
+fuses its own product: the lanes round differently, so the bits depend on the lane that stores the sum.
+
+This needs no GPU, since Triton includes the assemblers.
 
 Example:
     python benchmarks/triton_report.py --targets sm_90 gfx942 --kernels scan_fwd scan_bwd
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from measure import RESULTS_DIR, format_value, write_csv
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -79,10 +83,21 @@ CLASSES = {
 }
 
 
+WIDTH = 160  # of the table, in characters
+
+
+class Instruction(NamedTuple):
+    address: int  # or number of the line
+    name: str
+    operands: str
+    target: int | None = None  # of a branch
+
+
 class Report(NamedTuple):
     registers: int
     shared_bytes: int
     spilled_bytes: int
+    unequal_sums: int  # see `count_unequal_sums`; 0 except on CUDA
     loop: Counter  # instructions of a lane for a tile, by class
     states: int  # that a lane computes for a tile; 0 if the kernel computes none, or the code has an unknown form
 
@@ -115,6 +130,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
         "T": tile,
         "CHUNKS": tile,
         "CHANNELS": host.MATRIX_CHANNELS if is_matrix else channels,
+        "LANE_CHANNELS": channels // gpu.warp_size,
         "STEPS": config.projected_steps if name == "project_fwd" else host.MATRIX_STEPS,
         "DEPTH": host.MATRIX_DEPTH,
         "OUTPUTS": host.MATRIX_OUTPUTS,
@@ -132,7 +148,8 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
             signature[parameter.name], constants[i,] = "constexpr", values[parameter.name]
         elif parameter.name in INTEGERS or "stride" in parameter.name:
             signature[parameter.name] = "i32"
-            if name in NORM_BLOCK_ELEMENTS and parameter.name != "num_rows":  # the only one that is not specialized
+            # num_rows is the only one that is not specialized
+            if name in NORM_BLOCK_ELEMENTS and NORM_CHANNELS % 16 == 0 and parameter.name != "num_rows":
                 attributes[i,] = [["tt.divisibility", 16]]
         elif parameter.name == "eps":
             signature[parameter.name] = "fp32"
@@ -146,18 +163,19 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
         registers, spilled, code = read_cubin(compiled.asm["cubin"])
     else:
         registers, spilled, code = read_amdgcn(compiled.asm["amdgcn"])
+    unequal = count_unequal_sums(code)
     if name not in KERNELS_OF_STATES:
-        return Report(registers, compiled.metadata.shared, spilled, Counter(), states=0)
+        return Report(registers, compiled.metadata.shared, spilled, unequal, Counter(), states=0)
     steps = tile * channels // gpu.warp_size  # of a lane, in a tile
     # scan_bwd_kernel has two separate loops over states
     num_loops, unrolled, repeated = (2, 1, state_size) if is_scan_bwd else (1, values["STATES"], 1)
     loop = count_tile(code, num_loops, steps * unrolled, repeated)
     states = steps * unrolled * repeated if loop else 0
-    return Report(registers, compiled.metadata.shared, spilled, loop, states)
+    return Report(registers, compiled.metadata.shared, spilled, unequal, loop, states)
 
 
-def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
-    """Returns registers, bytes of stack (spills), and code as (address, instruction, branch target)."""
+def read_cubin(cubin: bytes) -> tuple[int, int, list[Instruction]]:
+    """Returns registers, bytes of stack (spills), and code."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -167,13 +185,13 @@ def read_cubin(cubin: bytes) -> tuple[int, int, list[tuple[str, str, str]]]:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", sass)
     code = []
-    for address, instruction, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest) if instruction.startswith("BRA") else None
-        code.append((int(address, 16), instruction, int(target[1], 16) if target else None))
+    for address, name, operands in lines:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        code.append(Instruction(int(address, 16), name, operands, int(target[1], 16) if target else None))
     return registers, stack, code
 
 
-def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]:
+def read_amdgcn(text: str) -> tuple[int, int, list[Instruction]]:
     """Returns the same as `read_cubin`, with line numbers as addresses.
 
     Scalar registers spill into vector registers, which count.
@@ -186,12 +204,32 @@ def read_amdgcn(text: str) -> tuple[int, int, list[tuple[int, str, int | None]]]
     for i, line in enumerate(lines):
         if match := re.match(r"\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|scratch_\w+)(.*)", line):
             target = re.search(r"(\.LBB\w+)", match[2]) if "branch" in match[1] else None
-            instruction = match[1] + ("_dpp" if "row_" in match[2] else "")
-            code.append((i, instruction, labels[target[1]] if target else None))
+            name = match[1] + ("_dpp" if "row_" in match[2] else "")
+            code.append(Instruction(i, name, match[2], labels[target[1]] if target else None))
     return registers, spilled, code
 
 
-def count_tile(code: list[tuple[int, str, int | None]], num_loops: int, states: int, repeats: int) -> Counter:
+def count_unequal_sums(code: list[Instruction]) -> int:
+    """Returns the number of sums of two lanes in which each lane fuses its own product: fma(a, b, value of the other).
+
+    The lanes of the pair round differently. A sum over lanes is a butterfly of SHFL.BFLY in the code of CUDA.
+    """
+    count = 0
+    for i, instruction in enumerate(code):
+        if not instruction.name.startswith("SHFL.BFLY"):
+            continue
+        register = re.search(r"\bR\d+", instruction.operands)[0]
+        for later in code[i + 1 :]:
+            result, *sources = (operand.strip() for operand in later.operands.split(","))
+            if any(re.search(rf"\b{register}\b", source) for source in sources):
+                count += later.name.startswith("FFMA")
+                break
+            if result == register:
+                break
+    return count
+
+
+def count_tile(code: list[Instruction], num_loops: int, states: int, repeats: int) -> Counter:
     """Returns the instructions of a tile by class, from the innermost loops with an exponential per state.
 
     A loop that repeats for a tile counts `repeats` times, plus the code around it in the loop over tiles. In that
@@ -199,13 +237,14 @@ def count_tile(code: list[tuple[int, str, int | None]], num_loops: int, states: 
     """
 
     def count(first: int, last: int) -> Counter:
-        instructions = (instruction for address, instruction, _ in code if first <= address <= last)
+        instructions = (instruction for instruction in code if first <= instruction.address <= last)
         return Counter(
-            next((name for name, form in CLASSES.items() if re.match(form, instruction)), "other")
+            next((name for name, form in CLASSES.items() if re.match(form, instruction.name)), "other")
             for instruction in instructions
         )
 
-    loops = [(target, address) for address, _, target in code if target is not None and target < address]
+    branches = ((instruction.target, instruction.address) for instruction in code if instruction.target is not None)
+    loops = [(target, address) for target, address in branches if target < address]
     counts = {loop: count(*loop) for loop in loops}
 
     def is_inside(loop: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -226,29 +265,52 @@ def count_tile(code: list[tuple[int, str, int | None]], num_loops: int, states: 
     return total
 
 
+def describe(report: Report) -> dict[str, object]:
+    """Returns the columns of a report. Instructions are per state."""
+    counts = {
+        "registers": report.registers,
+        "shared": report.shared_bytes,
+        "spilled": report.spilled_bytes,
+        "unequal": report.unequal_sums,
+    }
+    per_state = {name: report.per_state(name) if report.states else None for name in (*CLASSES, "other", "all")}
+    return counts | per_state
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="dtype of the feature map; default: fp32"
+        "--dtypes",
+        nargs="+",
+        choices=["fp32", "bf16", "fp16"],
+        default=["fp32", "bf16"],
+        help="dtypes of the feature map; default: fp32 bf16",
     )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="default: 16")
     parser.add_argument("--rank", type=int, default=3, metavar="R", help="default: 3")
+    parser.add_argument(
+        "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV file; default: benchmarks/results"
+    )
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
 
-    columns = [*CLASSES, "other", "all"]
-    table = Table("kernel", "target", "registers", "shared", "spilled", *(f"{name} / state" for name in columns))
-    for name in arguments.kernels:
-        for target in arguments.targets:
-            report = compile_kernel(name, target, arguments.dtype, arguments.state_size, arguments.rank)
-            per_state = [f"{report.per_state(column):.2f}" if report.states else "" for column in columns]
-            table.add_row(
-                name, target, *map(str, (report.registers, report.shared_bytes, report.spilled_bytes)), *per_state
-            )
-    Console(width=160).print(table)
+    rows = [
+        {"kernel": name, "target": target, "dtype": dtype}
+        | describe(compile_kernel(name, target, dtype, arguments.state_size, arguments.rank))
+        for dtype in arguments.dtypes
+        for name in arguments.kernels
+        for target in arguments.targets
+    ]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(format_value, row.values()))
+    Console(width=WIDTH).print(table)
+    version = ".".join(triton.__version__.split(".")[:2])
+    environment = {"triton": triton.__version__, "N": str(arguments.state_size), "R": str(arguments.rank)}
+    write_csv(arguments.output_dir / f"triton_report_{version}.csv", rows, environment)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ class Plan(NamedTuple):
     num_tiles: int
     chunk_tiles: int
     num_chunks: int
+    lane_channels: int  # channels of a lane in scan_bwd_kernel
     shortest_line: int  # of a group, in steps
     is_wide: bool  # an image spans 2^31 elements or more
 
@@ -158,7 +159,17 @@ def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
     num_chunks = cdiv(num_tiles, chunk_tiles)
 
     is_wide = max(height * width * channels, span(hidden_states)) >= 2**31
-    return Plan(config, device.multiprocessors, tile, num_tiles, chunk_tiles, num_chunks, min(rows, columns), is_wide)
+    return Plan(
+        config=config,
+        multiprocessors=device.multiprocessors,
+        tile=tile,
+        num_tiles=num_tiles,
+        chunk_tiles=chunk_tiles,
+        num_chunks=num_chunks,
+        lane_channels=config.backward_channels // device.warp_size,
+        shortest_line=min(rows, columns),
+        is_wide=is_wide,
+    )
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -473,6 +484,7 @@ def run_scan_bwd(
         stride_w=stride_w,
         T=plan.tile,
         CHANNELS=plan.config.backward_channels,
+        LANE_CHANNELS=plan.lane_channels,
         **plan.index_options(plan.tile),
         **ONE_WARP,
     )

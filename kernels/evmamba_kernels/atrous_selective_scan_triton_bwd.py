@@ -60,6 +60,21 @@ def run_adjoints(b_decay, b_reached, b_adjoint):
     return b_adjoints, b_adjoint
 
 
+@triton.jit
+def sum_products(b_1, b_2, LANE_CHANNELS: tl.constexpr):
+    """Returns the sum over channels of b_1 * b_2, `(T)`, with the same bits in all lanes.
+
+    Lanes add their values in pairs. If a lane has one channel, the compiler would fuse its product into this sum,
+    fma(b_1, b_2, other), and the two lanes would round differently. It fuses nothing into the result of `tl.fma`. If a
+    lane has several channels, it adds their products first. Then `tl.fma` would cost an addition.
+
+    Args:
+        LANE_CHANNELS: Channels of a lane.
+    """
+    b_products = tl.fma(b_1, b_2, 0.0) if LANE_CHANNELS == 1 else b_1 * b_2
+    return tl.sum(b_products, 1)
+
+
 @triton.jit(
     do_not_specialize=[
         "height",
@@ -193,6 +208,7 @@ def scan_bwd_kernel(
     stride_w,
     T: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
     LONG_LINES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -323,7 +339,7 @@ def scan_bwd_kernel(
 
                 b_added = b_delta_u * b_B
                 b_kept = run_kept(b_decay, b_added, b_start)
-                b_grad_C = tl.sum(b_grad * (b_kept + b_added), 1)
+                b_grad_C = sum_products(b_grad, b_kept + b_added, LANE_CHANNELS)
 
                 b_after = tl.load(p_adjoint + n * channels, mask=m_later | m_reached, other=0.0)
                 b_here, b_before = run_adjoints(b_decay, b_grad * b_C, b_after)
@@ -336,7 +352,7 @@ def scan_bwd_kernel(
                 tl.store(p_grad_A_log + n * channels, b_sum, mask=m_d)
                 b_grad_delta_u = tl.fma(b_here, b_B, b_grad_delta_u)
                 b_grad_delta = tl.fma(b_through_decay, b_A[None, :], b_grad_delta)
-                b_grad_B = tl.sum(b_here * b_delta_u, 1)
+                b_grad_B = sum_products(b_here, b_delta_u, LANE_CHANNELS)
                 # one store for both: the sum over a warp reaches its store through shared memory
                 tl.store(p_grad_both + n * T, tl.join(b_grad_B, b_grad_C))
 
@@ -351,7 +367,7 @@ def scan_bwd_kernel(
                 b_sum = tl.load(p_grad_weight + r * channels, mask=m_later, other=0.0)
                 b_sum += tl.sum(b_grad_raw * b_dt[:, None], 0)
                 tl.store(p_grad_weight + r * channels, b_sum, mask=m_d)
-                tl.store(p_grad_tile + r * T, tl.sum(b_grad_raw * b_weight[None, :], 1))
+                tl.store(p_grad_tile + r * T, sum_products(b_grad_raw, b_weight[None, :], LANE_CHANNELS))
             b_sum = tl.load(p_grad_bias, mask=m_later, other=0.0)
             tl.store(p_grad_bias, b_sum + tl.sum(b_grad_raw, 0), mask=m_d)
             b_sum = tl.load(p_grad_D, mask=m_later, other=0.0)

@@ -26,9 +26,14 @@ FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @triton.jit
 def normalize(b_x, m_d, channels, eps):
-    """Returns the normalized rows, and the inverse of their standard deviation."""
-    b_centered = tl.where(m_d[None, :], b_x - tl.sum(b_x, 1)[:, None] / channels, 0.0)
-    b_inverse = 1.0 / tl.sqrt(tl.sum(b_centered * b_centered, 1) / channels + eps)
+    """Returns the normalized rows, without a meaning beyond their channels, and the inverse of the standard deviation.
+
+    Lanes add their values in pairs. The compiler would fuse a product into this sum, fma(a, b, other), and the two
+    lanes would round differently. It fuses nothing into the results of `tl.where` and `tl.fma`, so each sum takes one.
+    """
+    b_centered = b_x - tl.sum(b_x, 1)[:, None] / channels
+    b_squares = tl.where(m_d[None, :], b_centered * b_centered, 0.0)
+    b_inverse = 1.0 / tl.sqrt(tl.sum(b_squares, 1) / channels + eps)
     return b_centered * b_inverse[:, None], b_inverse
 
 
@@ -101,9 +106,9 @@ def layer_norm_gated_bwd_kernel(
         b_grad *= b_z * b_sigmoid
         b_grad_weight += tl.where(mask, b_grad * b_normalized, 0.0)  # the deviation of rows of zeros may be 0
         b_grad_bias += b_grad
-        b_grad *= b_weight[None, :]
+        b_grad = tl.fma(b_grad, b_weight[None, :], 0.0)
         b_mean = tl.sum(b_grad, 1) / channels
-        b_projection = tl.sum(b_grad * b_normalized, 1) / channels
+        b_projection = tl.sum(tl.where(m_d[None, :], b_grad * b_normalized, 0.0), 1) / channels
         b_grad_x = (b_grad - b_mean[:, None] - b_normalized * b_projection[:, None]) * b_inverse[:, None]
         tl.store(grad_x + p_out, b_grad_x.to(grad_x.dtype.element_ty), mask=mask)
     p_parameters = grad_parameters + tl.program_id(0) * channels + o_d

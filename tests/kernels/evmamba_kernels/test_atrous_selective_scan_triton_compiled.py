@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled ahead of time without a GPU. Registers must not spill."""
+"""The Triton kernels, compiled ahead of time without a GPU: no register spills, and all lanes get the same sums."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,9 @@ if IS_INTERPRETED:
 pytest.importorskip("triton", reason="triton is not installed, which there are no wheels of for this system")
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from benchmarks import triton_report
 from benchmarks.triton_report import KERNELS, TARGETS, compile_kernel
@@ -26,7 +28,8 @@ from evmamba_kernels.triton_device import describe_device
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_nothing_spills(kernel, target, capsys):
+def test_nothing_spills_and_lanes_agree(kernel, target, capsys):
+    """Lanes store a sum to one address, so bits depend on their order if the sums of lanes differ."""
     report = compile_kernel(kernel, target)
     with capsys.disabled():
         print(
@@ -35,12 +38,37 @@ def test_nothing_spills(kernel, target, capsys):
             end=" ",
         )
     assert report.spilled_bytes == 0
+    assert report.unequal_sums == 0
+
+
+@pytest.mark.parametrize("channels", [33, 50, 100, LARGEST_CHANNELS_ON_GPU - 1])
+@pytest.mark.parametrize("kernel", ["layer_norm_gated_fwd", "layer_norm_gated_bwd"])
+def test_lanes_agree_with_odd_channels(kernel, channels, monkeypatch):
+    """A lane then holds one channel, whose product the compiler would fuse into the sum with another lane."""
+    monkeypatch.setattr(triton_report, "NORM_CHANNELS", channels)
+    for target in ("sm_80", "sm_90"):
+        report = compile_kernel(kernel, target)
+        assert report.spilled_bytes == report.unequal_sums == 0
+
+
+def test_a_product_in_a_sum_of_two_lanes_counts():
+    @triton.jit
+    def unequal_kernel(x, y):
+        o_x = tl.arange(0, 32)
+        b_x = tl.load(x + o_x)
+        tl.store(y, tl.sum(b_x * tl.load(x + 32 + o_x), 0))
+
+    source = ASTSource(fn=unequal_kernel, signature={"x": "*fp32", "y": "*fp32"}, constexprs={})
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 1, "enable_fp_fusion": True})
+    *_, code = triton_report.read_cubin(compiled.asm["cubin"])
+    assert triton_report.count_unequal_sums(code) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("kernel", ["scan_fwd", "scan_bwd", "layer_norm_gated_bwd"])
 def test_nothing_spills_in_lower_dtypes(kernel, dtype):
-    assert compile_kernel(kernel, "sm_90", dtype).spilled_bytes == 0
+    report = compile_kernel(kernel, "sm_90", dtype)
+    assert report.spilled_bytes == report.unequal_sums == 0
 
 
 def test_nothing_spills_with_the_most_channels(monkeypatch):
