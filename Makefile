@@ -59,10 +59,15 @@ test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environmen
 # feature maps of stages 1 and 2 of T, S and B, for images of 224 x 224
 MAPS := 56,56,96 28,28,192 56,56,128 28,28,256 56,56,192 28,28,384
 
+TRITON_CONSTANTS := forward_tile backward_tile forward_programs backward_programs precision chunk_cost
+
 bench-gpu: $(INSTALLED)  ## Run all benchmarks of the GPU kernels, on a CUDA GPU.
 	$(PIP_INSTALL) -e ".[benchmarks]"
 	$(BIN)/python benchmarks/triton_report.py
-	$(BIN)/python benchmarks/bench_triton_configs.py
+	$(BIN)/python benchmarks/bench_layer_norm.py
+	for constant in $(TRITON_CONSTANTS); do \
+		$(BIN)/python benchmarks/bench_triton_configs.py --vary $$constant || exit 1; \
+	done
 	for dtype in float32 bfloat16; do \
 		$(BIN)/python benchmarks/bench_operator.py --device cuda --dtype $$dtype --baselines mamba_ssm \
 			--shapes $(MAPS:%=1,%) $(MAPS:%=128,%) && \

@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from evmamba_hub import info
+from evmamba_kernels.backends import BACKENDS
 
 
 if TYPE_CHECKING:
@@ -50,6 +51,18 @@ def parse_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"PyTorch does not find the device {text!r}: {reason}") from error
 
 
+def parse_gpu(text: str) -> torch.device:
+    """Parse a device of the command line that runs the GPU kernels.
+
+    Raises:
+        argparse.ArgumentTypeError: If PyTorch does not find the device, or the kernels do not run on it.
+    """
+    device = parse_device(text)
+    if device.type not in BACKENDS["triton"].device_types:
+        raise argparse.ArgumentTypeError(f"the GPU kernels do not run on {text!r}: name a GPU, such as cuda")
+    return device
+
+
 def times_in_turns(
     methods: dict[Hashable, Callable[[], object]],
     repeats: int,
@@ -57,16 +70,18 @@ def times_in_turns(
     warm_up_rounds: int = WARM_UP_ROUNDS,
     calls_per_round: int = CALLS_PER_ROUND,
     untimed_calls: int = 1,
+    pause: float = PAUSE,
 ) -> dict[Hashable, list[float]]:
     """Returns the times of the calls of each method in steady state, in seconds.
 
-    Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods.
+    Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods. Kernels
+    of a GPU leave no threads that spin, so they need no pause.
     """
     times = {name: [] for name in methods}
     rounds = range(warm_up_rounds + repeats)
     for i in track(rounds, description, console=error_console, transient=True):
         for name, method in methods.items():
-            time.sleep(PAUSE)
+            time.sleep(pause)
             seconds = info.measure_latency(method, calls_per_round, untimed_calls)
             if i >= warm_up_rounds:
                 times[name] += seconds
@@ -74,7 +89,7 @@ def times_in_turns(
 
 
 def median_times(
-    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str, **rounds: int
+    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str, **rounds: float
 ) -> dict[Hashable, float]:
     """Returns the medians of `times_in_turns`, which describes the arguments."""
     times = times_in_turns(methods, repeats, description, **rounds)
