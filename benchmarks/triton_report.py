@@ -214,17 +214,23 @@ def count_unequal_sums(code: list[Instruction]) -> int:
 
     The lanes of the pair round differently. A sum over lanes is a butterfly of SHFL.BFLY in the code of CUDA.
     """
+
+    def find_registers(operand: str, is_pair: bool) -> set[int]:
+        first = {int(number) for number in re.findall(r"\bR(\d+)", operand)}
+        return first | {number + 1 for number in first} if is_pair else first
+
     count = 0
     for i, instruction in enumerate(code):
         if not instruction.name.startswith("SHFL.BFLY"):
             continue
-        register = re.search(r"\bR\d+", instruction.operands)[0]
+        _predicate, result, *_ = instruction.operands.split(",")
+        (received,) = find_registers(result, is_pair=False)
         for later in code[i + 1 :]:
-            result, *sources = (operand.strip() for operand in later.operands.split(","))
-            if any(re.search(rf"\b{register}\b", source) for source in sources):
+            result, *sources = later.operands.split(",")
+            if any(received in find_registers(source, "F32x2" in source) for source in sources):
                 count += later.name.startswith("FFMA")
                 break
-            if result == register:
+            if received in find_registers(result, later.name.endswith("2")):  # such as FADD2
                 break
     return count
 

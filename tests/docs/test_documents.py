@@ -21,6 +21,8 @@ import shutil
 from collections.abc import Callable
 from decimal import Decimal
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -733,6 +735,15 @@ def expect_ablations() -> list[list[Cell]]:
     return cells
 
 
+def expect_registers() -> list[list[Cell]]:
+    rows: dict[str, list[Cell]] = {}
+    for version in ("3.6", "3.8", "3.9"):
+        reports = [row for row in read_csv(f"triton_report_{version}.csv") if row["dtype"] == "fp32"]
+        for kernel, targets in groupby(reports, itemgetter("kernel")):
+            rows.setdefault(kernel, [kernel]).append(tuple(float(row["registers"]) for row in targets))
+    return list(rows.values())
+
+
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 TABLES = [
     ("The scan on CPUs", 0, expect_operator),
@@ -748,6 +759,7 @@ TABLES = [
     ("ONNX files on CPUs", 1, expect_latencies),
     ("ONNX files on CPUs", 2, expect_digits),
     ("Ablations", 0, expect_ablations),
+    ("GPUs", 0, expect_registers),
 ]
 
 
@@ -773,6 +785,13 @@ def test_tables_of_the_results_are_the_measured_figures(heading, number, expect)
         for cells in table:
             del cells[1]  # the stages, which are no figure
     check_table(table, expect())
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.8", "3.9"])
+def test_nothing_spills_and_lanes_agree_in_the_reports(version):
+    reports = read_csv(f"triton_report_{version}.csv")
+    assert {row["dtype"] for row in reports} == {"fp32", "bf16"}
+    assert all(row["spilled"] == row["unequal"] == "0" for row in reports)
 
 
 def test_table_of_servers_has_the_measured_figures():

@@ -64,6 +64,23 @@ def test_a_product_in_a_sum_of_two_lanes_counts():
     assert triton_report.count_unequal_sums(code) == 1
 
 
+@pytest.mark.parametrize(
+    "names, count",
+    [
+        (["FFMA R4, R5, R6, R3"], 1),
+        (["FFMA2 R4, R6.F32x2.HI_LO, R8.F32x2.HI_LO, R2.F32x2.HI_LO"], 1),
+        (["FADD2 R4, R4.F32x2.HI_LO, R2.F32x2.HI_LO", "FFMA R4, R5, R6, R3"], 0),
+        (["FMUL2 R2, R6.F32x2.HI_LO, R8.F32x2.HI_LO", "FFMA R4, R5, R6, R3"], 0),
+        (["FADD R3, R3, R1", "FFMA R4, R5, R6, R3"], 0),
+        (["FFMA R4, R5, R6, R30"], 0),
+    ],
+)
+def test_the_first_use_of_a_received_value_counts(names, count):
+    lines = ["SHFL.BFLY PT, R3, R1, 0x1, 0x1f", *names]
+    code = [triton_report.Instruction(i, *line.split(" ", 1)) for i, line in enumerate(lines)]
+    assert triton_report.count_unequal_sums(code) == count
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("kernel", ["scan_fwd", "scan_bwd", "layer_norm_gated_bwd"])
 def test_nothing_spills_in_lower_dtypes(kernel, dtype):
