@@ -127,7 +127,7 @@ def test_maps_have_their_size():
 def test_short_run_in_the_interpreter(script, options, file, columns, tmp_path):
     command = [script.__file__, "--device", "cpu", "--repeats", "1", "--output-dir", str(tmp_path), *options.split()]
     subprocess.run([sys.executable, *command], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-    lines = (tmp_path / file).read_text().splitlines()
+    lines = (tmp_path / file).read_text(encoding="utf-8").splitlines()
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     assert rows
     assert all(float(row[column]) > 0 for row in rows for column in columns)
