@@ -46,6 +46,44 @@ class RunProgress:
     def num_unreadable(self) -> int:
         return len(self.unreadable) + len(self.unreadable_held_out)
 
+    def check_same_run(self, fresh: "RunProgress", new_run: str) -> None:
+        """Check that a run may resume from this progress.
+
+        Args:
+            fresh: The progress of a new run on the same data.
+            new_run: What to do instead of resuming, for messages.
+
+        Raises:
+            UserError: If the dataset has changed, or there are more or fewer processes.
+        """
+        if (self.images_per_epoch, self.class_names) != (fresh.images_per_epoch, fresh.class_names):
+            raise UserError(
+                f"the dataset has changed since the run began: it had {self.images_per_epoch:,} images of "
+                f"{len(self.class_names)} classes, now {fresh.images_per_epoch:,} of {len(fresh.class_names)}. "
+                f"Restore it, or {new_run}"
+            )
+        if self.num_processes != fresh.num_processes:
+            raise UserError(
+                f"the run has used {self.num_processes} processes, now there are {fresh.num_processes}: resume with "
+                f"{self.num_processes}, because the random numbers depend on their number"
+            )
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "RunProgress":
+        """Read the progress of a checkpoint.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        try:
+            return cls(**json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{checkpoint} is damaged, remove it to resume from the one before: {error}") from error
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the progress into a checkpoint."""
+        (checkpoint / STATE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
 
 @dataclass
 class TrainingState:
@@ -78,6 +116,13 @@ def sync_to_disk(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
+def describe_last_checkpoint(checkpoints: list[Path]) -> str:
+    """Return a sentence about the last checkpoint, for error messages."""
+    if not checkpoints:
+        return "There is no checkpoint yet"
+    return f"The last checkpoint is {checkpoints[-1]}: resume from it with --resume auto"
+
+
 class Checkpoints:
     """The checkpoints of a run: the latest ones and the best one.
 
@@ -92,14 +137,8 @@ class Checkpoints:
         """Return the checkpoints, the oldest first."""
         return sorted(self.folder.glob("step-*"))
 
-    def read_progress(self, checkpoint: Path) -> RunProgress:
-        try:
-            return RunProgress(**json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{checkpoint} is damaged, remove it to resume from the one before: {error}") from error
-
     def find_best(self) -> Path | None:
-        measured = [(self.read_progress(path).top1, path) for path in self.list()]
+        measured = [(RunProgress.read(path).top1, path) for path in self.list()]
         return max(((top1, path) for top1, path in measured if top1 is not None), default=(None, None))[1]
 
     def clean_up(self) -> None:
@@ -150,7 +189,7 @@ class Checkpoints:
                 torch.save(optimizer_state, folder / "optimizer.pt")
             except RuntimeError as error:  # PyTorch raises this if the disk is full
                 raise OSError(str(error)) from error
-            (folder / STATE_NAME).write_text(json.dumps(asdict(state.progress), indent=2) + "\n", encoding="utf-8")
+            state.progress.write(folder)
             sync_to_disk(folder)
         self.clean_up()
 
@@ -160,7 +199,7 @@ class Checkpoints:
         Raises:
             UserError: If the checkpoint is damaged, or belongs to another network.
         """
-        model, progress = state.model, self.read_progress(checkpoint)
+        model, progress = state.model, RunProgress.read(checkpoint)
         try:
             with state.ema.applied_to(model):
                 set_model_state_dict(model, load_file(checkpoint / "ema.safetensors"), options=FULL_STATE)

@@ -9,9 +9,10 @@ The augmentation of an image depends only on the seed and its place in the seque
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +34,11 @@ from evmamba_hub.images.labeled_images import (
 from evmamba_hub.images.layouts import choose_evaluation_split, choose_split
 from evmamba_hub.inference.evaluation import Preprocessor
 from evmamba_hub.wording import shorten, to_count
-from training_evmamba.recipe import TRAIN_SPLIT, Recipe
+from training_evmamba.recipe import TRAIN_SPLIT, BaseRecipe, Recipe
 
 
 MAX_UNREADABLE_IN_A_ROW = 100
+WORKER_DIED = "DataLoader worker"  # the start of PyTorch's messages
 UNREADABLE_LABEL = -1  # of a validation image that could not be read
 
 # What a random number is for: numbers of one purpose tell nothing about those of another
@@ -45,6 +47,9 @@ ORDER, TRANSFORM, MIXING, STOCHASTIC_DEPTH, HOLD_OUT = range(5)
 
 # makes pixels (C, H, W) of an image, at random
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
+
+# makes pixels (C, H, W) of a labeled image, and what the network learns of it
+Prepare = Callable[[LabeledImage, np.random.Generator], tuple[torch.Tensor, Any]]
 
 
 def create_rng(seed: int, purpose: int, *place: int) -> np.random.Generator:
@@ -59,7 +64,7 @@ def count_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def choose_num_workers(images: LabeledImages, recipe: Recipe) -> int:
+def choose_num_workers(images: LabeledImages, recipe: BaseRecipe) -> int:
     """Return the number of workers of a DataLoader, at most one per CPU.
 
     A stream keeps the recipe's number, because it determines the order of the images.
@@ -143,14 +148,7 @@ def open_data(recipe: Recipe) -> TrainingData:
             name for name in (recipe.train_split, recipe.validation_split) if name not in (TRAIN_SPLIT, None)
         ],
     )
-    train_split, validation_split = choose_splits(recipe, splits)
-    training = splits[train_split]()
-    validation = None if validation_split is None else splits[validation_split]()
-    notes = list(training.notes)
-    if train_split is not None:
-        evaluation = "" if validation_split is None else f", evaluating on {validation_split}"
-        notes.append(f"Training on the split {train_split}{evaluation}")
-
+    training, validation, notes = open_chosen_splits(recipe, splits)
     class_names = find_class_names(training)
     if validation is not None and validation.class_names not in (None, training.class_names):
         odd = sorted(set(class_names) ^ set(validation.class_names)) or ["their order"]
@@ -165,21 +163,59 @@ def open_data(recipe: Recipe) -> TrainingData:
     if validation is None and recipe.validation_fraction > 0 and isinstance(training, IndexedImages):
         training, validation = hold_out(training, class_names, recipe)
         notes += describe_hold_out(validation, class_names)
-    num_workers = choose_num_workers(training, recipe)
-    if num_workers < recipe.num_workers:
-        notes.append(f"Reduced --num-workers from {recipe.num_workers} to {num_workers}, the number of available CPUs")
+    images_per_epoch = choose_images_per_epoch(recipe, training)
+    notes += describe_machine(recipe, training, images_per_epoch)
+    return TrainingData(training, validation, class_names, images_per_epoch, notes)
+
+
+def open_chosen_splits(
+    recipe: BaseRecipe, splits: dict[str | None, Callable[[], LabeledImages]]
+) -> tuple[LabeledImages, LabeledImages | None, list[str]]:
+    """Open the splits for training and for evaluation.
+
+    Returns:
+        Their images, and sentences for the user. The images for evaluation are None if there is no such split.
+
+    Raises:
+        UserError: If a split is missing, several may be meant, or one cannot be opened.
+    """
+    train_split, validation_split = choose_splits(recipe, splits)
+    training = splits[train_split]()
+    validation = None if validation_split is None else splits[validation_split]()
+    notes = list(training.notes)
+    if train_split is not None:
+        evaluation = "" if validation_split is None else f", evaluating on {validation_split}"
+        notes.append(f"Training on the split {train_split}{evaluation}")
+    return training, validation, notes
+
+
+def choose_images_per_epoch(recipe: BaseRecipe, training: LabeledImages) -> int:
+    """Return the length of an epoch in images.
+
+    Raises:
+        UserError: If neither the recipe nor a stream tells it.
+    """
     images_per_epoch = recipe.images_per_epoch or training.num_images
     if images_per_epoch is None:
         raise UserError(f"the stream {training.name} does not tell its length: give --images-per-epoch")
+    return images_per_epoch
+
+
+def describe_machine(recipe: BaseRecipe, training: LabeledImages, images_per_epoch: int) -> list[str]:
+    """Return sentences for the user about values of the recipe that fit neither machine nor data."""
+    notes = []
+    num_workers = choose_num_workers(training, recipe)
+    if num_workers < recipe.num_workers:
+        notes.append(f"Reduced --num-workers from {recipe.num_workers} to {num_workers}, the number of available CPUs")
     if images_per_epoch < recipe.batch_size:
         notes.append(
             f"An epoch of {to_count(images_per_epoch, 'image')} is less than one step of {recipe.batch_size}: lower "
             "--batch-size for more steps"
         )
-    return TrainingData(training, validation, class_names, images_per_epoch, notes)
+    return notes
 
 
-def choose_splits(recipe: Recipe, splits: dict[str | None, Callable]) -> tuple[str | None, str | None]:
+def choose_splits(recipe: BaseRecipe, splits: dict[str | None, Callable]) -> tuple[str | None, str | None]:
     """Return the splits for training and for evaluation. A dataset without splits has None for both.
 
     Raises:
@@ -266,21 +302,21 @@ def describe_hold_out(validation: SelectedImages | None, class_names: list[str])
 
 
 class LabelError(Exception):
-    """A label that belongs to no class."""
+    """A label that fits neither its image nor the classes. It stops the run."""
 
 
 class Sample(NamedTuple):
     """A preprocessed image, or the error that stops the run."""
 
     pixel_values: torch.Tensor | None  # (C, H, W)
-    label: int | None
+    label: Any  # a class index, or what other tasks learn
     unreadable: list[str]  # the images that were skipped before it
     error: str | None = None  # stops the run; exceptions would lose their message between processes
 
 
 class Batch(NamedTuple):
     pixel_values: torch.Tensor  # (B, C, H, W)
-    labels: torch.Tensor  # (B,)
+    labels: Any  # (B,) if they are class indices
     unreadable: list[str]
     error: str | None
 
@@ -288,13 +324,16 @@ class Batch(NamedTuple):
 EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], None)
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Return a batch. It holds no image if a sample has an error."""
+def collate(samples: list[Sample], collate_labels: Callable[[list], Any] = torch.tensor) -> Batch:
+    """Return a batch. It holds no image if a sample has an error, or if no sample has an image."""
     unreadable = list(chain.from_iterable(sample.unreadable for sample in samples))
     if error := next((sample.error for sample in samples if sample.error), None):
         return EMPTY_BATCH._replace(unreadable=unreadable, error=error)
-    pixel_values = torch.stack([sample.pixel_values for sample in samples])
-    return Batch(pixel_values, torch.tensor([sample.label for sample in samples]), unreadable, None)
+    readable = [sample for sample in samples if sample.pixel_values is not None]
+    if not readable:
+        return EMPTY_BATCH._replace(unreadable=unreadable)
+    pixel_values = torch.stack([sample.pixel_values for sample in readable])
+    return Batch(pixel_values, collate_labels([sample.label for sample in readable]), unreadable, None)
 
 
 class LabelReader:
@@ -313,11 +352,32 @@ class LabelReader:
         return label
 
 
-class SampleReader:
-    """Reads and augments one image, or the next readable one."""
+class ClassifiedImageReader:
+    """Reads and augments an image, and reads its class index."""
 
-    def __init__(self, class_names: list[str], transform: Transform, seed: int):
-        self.read_label, self.transform, self.seed = LabelReader(class_names), transform, seed
+    def __init__(self, class_names: list[str], transform: Transform):
+        self.read_label, self.transform = LabelReader(class_names), transform
+
+    def __call__(self, image: LabeledImage, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+        label = self.read_label(image)
+        return self.transform(image.read(), rng), label
+
+
+class SampleReader:
+    """Reads and augments one image, or the next readable one.
+
+    Args:
+        prepare: Makes a sample of an image. It raises a `UserError` if the image cannot be read, and a `LabelError` if
+            its label is wrong.
+        seed: Seed of the random numbers.
+        collate_labels: Makes the labels of a batch from those of its samples.
+    """
+
+    def __init__(self, prepare: Prepare, seed: int, collate_labels: Callable[[list], Any] = torch.tensor):
+        self.prepare, self.seed, self.collate_labels = prepare, seed, collate_labels
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        return collate(samples, self.collate_labels)
 
     def __call__(self, candidates: Iterator[LabeledImage], place: tuple[int, ...]) -> Sample:
         """Return the first readable image of the candidates.
@@ -329,14 +389,10 @@ class SampleReader:
         unreadable: list[str] = []
         try:
             for image in islice(candidates, MAX_UNREADABLE_IN_A_ROW):
-                label = self.read_label(image)
                 try:
-                    pixels = image.read()
+                    return Sample(*self.prepare(image, create_rng(self.seed, TRANSFORM, *place)), unreadable)
                 except UserError as error:
                     unreadable.append(str(error))
-                    continue
-                rng = create_rng(self.seed, TRANSFORM, *place)
-                return Sample(self.transform(pixels, rng), label, unreadable)
         except (UserError, LabelError) as error:  # of the Hub, or of a label
             return Sample(None, None, unreadable, str(error))
         return Sample(None, None, unreadable, f"{len(unreadable)} images in a row cannot be read")
@@ -423,11 +479,11 @@ class StreamedTrainingImages(IterableDataset):
             for place in count(num_done):
                 samples.append(self.read_sample(peek(images, peeked), (place, part.process_index)))
                 if samples[-1].error is not None:
-                    yield collate(samples)
+                    yield self.read_sample.collate(samples)
                     return
                 peeked.popleft()
                 if len(samples) == self.batch_size:
-                    yield collate(samples)
+                    yield self.read_sample.collate(samples)
                     samples = []
         except UserError as error:  # of the Hub, while skipping
             yield EMPTY_BATCH._replace(error=str(error))
@@ -457,6 +513,8 @@ def peek(images: Iterator[LabeledImage], peeked: deque[LabeledImage]) -> Iterato
 class ValidationReader:
     """Preprocesses an image with the model's image processor. An unreadable image gets no label."""
 
+    collate = staticmethod(collate)
+
     def __init__(self, class_names: list[str], preprocess: Preprocessor):
         self.read_label, self.preprocess = LabelReader(class_names), preprocess
 
@@ -473,7 +531,7 @@ class ValidationReader:
 class ValidationImages(Dataset):
     """The images of one process, by their place in its share."""
 
-    def __init__(self, images: IndexedImages, read_sample: ValidationReader, share: Share):
+    def __init__(self, images: IndexedImages, read_sample: Callable[[LabeledImage], Sample], share: Share):
         self.images, self.read_sample = images, read_sample
         self.indices = share.indices(len(images))
 
@@ -487,7 +545,7 @@ class ValidationImages(Dataset):
 class StreamedValidationImages(IterableDataset):
     """The images of one process from a stream. Each image comes once."""
 
-    def __init__(self, images: StreamedImages, read_sample: ValidationReader, share: Share):
+    def __init__(self, images: StreamedImages, read_sample: Callable[[LabeledImage], Sample], share: Share):
         self.images, self.read_sample, self.share = images, read_sample, share
 
     def __iter__(self) -> Iterator[Sample]:
@@ -499,8 +557,8 @@ class StreamedValidationImages(IterableDataset):
 
 def create_training_loader(
     data: TrainingData,
-    recipe: Recipe,
-    transform: Transform,
+    recipe: BaseRecipe,
+    read_sample: SampleReader,
     batch_size: int,
     start: int,
     share: Share,
@@ -511,7 +569,6 @@ def create_training_loader(
         batch_size: Batch size over all processes, a multiple of their number.
         start: Number of the first batch.
     """
-    read_sample = SampleReader(data.class_names, transform, recipe.seed)
     options = {
         "num_workers": choose_num_workers(data.training, recipe),
         "pin_memory": torch.cuda.is_available(),
@@ -519,7 +576,10 @@ def create_training_loader(
     if isinstance(data.training, IndexedImages):
         sampler = ShuffledBatchSampler(data.training.num_images, batch_size, recipe.seed, start, share)
         return DataLoader(
-            TrainingImages(data.training, read_sample), batch_sampler=sampler, collate_fn=collate, **options
+            TrainingImages(data.training, read_sample),
+            batch_sampler=sampler,
+            collate_fn=read_sample.collate,
+            **options,
         )
     process_batch_size = batch_size // share.num_processes
     stream = StreamedTrainingImages(data.training, read_sample, process_batch_size, recipe.seed, start, share)
@@ -528,18 +588,63 @@ def create_training_loader(
 
 def create_validation_loader(
     data: TrainingData,
-    recipe: Recipe,
-    preprocess: Preprocessor,
+    recipe: BaseRecipe,
+    read_sample: ValidationReader,
     batch_size: int,
     share: Share,
 ) -> DataLoader:
     """Return a loader of one process's validation images. The shares of all processes make up the dataset."""
-    read_sample = ValidationReader(data.class_names, preprocess)
     dataset_class = ValidationImages if isinstance(data.validation, IndexedImages) else StreamedValidationImages
     return DataLoader(
         dataset_class(data.validation, read_sample, share),
         batch_size=batch_size,
-        collate_fn=collate,
+        collate_fn=read_sample.collate,
         num_workers=choose_num_workers(data.validation, recipe),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch | None:
+    """Return the next batch of a loader, or None after the last one.
+
+    Raises:
+        RuntimeError: If a worker of the loader dies, also while it hands over a batch.
+    """
+    try:
+        return next(batches, None)
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        raise RuntimeError(f"{WORKER_DIED} hung up: {error}") from error
+
+
+@contextmanager
+def translate_dead_worker(describe_last_checkpoint: Callable[[], str]) -> Iterator[None]:
+    """Translate the error of PyTorch about a dead worker of a loader into a `UserError`. It comes anywhere in a run.
+
+    Args:
+        describe_last_checkpoint: Returns what to do next, for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(WORKER_DIED):
+            raise
+        raise UserError(
+            "a process that reads images was killed, probably because memory ran out, use fewer --num-workers: "
+            f"{str(error).rstrip(' .')}. {describe_last_checkpoint()}"
+        ) from error
+
+
+def check_batch(batch: Batch, recipe: BaseRecipe, describe_last_checkpoint: Callable[[], str]) -> Batch:
+    """Return a batch that holds no error, and no unreadable image that must stop the run.
+
+    Raises:
+        UserError: If it holds one.
+    """
+    if batch.error is not None:
+        raise UserError(f"{batch.error}. {describe_last_checkpoint()}")
+    if batch.unreadable and recipe.on_unreadable == "stop":
+        raise UserError(
+            f"{batch.unreadable[0]}: replace the image, or skip it with --on-unreadable skip. "
+            f"{describe_last_checkpoint()}"
+        )
+    return batch

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.inference.evaluation import computes_on_cpu
-from training_evmamba.recipe import Recipe
+from training_evmamba.recipe import BaseRecipe, Recipe
 
 
 TRACKERS_NAME = "trackers"
@@ -31,21 +32,40 @@ def create_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate does not support the recipe: {error}") from error
-    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32
-        raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
+    check_mixed_precision(recipe, accelerator.device)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         set_up_fsdp(accelerator, recipe)
     if len(accelerator.log_with) < len(recipe.report_to):
         raise UserError(
             f"not all trackers of {', '.join(recipe.report_to)} are installed: install them, or use --report-to none"
         )
-    num_micro_batches = accelerator.num_processes * recipe.gradient_accumulation_steps
+    divide_batch(recipe, accelerator.num_processes)
+    return accelerator
+
+
+def check_mixed_precision(recipe: BaseRecipe, device: torch.device) -> None:
+    """Check that a device computes in the recipe's dtype. accelerate would silently use float32.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if recipe.mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed precision with float16 needs a GPU: use --mixed-precision bf16 or no")
+
+
+def divide_batch(recipe: BaseRecipe, num_processes: int) -> int:
+    """Return the images of a micro-batch on one process.
+
+    Raises:
+        UserError: If the batch cannot be divided.
+    """
+    num_micro_batches = num_processes * recipe.gradient_accumulation_steps
     if recipe.batch_size % num_micro_batches:
         raise UserError(
-            f"`batch_size` {recipe.batch_size} cannot be divided among {accelerator.num_processes} processes with "
+            f"`batch_size` {recipe.batch_size} cannot be divided among {num_processes} processes with "
             f"{recipe.gradient_accumulation_steps} micro-batches each: make it a multiple of {num_micro_batches}"
         )
-    return accelerator
+    return recipe.batch_size // num_micro_batches
 
 
 def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import BitImageProcessorPil
+from transformers import BitImageProcessorPil, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from evmamba_hub.errors import UserError
@@ -16,7 +18,7 @@ from evmamba_hub.inference.labels import GUESSES, LabelMatcher
 from evmamba_hub.model_folder import find_weights, hide_load_report, load_config
 from evmamba_hub.wording import shorten, to_count
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
-from training_evmamba.recipe import Recipe, create_recipe
+from training_evmamba.recipe import AnyRecipe, BaseRecipe, Recipe, create_recipe
 
 
 # defaults if neither the recipe nor a checkpoint sets a value
@@ -47,11 +49,12 @@ def read_preprocessing(checkpoint: Path) -> dict:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def complete_recipe(recipe: Recipe, checkpoint: Path | None) -> Recipe:
+def complete_recipe(recipe: AnyRecipe, checkpoint: Path | None) -> AnyRecipe:
     """Return the recipe with all values of the preprocessing filled in."""
     known = IMAGENET_PREPROCESSING if checkpoint is None else IMAGENET_PREPROCESSING | read_preprocessing(checkpoint)
-    open_fields = {name: value for name, value in known.items() if getattr(recipe, name) is None}
-    return create_recipe({**vars(recipe), **open_fields})
+    values = vars(recipe)
+    open_fields = {name: known[name] for name, value in values.items() if value is None and name in known}
+    return create_recipe({**values, **open_fields}, type(recipe))
 
 
 def create_image_processor(recipe: Recipe) -> BitImageProcessorPil:
@@ -90,6 +93,25 @@ def describe_frozen_fresh_weights(recipe: Recipe) -> list[str]:
     return [f"{each}: leave it out, or start from a checkpoint with --model" for each in frozen]
 
 
+def check_weights_fit(checkpoint: Path, report: dict, *new: str) -> None:
+    """Check what `from_pretrained` reports about a checkpoint.
+
+    Args:
+        checkpoint: The directory of the checkpoint.
+        report: The loading info.
+        new: Starts of the names of weights that need not fit, because the run trains new ones.
+
+    Raises:
+        UserError: If other weights are missing or have another shape.
+    """
+    unfit = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    if unfit := sorted(name for name in unfit if not name.startswith(new)):
+        raise UserError(
+            f"{checkpoint} lacks {len(unfit)} weights of the network or has them in another shape, among them "
+            f"{unfit[0]}: `network` must not change the shapes of the checkpoint"
+        )
+
+
 def load_checkpoint(
     recipe: Recipe, checkpoint: Path, fields: dict, class_names: list[str]
 ) -> tuple[EfficientVMambaForImageClassification, list[str]]:
@@ -108,13 +130,8 @@ def load_checkpoint(
             output_loading_info=True,
             dtype=torch.float32,
         )
+    check_weights_fit(checkpoint, report, "classifier.")
     missing, unused = report["missing_keys"], sorted(report["unexpected_keys"])
-    unfit = missing | {name for name, *_ in report["mismatched_keys"]}
-    if unfit := sorted(name for name in unfit if not name.startswith("classifier.")):
-        raise UserError(
-            f"{checkpoint} lacks {len(unfit)} weights of the network or has them in another shape, among them "
-            f"{unfit[0]}: `network` must not change the shapes of the checkpoint"
-        )
     notes = []
     has_head = not any(name.startswith("classifier.") for name in missing)
     if not has_head or not has_same_classes(id2label, class_names):
@@ -125,6 +142,58 @@ def load_checkpoint(
         ignored = to_count(len(unused), "weight")
         notes.append(f"Ignored {ignored} of the checkpoint that the network lacks: {shorten(unused)}")
     return model, notes
+
+
+def check_network_fields(recipe: BaseRecipe, checkpoint: Path | None, taken: set[str]) -> None:
+    """Check that a recipe names a network, and that its `network` holds no wrong fields.
+
+    Args:
+        recipe: The recipe.
+        checkpoint: The directory of its checkpoint, or None.
+        taken: Fields that data or other values of the recipe determine.
+
+    Raises:
+        UserError: If it does not, or the checkpoint has no weights.
+    """
+    if checkpoint is not None:
+        find_weights(checkpoint)
+    elif recipe.variant is None and not recipe.network:
+        raise UserError("say what to train: a checkpoint with --model, or fresh weights with --variant or --network")
+    known_fields = {field.name for field in dataclasses.fields(EfficientVMambaConfig)}
+    if wrong := sorted(recipe.network.keys() & taken):
+        raise UserError(f"`network` must not hold {wrong[0]!r}: the data or another value of the recipe determines it")
+    if unknown := sorted(recipe.network.keys() - known_fields):
+        raise UserError(f"`network` takes fields of EfficientVMambaConfig, which has no field {unknown[0]!r}")
+
+
+@contextmanager
+def translate_network_errors() -> Iterator[None]:
+    """Translate the errors of transformers about a network that cannot be built into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"the network cannot be built: {error.__cause__ or error}") from error
+
+
+def create_config(recipe: BaseRecipe, fields: dict) -> EfficientVMambaConfig:
+    """Return the configuration of a network with fresh weights."""
+    return EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **recipe.network, **fields})
+
+
+def check_num_channels(recipe: BaseRecipe, config: EfficientVMambaConfig) -> None:
+    if config.num_channels != 3:
+        raise UserError(
+            f"images have 3 channels, the network takes {config.num_channels}: `{recipe.program}` trains networks "
+            "of 3 channels, transformers' Trainer trains others"
+        )
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Let a network recompute activations in the backward pass."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # before transformers 5.23
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def create_model(
@@ -146,28 +215,14 @@ def create_model(
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: label for label, name in enumerate(class_names)},
     }
-    if checkpoint is not None:
-        find_weights(checkpoint)
-    elif recipe.variant is None and not recipe.network:
-        raise UserError("say what to train: a checkpoint with --model, or fresh weights with --variant or --network")
-    known_fields = {field.name for field in dataclasses.fields(EfficientVMambaConfig)}
-    if taken := sorted(recipe.network.keys() & {*fields, "num_labels"}):
-        raise UserError(f"`network` must not hold {taken[0]!r}: the data or another value of the recipe determines it")
-    if unknown := sorted(recipe.network.keys() - known_fields):
-        raise UserError(f"`network` takes fields of EfficientVMambaConfig, which has no field {unknown[0]!r}")
-    try:
+    check_network_fields(recipe, checkpoint, {*fields, "num_labels"})
+    with translate_network_errors():
         if checkpoint is None:
-            config = EfficientVMambaConfig(**{**VARIANTS.get(recipe.variant, {}), **recipe.network, **fields})
+            config = create_config(recipe, fields)
             model, notes = EfficientVMambaForImageClassification(config), describe_frozen_fresh_weights(recipe)
         else:
             model, notes = load_checkpoint(recipe, checkpoint, fields, class_names)
-    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
-        raise UserError(f"the network cannot be built: {error.__cause__ or error}") from error
-    if model.config.num_channels != 3:
-        raise UserError(
-            f"images have 3 channels, the network takes {model.config.num_channels}: `evmamba train` trains networks "
-            "of 3 channels, transformers' Trainer trains others"
-        )
+    check_num_channels(recipe, model.config)
     if recipe.frozen_stages > model.config.num_stages:
         raise UserError(f"`frozen_stages` is {recipe.frozen_stages}, the network has {model.config.num_stages} stages")
     return model, notes

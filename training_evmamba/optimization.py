@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from modeling_evmamba import EfficientVMambaForImageClassification
-from training_evmamba.recipe import Recipe
+from training_evmamba.recipe import BaseRecipe, Recipe
 
 
 def find_depth(name: str, first_blocks: list[int], num_blocks: int) -> int:
@@ -82,12 +82,12 @@ def create_optimizer(model: EfficientVMambaForImageClassification, recipe: Recip
     )
 
 
-def count_images(recipe: Recipe, images_per_epoch: int) -> Fraction:
+def count_images(recipe: BaseRecipe, images_per_epoch: int) -> Fraction:
     """Return the images of the recipe's epochs. In floats, 1.1 epochs of 100 images are a little more than 110."""
     return Fraction(str(recipe.epochs)) * images_per_epoch
 
 
-def count_steps(recipe: Recipe, images_per_epoch: int) -> int:
+def count_steps(recipe: BaseRecipe, images_per_epoch: int) -> int:
     """Return the steps of a run. Each takes a whole batch, so the last one may pass the end of the last epoch."""
     return math.ceil(count_images(recipe, images_per_epoch) / recipe.batch_size)
 

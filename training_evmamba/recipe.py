@@ -7,11 +7,12 @@ import dataclasses
 import math
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -44,10 +45,17 @@ def option(group: str, help: str, default: Any, *, resumable: bool = False) -> A
     return field(default=default, metadata=metadata)
 
 
+GROUPS = ["Network", "Data", "Augmentation", "Optimization", "Machine", "Checkpoints and logs", "Card"]
+
+
 @strict
 @dataclass
-class Recipe:
-    """The values of a training run. The defaults are those of the authors' recipe that all presets share."""
+class BaseRecipe:
+    """The values that all training programs share."""
+
+    program: ClassVar[str]  # the command whose options these are
+    presets: ClassVar[Path]  # the directory of YAML files
+    saved_without: ClassVar[dict[str, Any]] = {}  # values of saved recipes that are older than the field
 
     model: str | None = option(
         "Network", "Directory or Hub id of a checkpoint to fine-tune. Excludes --variant.", None
@@ -58,17 +66,9 @@ class Recipe:
     network: dict[str, Any] = option(
         "Network", "Fields of EfficientVMambaConfig as YAML, such as `{depths: [1, 1, 1, 1]}`.", {}
     )
-    image_size: int | None = option(
-        "Network", "Side of the input images in pixels. Default: that of the checkpoint, or 224.", None
-    )
     drop_path_rate: float = option(
         "Network", "Stochastic depth rate of the last block. It rises linearly from 0.", 0.1
     )
-    frozen_stages: int = option(
-        "Network", "Number of first stages to freeze, together with the stem. 0 freezes nothing.", 0
-    )
-    freeze_batch_norm: bool = option("Network", "Freeze the statistics of batch norms.", False)
-
     dataset: str | None = option(
         "Data",
         "Directory with a directory of images per class, or with such a directory per split; directory that "
@@ -90,7 +90,6 @@ class Recipe:
         0.1,
     )
     image_column: str | None = option("Data", "Column of the images. Default: the only one of this type.", None)
-    label_column: str | None = option("Data", "Column of the labels. Default: the only one of this type.", None)
     images_per_epoch: int | None = option(
         "Data", "Length of an epoch. Default: all images. Streams of unknown length need it.", None
     )
@@ -102,13 +101,6 @@ class Recipe:
         "Workers that read and augment images, for each training process. Only a stream takes more than one per CPU.",
         4,
     )
-
-    augmentation_library: Literal["auto", "timm", "pillow"] = option(
-        "Augmentation",
-        "`timm`, or `pillow` for operators on Pillow and PyTorch. `auto` takes timm if it is importable. A resumed "
-        "run keeps its library.",
-        "auto",
-    )
     image_mean: list[float] | None = option(
         "Augmentation",
         "One value per channel for normalization. Default: those of the checkpoint, or ImageNet's.",
@@ -118,6 +110,112 @@ class Recipe:
         "Augmentation",
         "One value per channel for normalization. Default: those of the checkpoint, or ImageNet's.",
         None,
+    )
+    epochs: float = option("Optimization", "Passes over the training images, rounded up to whole steps.", 300.0)
+    batch_size: int = option("Optimization", "Images per step, over all processes.", 2048)
+    gradient_accumulation_steps: int = option("Optimization", "Micro-batches per step and process.", 1)
+    learning_rate: float = option("Optimization", "Peak learning rate, for this batch size.", 2e-3)
+    weight_decay: float = option(
+        "Optimization", "Weight decay of AdamW. Biases, norms, `A_log` and `D` have none.", 0.04
+    )
+    max_grad_norm: float = option("Optimization", "Maximum norm for gradient clipping.", 1.0)
+    seed: int = option("Optimization", "Seed of weights, order, augmentation and stochastic depth.", 0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("Machine", "Dtype of mixed precision.", "no")
+    gradient_checkpointing: bool = option(
+        "Machine", "Recompute activations in the backward pass, to save memory.", False
+    )
+    checkpoint_steps: int | None = option(
+        "Checkpoints and logs", "Steps between checkpoints, in addition to one per epoch.", None, resumable=True
+    )
+    keep_checkpoints: int = option(
+        "Checkpoints and logs", "Latest checkpoints to keep, in addition to the best one.", 2, resumable=True
+    )
+    logging_steps: int = option("Checkpoints and logs", "Steps between log lines.", 10, resumable=True)
+    report_to: list[str] = option(
+        "Checkpoints and logs",
+        "Trackers of accelerate, such as tensorboard, trackio and wandb.",
+        ["tensorboard"],
+        resumable=True,
+    )
+    name: str | None = option(
+        "Card",
+        "Future Hub id of the model, for the card. Default: your-name/ and the name of the output directory, which "
+        "`evmamba push` replaces by the id.",
+        None,
+        resumable=True,
+    )
+    base_model: str | None = option(
+        "Card",
+        "Hub id of the model that was fine-tuned, if --model is a directory. Default: --model, if it is an id.",
+        None,
+        resumable=True,
+    )
+    license: str | None = option("Card", "License of the weights, by its identifier on the Hub.", None, resumable=True)
+    about_data: str | None = option("Card", "Text of the card about the training images.", None, resumable=True)
+    about_limits: str | None = option("Card", "Text of the card about limits of the model.", None, resumable=True)
+
+    @classmethod
+    def create(cls, values: dict[str, Any], chosen: Collection[str]) -> Self:
+        """Return a checked recipe. `chosen` names the values that the user has set.
+
+        Raises:
+            UserError: See `create_recipe`.
+        """
+        return create_recipe(values, cls)
+
+    def validate_values(self):
+        """Reject values that no run can have. Part of `@strict`. Messages name the field."""
+        counts = ("images_per_epoch", "batch_size", "gradient_accumulation_steps", "checkpoint_steps")
+        for name in (*counts, "keep_checkpoints", "logging_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("num_workers", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+        for name in ("drop_path_rate", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must lie in [0, 2 ** 32), got {self.seed}")
+        for name in ("image_mean", "image_std"):
+            if getattr(self, name) is not None and len(getattr(self, name)) != 3:
+                raise ValueError(f"`{name}` must be three numbers, for red, green and blue, got {getattr(self, name)}")
+        if self.image_std is not None and not all(std > 0 for std in self.image_std):
+            raise ValueError(f"`image_std` must be positive, got {self.image_std}")
+        if self.model is not None and self.variant is not None:
+            raise ValueError("give `model` (to fine-tune) or `variant` (fresh weights), not both")
+        if self.base_model is not None and self.model is None:
+            raise ValueError("`base_model` names what `model` was made from: give `model` too, or leave it out")
+        for name in ("name", "base_model"):
+            if getattr(self, name) is not None and not is_hub_id(getattr(self, name)):
+                raise ValueError(f"`{name}` is an id on the Hub, as user/name, got {getattr(self, name)!r}")
+
+
+@strict
+@dataclass
+class Recipe(BaseRecipe):
+    """The values of a run of `evmamba train`. The defaults are those of the authors' recipe that all presets share."""
+
+    program: ClassVar[str] = "evmamba train"
+    presets: ClassVar[Path] = PRESETS
+    saved_without: ClassVar[dict[str, Any]] = {"augmentation_library": "pillow"}  # they are older than the choice
+
+    image_size: int | None = option(
+        "Network", "Side of the input images in pixels. Default: that of the checkpoint, or 224.", None
+    )
+    frozen_stages: int = option(
+        "Network", "Number of first stages to freeze, together with the stem. 0 freezes nothing.", 0
+    )
+    freeze_batch_norm: bool = option("Network", "Freeze the statistics of batch norms.", False)
+    label_column: str | None = option("Data", "Column of the labels. Default: the only one of this type.", None)
+    augmentation_library: Literal["auto", "timm", "pillow"] = option(
+        "Augmentation",
+        "`timm`, or `pillow` for operators on Pillow and PyTorch. `auto` takes timm if it is importable. A resumed "
+        "run keeps its library.",
+        "auto",
     )
     crop_pct: float | None = option(
         "Augmentation",
@@ -140,96 +238,60 @@ class Recipe:
     cutmix_alpha: float = option("Augmentation", "CutMix: parameter of the beta distribution. 0 disables it.", 1.0)
     mix_switch_prob: float = option("Augmentation", "Probability of CutMix instead of MixUp if both are enabled.", 0.5)
     label_smoothing: float = option("Augmentation", "Label smoothing.", 0.1)
-
-    epochs: float = option("Optimization", "Passes over the training images, rounded up to whole steps.", 300.0)
-    batch_size: int = option("Optimization", "Images per step, over all processes.", 2048)
-    gradient_accumulation_steps: int = option("Optimization", "Micro-batches per step and process.", 1)
-    learning_rate: float = option("Optimization", "Peak learning rate, for this batch size.", 2e-3)
     min_learning_rate: float = option("Optimization", "Learning rate at the end of the cosine schedule.", 1e-6)
     warmup_learning_rate: float = option("Optimization", "Learning rate at the first step.", 1e-7)
     warmup_epochs: float = option("Optimization", "Epochs of linear warm-up.", 20.0)
-    weight_decay: float = option(
-        "Optimization", "Weight decay of AdamW. Biases, norms, `A_log` and `D` have none.", 0.04
-    )
     adam_beta1: float = option("Optimization", "beta1 of AdamW.", 0.9)
     adam_beta2: float = option("Optimization", "beta2 of AdamW.", 0.999)
     adam_epsilon: float = option("Optimization", "Epsilon of AdamW.", 1e-8)
-    max_grad_norm: float = option("Optimization", "Maximum norm for gradient clipping.", 1.0)
     layer_decay: float = option(
         "Optimization", "Layer-wise decay: factor of the learning rate from a block to the one before.", 1.0
     )
     ema_decay: float = option(
         "Optimization", "Decay of the averaged weights (EMA), which are evaluated and saved.", 0.9999
     )
-    seed: int = option("Optimization", "Seed of weights, order, augmentation and stochastic depth.", 0)
-
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("Machine", "Dtype of mixed precision.", "no")
     compile: bool = option("Machine", "Compile the network with torch.compile.", False)
-    gradient_checkpointing: bool = option(
-        "Machine", "Recompute activations in the backward pass, to save memory.", False
-    )
 
-    checkpoint_steps: int | None = option(
-        "Checkpoints and logs", "Steps between checkpoints, in addition to one per epoch.", None, resumable=True
-    )
-    keep_checkpoints: int = option(
-        "Checkpoints and logs", "Latest checkpoints to keep, in addition to the best one.", 2, resumable=True
-    )
-    logging_steps: int = option("Checkpoints and logs", "Steps between log lines.", 10, resumable=True)
-    report_to: list[str] = option(
-        "Checkpoints and logs",
-        "Trackers of accelerate, such as tensorboard, trackio and wandb.",
-        ["tensorboard"],
-        resumable=True,
-    )
+    @classmethod
+    def create(cls, values: dict[str, Any], chosen: Collection[str]) -> Self:
+        """Return a checked recipe.
 
-    name: str | None = option(
-        "Card",
-        "Future Hub id of the model, for the card. Default: your-name/ and the name of the output directory, which "
-        "`evmamba push` replaces by the id.",
-        None,
-        resumable=True,
-    )
-    base_model: str | None = option(
-        "Card",
-        "Hub id of the model that was fine-tuned, if --model is a directory. Default: --model, if it is an id.",
-        None,
-        resumable=True,
-    )
-    license: str | None = option("Card", "License of the weights, by its identifier on the Hub.", None, resumable=True)
-    about_data: str | None = option("Card", "Text of the card about the training images.", None, resumable=True)
-    about_limits: str | None = option("Card", "Text of the card about limits of the model.", None, resumable=True)
+        If the user has not chosen the warm-up and it is too long for the epochs, shorten it, and issue a `Notice`.
+        """
+        if "warmup_epochs" in chosen:
+            return create_recipe(values, cls)
+        recipe = create_recipe({**values, "warmup_epochs": 0}, cls)
+        warmup_epochs = coerce("warmup_epochs", values.get("warmup_epochs", cls.warmup_epochs), cls)
+        if warmup_epochs >= recipe.epochs:
+            shortened = SHORT_WARMUP * recipe.epochs
+            warnings.warn(
+                f"Shortened the warm-up from {warmup_epochs:g} to {shortened:g} epochs, because the run has "
+                f"{recipe.epochs:g}. --warmup-epochs sets it",
+                Notice,
+                stacklevel=4,
+            )
+            warmup_epochs = shortened
+        return dataclasses.replace(recipe, warmup_epochs=warmup_epochs)
 
     def validate_values(self):
         """Reject values that no run can have. Part of `@strict`. Messages name the field."""
-        counts = ("image_size", "images_per_epoch", "batch_size", "gradient_accumulation_steps", "checkpoint_steps")
-        for name in (*counts, "keep_checkpoints", "logging_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("num_workers", "frozen_stages", "warmup_epochs", "weight_decay", "mixup_alpha", "cutmix_alpha"):
+        super().validate_values()
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"`image_size` must be at least 1, got {self.image_size}")
+        for name in ("frozen_stages", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
-        for name in ("epochs", "learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+        if not self.adam_epsilon > 0:
+            raise ValueError(f"`adam_epsilon` must be positive, got {self.adam_epsilon}")
         for name in ("min_learning_rate", "warmup_learning_rate"):
             if not 0 <= getattr(self, name) <= self.learning_rate:
                 raise ValueError(f"`{name}` must lie in [0, learning_rate], got {getattr(self, name)}")
         for name in ("horizontal_flip", "random_invert", "random_erasing", "mix_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a probability in [0, 1], got {getattr(self, name)}")
-        for name in (
-            "drop_path_rate",
-            "label_smoothing",
-            "adam_beta1",
-            "adam_beta2",
-            "ema_decay",
-            "validation_fraction",
-        ):
+        for name in ("label_smoothing", "adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` must lie in [0, 2 ** 32), got {self.seed}")
         for name in ("layer_decay", "crop_pct"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(self, name)}")
@@ -239,23 +301,14 @@ class Recipe:
                 raise ValueError(f"`{name}` must be two positive numbers, the smaller first, got {low} and {high}")
         if self.crop_scale[1] > 1:
             raise ValueError(f"`crop_scale` must not exceed the image, got {self.crop_scale[1]}")
-        for name in ("image_mean", "image_std"):
-            if getattr(self, name) is not None and len(getattr(self, name)) != 3:
-                raise ValueError(f"`{name}` must be three numbers, for red, green and blue, got {getattr(self, name)}")
-        if self.image_std is not None and not all(std > 0 for std in self.image_std):
-            raise ValueError(f"`image_std` must be positive, got {self.image_std}")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(
                 f"`warmup_epochs` ({self.warmup_epochs:g}) must be fewer than `epochs` ({self.epochs:g}): give "
                 "--warmup-epochs 0, or more --epochs"
             )
-        if self.model is not None and self.variant is not None:
-            raise ValueError("give `model` (to fine-tune) or `variant` (fresh weights), not both")
-        if self.base_model is not None and self.model is None:
-            raise ValueError("`base_model` names what `model` was made from: give `model` too, or leave it out")
-        for name in ("name", "base_model"):
-            if getattr(self, name) is not None and not is_hub_id(getattr(self, name)):
-                raise ValueError(f"`{name}` is an id on the Hub, as user/name, got {getattr(self, name)!r}")
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseRecipe)
 
 
 def is_hub_id(text: str) -> bool:
@@ -272,9 +325,14 @@ def get_kinds(annotation: Any) -> set:
     return set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
 
 
-def coerce(name: str, value: Any) -> Any:
+def list_options(recipe_class: type[BaseRecipe]) -> list[dataclasses.Field]:
+    """Return the fields of a recipe, group by group."""
+    return sorted(dataclasses.fields(recipe_class), key=lambda each: GROUPS.index(each.metadata["group"]))
+
+
+def coerce(name: str, value: Any, recipe_class: type[BaseRecipe]) -> Any:
     """Convert a value to the type of its field. The command line gives text, and YAML may give an int for a float."""
-    kinds = get_kinds(next(each.type for each in dataclasses.fields(Recipe) if each.name == name))
+    kinds = get_kinds(next(each.type for each in dataclasses.fields(recipe_class) if each.name == name))
     if value in (NONE, [NONE]):
         if type(None) in kinds:
             return None
@@ -301,60 +359,43 @@ def coerce(name: str, value: Any) -> Any:
     return value
 
 
-def create_recipe(values: dict[str, Any]) -> Recipe:
+def create_recipe(values: dict[str, Any], recipe_class: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """Return a checked recipe.
 
     Raises:
         UserError: If a name is unknown or a value is out of bounds.
     """
-    known = {each.name for each in dataclasses.fields(Recipe)}
+    known = {each.name for each in dataclasses.fields(recipe_class)}
     if unknown := next((name for name in values if name not in known), None):
         near = get_close_matches(str(unknown), known, n=1)
-        hint = f"do you mean {near[0]!r}?" if near else "`evmamba train --help` lists what it has"
+        hint = f"do you mean {near[0]!r}?" if near else f"`{recipe_class.program} --help` lists what it has"
         raise UserError(f"a recipe has no {unknown!r}: {hint}")
     try:
-        return Recipe(**{name: coerce(name, value) for name, value in values.items()})
+        return recipe_class(**{name: coerce(name, value, recipe_class) for name, value in values.items()})
     except (StrictDataclassError, ValueError) as error:
         # of the chain, the innermost says it shortest
         reason = error.__cause__ or error
         raise UserError(str(reason).strip()) from error
 
 
-def create_recipe_with_fitting_warmup(values: dict[str, Any]) -> Recipe:
-    """Return a checked recipe. If its warm-up is too long for the epochs, shorten it, and issue a `Notice`."""
-    recipe = create_recipe({**values, "warmup_epochs": 0})
-    warmup_epochs = coerce("warmup_epochs", values.get("warmup_epochs", Recipe.warmup_epochs))
-    if warmup_epochs >= recipe.epochs:
-        shortened = SHORT_WARMUP * recipe.epochs
-        warnings.warn(
-            f"Shortened the warm-up from {warmup_epochs:g} to {shortened:g} epochs, because the run has "
-            f"{recipe.epochs:g}. --warmup-epochs sets it",
-            Notice,
-            stacklevel=3,
-        )
-        warmup_epochs = shortened
-    return dataclasses.replace(recipe, warmup_epochs=warmup_epochs)
+def list_presets(recipe_class: type[BaseRecipe] = Recipe) -> list[str]:
+    return sorted(path.stem for path in recipe_class.presets.glob("*.yaml"))
 
 
-def list_presets() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def read_recipe_file(source: str) -> tuple[dict[str, Any], dict[str, int]]:
+def read_recipe_file(source: str, recipe_class: type[BaseRecipe] = Recipe) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the values of a preset or of a YAML file, and the line of each.
 
     Raises:
         UserError: If there is no such preset or file, or it holds no mapping.
     """
-    path = PRESETS / f"{source}.yaml" if source in list_presets() else Path(source)
+    presets = list_presets(recipe_class)
+    path = recipe_class.presets / f"{source}.yaml" if source in presets else Path(source)
     try:
         loader = CoreLoader(path.read_bytes())
         root = loader.get_single_node()
         values = None if root is None else loader.construct_document(root)
     except FileNotFoundError:
-        raise UserError(
-            f"there is no recipe {source}: give a YAML file or one of {', '.join(list_presets())}"
-        ) from None
+        raise UserError(f"there is no recipe {source}: give a YAML file or one of {', '.join(presets)}") from None
     except OSError as error:
         raise UserError(f"the recipe {source} cannot be read: {error}") from error
     except YAML_ERRORS as error:
@@ -369,15 +410,15 @@ def read_values(source: str) -> dict[str, Any]:
     return read_recipe_file(source)[0]
 
 
-def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
+def load_recipe(source: str, overrides: dict[str, Any], recipe_class: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """Return a preset or YAML file with overrides. Overrides replace the fields of `network` one by one.
 
-    A warm-up of a preset or a default that is too long for the epochs is shortened. A `Notice` says so.
+    The class of the recipe may adapt values that the user has not chosen.
 
     Raises:
         UserError: See `read_recipe_file` and `create_recipe`. The message names the line of a wrong value.
     """
-    values, lines = read_recipe_file(source)
+    values, lines = read_recipe_file(source, recipe_class)
     network = values.get("network", {}), overrides.get("network", {})
     if not all(isinstance(fields, dict) for fields in network):
         raise UserError("`network` holds fields of EfficientVMambaConfig, like {depths: [1, 1, 1, 1]}")
@@ -386,27 +427,25 @@ def load_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
         if overrides.get(chosen) not in (None, NONE):
             values = {name: value for name, value in values.items() if name not in (other, "base_model")}
     values = {**values, **overrides, "network": network[0] | network[1]}
-    names_warmup = "warmup_epochs" in overrides or ("warmup_epochs" in lines and source not in list_presets())
+    chosen = overrides.keys() | (set() if source in list_presets(recipe_class) else lines.keys())
     try:
-        return create_recipe(values) if names_warmup else create_recipe_with_fitting_warmup(values)
+        return recipe_class.create(values, chosen)
     except UserError as error:
         named = re.findall(r"[`'](\w+)[`']", str(error))
         line = next((lines[name] for name in named if name in lines and name not in overrides), None)
         raise UserError(f"{error} ({source}, line {line})" if line else str(error)) from error
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return all values of a recipe as YAML, in the order of the fields."""
-    values = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
-    }
-    return dump_yaml(values)
+def dump_recipe(recipe: BaseRecipe) -> str:
+    """Return all values of a recipe as YAML, group by group."""
+    values = {each.name: getattr(recipe, each.name) for each in list_options(type(recipe))}
+    return dump_yaml({name: list(value) if isinstance(value, tuple) else value for name, value in values.items()})
 
 
-def find_changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+def find_changes(old: BaseRecipe, new: BaseRecipe) -> dict[str, tuple[Any, Any]]:
     """Return the values that differ and would change the weights: name -> (old, new)."""
     return {
         each.name: (getattr(old, each.name), getattr(new, each.name))
-        for each in dataclasses.fields(Recipe)
+        for each in dataclasses.fields(new)
         if not each.metadata["resumable"] and getattr(old, each.name) != getattr(new, each.name)
     }

@@ -17,40 +17,38 @@ from training_evmamba.augmentation_library import describe_augmentation
 from training_evmamba.checkpoints import RunProgress
 from training_evmamba.data import TrainingData
 from training_evmamba.optimization import count_images
-from training_evmamba.recipe import Recipe, dump_recipe
+from training_evmamba.recipe import BaseRecipe, Recipe, dump_recipe
 
 
-def draw_curves(records: list[dict], path: Path) -> None:
-    """Draw loss, accuracy and learning rate by epoch, as a PNG.
+def draw_curves(records: list[dict], path: Path, title: str, measures: dict[str, str]) -> None:
+    """Draw loss, measures and learning rate by epoch, as a PNG.
 
     Args:
         records: Log lines.
         path: Path of the picture.
+        title: Title of the measures.
+        measures: Measures on validation images: name in the log -> label.
     """
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 3), layout="constrained")
         axes = figure.subplots(1, 3)
-        for axis, title, names in zip(
+        for axis, heading, names in zip(
             axes,
-            ("Loss", "Accuracy on validation images", "Learning rate"),
-            (
-                {"loss": "training", "validation_loss": "validation"},
-                {"top1": "top-1", "top5": "top-5"},
-                {"learning_rate": ""},
-            ),
+            ("Loss", f"{title} on validation images", "Learning rate"),
+            ({"loss": "training", "validation_loss": "validation"}, measures, {"learning_rate": ""}),
             strict=True,
         ):
             for name, label in names.items():
                 points = [(record["epoch"], record[name]) for record in records if name in record]
                 if points:
                     axis.plot(*zip(*points, strict=True), label=label)
-            axis.set(title=title, xlabel="epoch")
+            axis.set(title=heading, xlabel="epoch")
             if len(axis.lines) > 1:
                 axis.legend(frameon=False)
         figure.savefig(path, dpi=120)
 
 
-def describe_length(recipe: Recipe, progress: RunProgress, data: TrainingData) -> str:
+def describe_length(recipe: BaseRecipe, progress: RunProgress, data: TrainingData) -> str:
     """Return the length of the training in steps and epochs."""
     steps = f"{to_count(progress.step, 'step')} of {to_count(recipe.batch_size, 'image')}"
     epochs = to_count(recipe.epochs, "epoch")
@@ -61,7 +59,7 @@ def describe_length(recipe: Recipe, progress: RunProgress, data: TrainingData) -
     return f"{steps} ({epochs})"
 
 
-def find_base_model(recipe: Recipe) -> str | None:
+def find_base_model(recipe: BaseRecipe) -> str | None:
     """Return the Hub id of the model that was fine-tuned. A directory has none, if the recipe does not give it."""
     if recipe.base_model is None and recipe.model is not None and not Path(recipe.model).is_dir():
         return recipe.model

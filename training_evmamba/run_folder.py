@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.files import partial_name, write_atomic
 from evmamba_hub.processes import failing_together
-from training_evmamba.recipe import Recipe, create_recipe, dump_recipe, find_changes, read_values
+from training_evmamba.recipe import AnyRecipe, BaseRecipe, create_recipe, dump_recipe, find_changes, read_values
 
 
 class RunFolder:
@@ -37,7 +36,7 @@ class RunFolder:
         self.model_dir = path / "model"
 
     @contextmanager
-    def locked(self, accelerator: Accelerator) -> Iterator[None]:
+    def locked(self, is_main_process: bool) -> Iterator[None]:
         """Lock the directory against other runs. The system releases the lock of a killed process.
 
         Call it on all processes of a run. The main process holds the lock.
@@ -49,12 +48,12 @@ class RunFolder:
             raise UserError(f"{self.path} is a file: --output-dir takes a directory")
         lock, is_new = FileLock(self.lock_file, timeout=0), not self.path.exists()
         with failing_together():
-            if accelerator.is_main_process:
+            if is_main_process:
                 self.acquire(lock)
         try:
             yield
         finally:
-            if accelerator.is_main_process:
+            if is_main_process:
                 with suppress(OSError):  # on Windows, releasing the lock removes its file
                     self.lock_file.unlink()
                 lock.release()
@@ -78,7 +77,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}") from error
 
-    def read_recipe(self, resume: bool) -> Recipe | None:
+    def read_recipe(self, recipe_class: type[AnyRecipe], resume: bool) -> AnyRecipe | None:
         """Return the recipe of the run in the directory, or None if there is no run.
 
         Raises:
@@ -94,10 +93,9 @@ class RunFolder:
                 f"{self.path} already contains a run: pass `--resume auto` to continue it, or "
                 f"{self.describe_new_run()}"
             )
-        # recipes without this field are older than the choice: Pillow augmented their runs
-        return create_recipe({"augmentation_library": "pillow", **read_values(str(self.recipe_file))})
+        return create_recipe({**recipe_class.saved_without, **read_values(str(self.recipe_file))}, recipe_class)
 
-    def check_same_recipe(self, saved: Recipe, recipe: Recipe) -> None:
+    def check_same_recipe(self, saved: BaseRecipe, recipe: BaseRecipe) -> None:
         changes = find_changes(saved, recipe)
         if changes:
             listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
@@ -111,7 +109,7 @@ class RunFolder:
         further = f", with --model {self.model_dir} to train the finished model further"
         return f"choose another --output-dir{further if self.model_dir.is_dir() else ''}"
 
-    def begin(self, recipe: Recipe, step: int) -> None:
+    def begin(self, recipe: BaseRecipe, step: int) -> None:
         """Write the recipe, and drop the log lines after a step.
 
         Raises:

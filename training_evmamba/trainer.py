@@ -25,21 +25,39 @@ from training_evmamba.augmentation_library import (
     create_augmentation,
     describe_choice,
 )
-from training_evmamba.callback import TrainingCallback
-from training_evmamba.checkpoints import Checkpoints, RunProgress, TrainingState, gather_averages, sync_to_disk
+from training_evmamba.callback import TrainingCallback, report_unreadable
+from training_evmamba.checkpoints import (
+    Checkpoints,
+    RunProgress,
+    TrainingState,
+    describe_last_checkpoint,
+    gather_averages,
+    sync_to_disk,
+)
 from training_evmamba.data import (
     EMPTY_BATCH,
     MIXING,
     STOCHASTIC_DEPTH,
     UNREADABLE_LABEL,
     Batch,
+    ClassifiedImageReader,
+    SampleReader,
+    ValidationReader,
+    check_batch,
     create_rng,
     create_training_loader,
     create_validation_loader,
+    next_batch,
     open_data,
+    translate_dead_worker,
 )
-from training_evmamba.distributed import create_accelerator
-from training_evmamba.network import complete_recipe, create_image_processor, create_model
+from training_evmamba.distributed import create_accelerator, divide_batch
+from training_evmamba.network import (
+    complete_recipe,
+    create_image_processor,
+    create_model,
+    enable_gradient_checkpointing,
+)
 from training_evmamba.optimization import (
     ExponentialMovingAverage,
     count_steps,
@@ -51,9 +69,6 @@ from training_evmamba.optimization import (
 from training_evmamba.recipe import Recipe
 from training_evmamba.report import create_card, draw_curves
 from training_evmamba.run_folder import RunFolder
-
-
-WORKER_DIED = "DataLoader worker"  # the start of PyTorch's messages
 
 
 class TrainingRun:
@@ -77,7 +92,7 @@ class TrainingRun:
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.callback = TrainingCallback()
         with ExitStack() as lock:
-            lock.enter_context(self.folder.locked(self.accelerator))
+            lock.enter_context(self.folder.locked(self.accelerator.is_main_process))
             self.set_up(recipe, resume)
             self.lock = lock.pop_all()  # until the training ends
 
@@ -88,7 +103,7 @@ class TrainingRun:
             accelerator.is_local_main_process,
             lambda: (None if recipe.model is None else fetch_model(recipe.model), open_data(recipe)),
         )
-        saved_recipe = folder.read_recipe(resume)
+        saved_recipe = folder.read_recipe(Recipe, resume)
         self.recipe, timm_problem = choose_augmentation_library(complete_recipe(recipe, checkpoint), saved_recipe)
         if saved_recipe is not None:
             folder.check_same_recipe(saved_recipe, self.recipe)
@@ -125,10 +140,7 @@ class TrainingRun:
         recipe, accelerator = self.recipe, self.accelerator
         freeze(model, recipe)
         if recipe.gradient_checkpointing:
-            if hasattr(model, "activation_checkpointing_enable"):
-                model.activation_checkpointing_enable({"use_reentrant": False})
-            else:  # before transformers 5.23
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_gradient_checkpointing(model)
         steps_per_epoch = self.data.images_per_epoch / recipe.batch_size
         self.num_steps = count_steps(recipe, self.data.images_per_epoch)
         # Four warnings do not apply. DDP warns about strides of dimensions of size 1. FSDP warns about views, but
@@ -169,21 +181,10 @@ class TrainingRun:
     @property
     def micro_batch_size(self) -> int:
         """Images of a micro-batch on one process."""
-        return self.recipe.batch_size // self.accelerator.num_processes // self.recipe.gradient_accumulation_steps
+        return divide_batch(self.recipe, self.accelerator.num_processes)
 
     def resume_from(self, checkpoint: Path) -> None:
-        saved, fresh = self.checkpoints.read_progress(checkpoint), self.progress
-        if (saved.images_per_epoch, saved.class_names) != (fresh.images_per_epoch, fresh.class_names):
-            raise UserError(
-                f"the dataset has changed since the run began: it had {saved.images_per_epoch:,} images of "
-                f"{len(saved.class_names)} classes, now {fresh.images_per_epoch:,} of {len(fresh.class_names)}. "
-                f"Restore it, or {self.folder.describe_new_run()}"
-            )
-        if saved.num_processes != fresh.num_processes:
-            raise UserError(
-                f"the run has used {saved.num_processes} processes, now there are {fresh.num_processes}: resume with "
-                f"{saved.num_processes}, because the random numbers depend on their number"
-            )
+        RunProgress.read(checkpoint).check_same_run(self.progress, self.folder.describe_new_run())
         self.checkpoints.load(checkpoint, self.state)
 
     @property
@@ -211,12 +212,7 @@ class TrainingRun:
 
     def describe_last_checkpoint(self) -> str:
         """Return a sentence about the last checkpoint, for error messages."""
-        saved = self.checkpoints.list()
-        return (
-            f"The last checkpoint is {saved[-1]}: resume from it with --resume auto"
-            if saved
-            else "There is no checkpoint yet"
-        )
+        return describe_last_checkpoint(self.checkpoints.list())
 
     def train(self, callback: TrainingCallback | None = None) -> dict[str, float | int] | None:
         """Train to the end and write the model.
@@ -230,18 +226,10 @@ class TrainingRun:
         """
         if callback is not None and self.accelerator.is_main_process:
             self.callback = callback
-        try:
-            with self.lock:
-                results = self.training_loop()
-                self.export(results)
-                self.accelerator.end_training()
-        except RuntimeError as error:  # PyTorch raises it anywhere in the run if a worker of a loader dies
-            if not str(error).startswith(WORKER_DIED):
-                raise
-            raise UserError(
-                "a process that reads images was killed, probably because memory ran out, use fewer --num-workers: "
-                f"{str(error).rstrip(' .')}. {self.describe_last_checkpoint()}"
-            ) from error
+        with self.lock, translate_dead_worker(self.describe_last_checkpoint):
+            results = self.training_loop()
+            self.export(results)
+            self.accelerator.end_training()
         return results
 
     def training_loop(self) -> dict[str, float | int] | None:
@@ -250,7 +238,7 @@ class TrainingRun:
         loader = create_training_loader(
             self.data,
             recipe,
-            self.transform,
+            SampleReader(ClassifiedImageReader(self.data.class_names, self.transform), recipe.seed),
             recipe.batch_size // recipe.gradient_accumulation_steps,
             self.progress.step * recipe.gradient_accumulation_steps,
             self.share,
@@ -290,7 +278,7 @@ class TrainingRun:
         torch.manual_seed(create_rng(recipe.seed, STOCHASTIC_DEPTH, step, process).integers(2**63).item())
         losses, norm, unreadable = [], None, []
         for micro_batch in range(recipe.gradient_accumulation_steps):
-            batch = self.check_batch(next_batch(batches))
+            batch = check_batch(next_batch(batches), recipe, self.describe_last_checkpoint)
             unreadable += batch.unreadable
             place = (step * recipe.gradient_accumulation_steps + micro_batch, process)
             pixel_values, targets = self.mix(
@@ -327,7 +315,7 @@ class TrainingRun:
                 f"the loss of step {step} is {losses[~losses.isfinite()][0].item()}: lower --learning-rate, or train "
                 f"with --mixed-precision no. {self.describe_last_checkpoint()}"
             )
-        self.report_unreadable(metrics.unreadable, self.progress.unreadable)
+        report_unreadable(metrics.unreadable, self.progress.unreadable, self.callback)
         seconds, norms = time.monotonic() - metrics.start, torch.stack(metrics.norms)
         self.log(
             {
@@ -337,23 +325,6 @@ class TrainingRun:
                 "images_per_second": len(losses) * self.recipe.batch_size / seconds,
             }
         )
-
-    def check_batch(self, batch: Batch) -> Batch:
-        if batch.error is not None:
-            raise UserError(f"{batch.error}. {self.describe_last_checkpoint()}")
-        if batch.unreadable and self.recipe.on_unreadable == "stop":
-            raise UserError(
-                f"{batch.unreadable[0]}: replace the image, or skip it with --on-unreadable skip. "
-                f"{self.describe_last_checkpoint()}"
-            )
-        return batch
-
-    def report_unreadable(self, names: list[str], known: list[str]) -> None:
-        """Add the unreadable images of all processes to the known ones, and report new ones."""
-        new = sorted(set(gather_object(names)) - set(known))
-        for name in new:
-            self.callback.on_unreadable(name)
-        known += new
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float | int] | None:
@@ -366,15 +337,17 @@ class TrainingRun:
             return None
         accelerator, model = self.accelerator, self.unwrapped_model
         counts = Counts.start(len(self.data.class_names))
-        preprocess = Preprocessor(self.image_processor)
-        loader = create_validation_loader(self.data, self.recipe, preprocess, self.micro_batch_size, self.share)
+        read_sample = ValidationReader(self.data.class_names, Preprocessor(self.image_processor))
+        loader = create_validation_loader(self.data, self.recipe, read_sample, self.micro_batch_size, self.share)
         batches, unreadable = iter(loader), []
         self.callback.on_evaluate_begin(self.data.validation.num_images)
         with self.state.ema.applied_to(model):
             model.eval()
             # sharded weights need every process, even one that has no images left
             while any(gather_object([(batch := next_batch(batches)) is not None])):
-                batch = EMPTY_BATCH if batch is None else self.check_batch(batch)
+                batch = (
+                    EMPTY_BATCH if batch is None else check_batch(batch, self.recipe, self.describe_last_checkpoint)
+                )
                 size = (3, self.recipe.image_size, self.recipe.image_size)
                 pixel_values = batch.pixel_values if len(batch.labels) else torch.zeros(1, *size)
                 with accelerator.autocast():
@@ -387,7 +360,7 @@ class TrainingRun:
         if accelerator.num_processes > 1:
             counts = counts.add_up()
         set_training_mode(self.model, self.recipe)
-        self.report_unreadable(unreadable, self.progress.unreadable_held_out)
+        report_unreadable(unreadable, self.progress.unreadable_held_out, self.callback)
         if counts.num_images == 0:
             raise UserError(f"{self.data.validation.name} holds no readable image to evaluate on")
         return counts.summarize()
@@ -405,21 +378,10 @@ class TrainingRun:
             card.save(folder / constants.REPOCARD_NAME)
             sync_to_disk(folder)
         try:
-            draw_curves(self.folder.read_log(), self.folder.curves_file)
+            measures = {"top1": "top-1", "top5": "top-5"}
+            draw_curves(self.folder.read_log(), self.folder.curves_file, "Accuracy", measures)
         except OSError as error:
             raise UserError(f"{self.folder.curves_file} cannot be written: {error}") from error
-
-
-def next_batch(batches: Iterator[Batch]) -> Batch | None:
-    """Return the next batch of a loader, or None after the last one.
-
-    Raises:
-        RuntimeError: If a worker of the loader dies, also while it hands over a batch.
-    """
-    try:
-        return next(batches, None)
-    except (EOFError, ConnectionError, FileNotFoundError) as error:
-        raise RuntimeError(f"{WORKER_DIED} hung up: {error}") from error
 
 
 class StepMetrics:

@@ -46,7 +46,7 @@ def test_everything_comes_back(make_recipe, tmp_path):
         "optimizer.pt",
         "state.json",
     ]
-    assert checkpoints.read_progress(checkpoint) == progress
+    assert RunProgress.read(checkpoint) == progress
     state = loaded.state(RunProgress())
     checkpoints.load(checkpoint, state)
     assert state.progress == progress
@@ -100,7 +100,7 @@ def test_damaged_checkpoints(make_recipe, tmp_path, name, damage):
         (checkpoint / name).unlink()
     with pytest.raises(UserError, match="step-0000001 is damaged, remove it to resume from the one before"):
         if name == "state.json":
-            checkpoints.read_progress(checkpoint)
+            RunProgress.read(checkpoint)
         else:
             checkpoints.load(checkpoint, training.state(RunProgress()))
 

@@ -20,7 +20,10 @@ from training_evmamba.augmentation_library import create_augmentation
 from training_evmamba.data import (
     MAX_UNREADABLE_IN_A_ROW,
     UNREADABLE_LABEL,
+    ClassifiedImageReader,
+    SampleReader,
     ShuffledBatchSampler,
+    ValidationReader,
     choose_held_out,
     create_training_loader,
     create_validation_loader,
@@ -42,7 +45,12 @@ def to_rows(table: datasets.Dataset) -> list[dict]:
 def create_loader(data, recipe, batch_size=8, start=0, share=WHOLE):
     recipe = complete_recipe(recipe, None)
     transform, _ = create_augmentation(recipe, len(data.class_names), batch_size)
-    return create_training_loader(data, recipe, transform, batch_size, start, share)
+    read_sample = SampleReader(ClassifiedImageReader(data.class_names, transform), recipe.seed)
+    return create_training_loader(data, recipe, read_sample, batch_size, start, share)
+
+
+def create_validation_reader(data, recipe) -> ValidationReader:
+    return ValidationReader(data.class_names, Preprocessor(create_image_processor(complete_recipe(recipe, None))))
 
 
 def read_batches(recipe, number, *, batch_size=8, start=0, share=WHOLE) -> list:
@@ -89,10 +97,10 @@ def test_training_images_depend_on_their_place_alone(make_recipe, num_workers):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_batches_of_an_evaluation_depend_on_no_workers(make_recipe, num_workers):
     """In float32, the logits of an image depend on its batch by rounding."""
-    preprocess = Preprocessor(create_image_processor(complete_recipe(make_recipe(), None)))
     data = open_data(make_recipe())
+    read_sample = create_validation_reader(data, make_recipe())
     loaders = [
-        create_validation_loader(data, make_recipe(num_workers=number), preprocess, 4, Share(1, 2))
+        create_validation_loader(data, make_recipe(num_workers=number), read_sample, 4, Share(1, 2))
         for number in (0, num_workers)
     ]
     assert_same(*map(list, loaders))
@@ -119,9 +127,9 @@ def test_images_on_disk_are_read_by_one_worker_per_cpu(one_cpu, make_recipe, rec
     for number, expected in ((0, 0), (1, 1), (3, 1)):
         recipe = make_recipe(num_workers=number)
         data = open_data(recipe)
-        preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
+        read_sample = create_validation_reader(data, recipe)
         assert create_loader(data, recipe).num_workers == expected
-        assert create_validation_loader(data, recipe, preprocess, 8, WHOLE).num_workers == expected
+        assert create_validation_loader(data, recipe, read_sample, 8, WHOLE).num_workers == expected
         reduced = "Reduced --num-workers from 3 to 1, the number of available CPUs"
         assert [note for note in data.notes if "workers" in note] == ([reduced] if number > 1 else [])
     assert not recwarn.list
@@ -332,8 +340,8 @@ def test_unreadable_images_are_reported_and_others_stand_in(make_recipe, damaged
     assert {name.partition(":")[0].rpartition("/")[2] for name in names} == {"01.png", "03.png"}
     assert all(len(batch.labels) == 8 for batch in batches)
 
-    preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
-    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64, WHOLE)
+    data = open_data(recipe)
+    (batch,) = create_validation_loader(data, recipe, create_validation_reader(data, recipe), 64, WHOLE)
     assert batch.labels.tolist().count(UNREADABLE_LABEL) == 1
     assert len(batch.labels) == len(batch.pixel_values) == 10
     assert len(batch.unreadable) == 1
@@ -348,8 +356,8 @@ def test_an_image_whose_decoder_fails_is_skipped(make_recipe, stripes, tmp_path)
     recipe = make_recipe(dataset=str(tmp_path / "damaged"))
     (message,) = {name for batch in read_batches(recipe, 5) for name in batch.unreadable}
     assert "01.png: it cannot be decoded: " in message
-    preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
-    (batch,) = create_validation_loader(open_data(recipe), recipe, preprocess, 64, WHOLE)
+    data = open_data(recipe)
+    (batch,) = create_validation_loader(data, recipe, create_validation_reader(data, recipe), 64, WHOLE)
     assert batch.labels.tolist().count(UNREADABLE_LABEL) == len(batch.unreadable) == 1 and batch.error is None
 
 

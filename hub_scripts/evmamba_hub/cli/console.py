@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+import typer
 from rich.console import Console
 
-from evmamba_hub.errors import Notice, ProcessNotice, literal
+from evmamba_hub.errors import Notice, ProcessNotice, exit_on_user_error, literal, translate_lost_process
 
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -56,3 +57,21 @@ def leave_notices_to_main_process(is_main_process: bool) -> None:
     if not is_main_process:
         warnings.filterwarnings("ignore", category=Notice)
         warnings.filterwarnings("default", category=ProcessNotice)
+
+
+def create_app(help: str | None = None) -> typer.Typer:
+    """Returns a command line without commands."""
+    return typer.Typer(
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line. A `UserError` becomes one line on stderr and exit code 1, a `Notice` one line."""
+    escape_what_stdout_cannot_encode()
+    with exit_on_user_error(), translate_lost_process(), show_notices():
+        app()

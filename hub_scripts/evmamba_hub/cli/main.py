@@ -7,7 +7,7 @@ import typer
 
 from evmamba_hub.cli.check_runtimes import check_runtimes
 from evmamba_hub.cli.classify import classify
-from evmamba_hub.cli.console import console, escape_what_stdout_cannot_encode, show_notices
+from evmamba_hub.cli.console import console, create_app, run_app
 from evmamba_hub.cli.convert import convert
 from evmamba_hub.cli.demo import demo
 from evmamba_hub.cli.evaluate import evaluate
@@ -18,16 +18,9 @@ from evmamba_hub.cli.push_kernel import push_kernel
 from evmamba_hub.cli.push_space import push_space
 from evmamba_hub.cli.republish import republish
 from evmamba_hub.cli.train import train
-from evmamba_hub.errors import exit_on_user_error, translate_lost_process
 
 
-app = typer.Typer(
-    help="Classify, train, evaluate, convert, export and publish EfficientVMamba models.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
+app = create_app(help="Classify, train, evaluate, convert, export and publish EfficientVMamba models.")
 
 for command in (
     classify,
@@ -63,7 +56,5 @@ def define_version_option(version: VersionOption = False) -> None:
 
 
 def main() -> None:
-    """Run the command line. A `UserError` becomes one line on stderr and exit code 1, a `Notice` one line."""
-    escape_what_stdout_cannot_encode()
-    with exit_on_user_error(), translate_lost_process(), show_notices():
-        app()
+    """Run the command line."""
+    run_app(app)

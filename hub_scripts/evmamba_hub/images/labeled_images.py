@@ -53,7 +53,7 @@ def normalize(label: Any) -> Any:
 class LabeledImage(NamedTuple):
     name: str  # for messages
     source: Path | bytes
-    label: int | str
+    label: Any  # the class by its index or name, or the annotation of another task
 
     def read(self) -> Image.Image:
         """Read the image in RGB. Errors name the image."""
@@ -189,10 +189,20 @@ class Columns:
     label: str
     class_names: list[str] | None
 
+    def select(self, rows: Any) -> Any:
+        """Returns the columns of a table or stream, with the images as they are stored."""
+        import datasets
+
+        return rows.select_columns([self.image, self.label]).cast_column(self.image, datasets.Image(decode=False))
+
     def to_labeled_image(self, row: dict, name: str) -> LabeledImage:
-        image = row[self.image] or {"bytes": b"", "path": None}  # treat a missing image as an unreadable one
-        source = Path(image["path"]) if image["bytes"] is None else image["bytes"]
-        return LabeledImage(name, source, normalize(row[self.label]))
+        return LabeledImage(name, find_source(row[self.image]), normalize(row[self.label]))
+
+
+def find_source(image: dict | None) -> Path | bytes:
+    """Returns the file or the content of an image, as `datasets.Image` stores it. A missing image becomes empty."""
+    image = image or {"bytes": b"", "path": None}
+    return Path(image["path"]) if image["bytes"] is None else image["bytes"]
 
 
 @dataclass(kw_only=True)
@@ -447,9 +457,35 @@ def open_splits(
             return {split: partial(open_images, folder, split) for split, folder in split_folders.items()}
         return {None: partial(open_images, path, None)}
 
+    choose = partial(choose_columns, image_column=image_column, label_column=label_column, dataset=dataset)
+    return open_tables(dataset, choose, config=config, revision=revision, streaming=streaming)
+
+
+def open_tables(
+    dataset: str,
+    choose: Callable[[dict], Columns],
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = True,
+) -> dict[str | None, Callable[[], LabeledImages]]:
+    """Open a dataset of the package `datasets`.
+
+    Args:
+        dataset: A directory that `datasets` wrote or reads, or the id of a dataset on the Hub.
+        choose: Chooses the columns by their features.
+        config, revision, streaming: See `open_splits`.
+
+    Returns:
+        A function per split that opens it. A dataset without splits has the split None.
+
+    Raises:
+        UserError: If there is no such dataset. Opening a split raises it if there is no such column.
+    """
     require("datasets", extra="evaluate")
     import datasets
 
+    path, is_local = Path(dataset), os.path.lexists(dataset)
     hub_id = None if is_local else dataset
     if hub_id is not None:
         with translate_hub_errors(dataset, may_be_path=True):
@@ -460,10 +496,8 @@ def open_splits(
         rows = loaded if split is None else loaded[split]
         if rows.features is None:
             raise UserError(f"{dataset} does not declare its columns: save it as Parquet")
-        columns = choose_columns(rows.features, image_column, label_column, dataset)
-        rows = rows.select_columns([columns.image, columns.label]).cast_column(
-            columns.image, datasets.Image(decode=False)
-        )
+        columns = choose(rows.features)
+        rows = columns.select(rows)
         about: dict[str, Any] = {
             "name": dataset,
             "class_names": columns.class_names,

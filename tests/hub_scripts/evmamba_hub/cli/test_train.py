@@ -14,7 +14,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from evmamba_hub.cli.main import app
-from evmamba_hub.cli.train import find_overrides, train_with_progress, with_recipe_options
+from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
+from evmamba_hub.cli.training import train_with_progress
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from modeling_evmamba import EfficientVMambaForImageClassification
@@ -125,7 +126,7 @@ def test_none_takes_back_what_a_recipe_says(tmp_path):
     path.write_text(yaml.safe_dump(numbers | lists | texts))
     given = {}
     app = typer.Typer()
-    app.command()(with_recipe_options(lambda **values: given.update(values)))
+    app.command()(with_recipe_options(Recipe, "finetune")(lambda **values: given.update(values)))
     names = {field.name for field in dataclasses.fields(Recipe) if type(None) in get_kinds(field.type)}
     assert {*numbers, *lists, *texts} - names == {"report_to"}
     options = [f"--{name.replace('_', '-')}=none" for name in sorted(names | {"report_to"})]
@@ -139,7 +140,7 @@ def test_none_takes_back_what_a_recipe_says(tmp_path):
 def test_words_of_yaml_are_words_on_the_command_line():
     given = {}
     app = typer.Typer()
-    app.command()(with_recipe_options(lambda **values: given.update(values)))
+    app.command()(with_recipe_options(Recipe, "finetune")(lambda **values: given.update(values)))
     words = ["--mixed-precision=no", "--train-split=no", "--dataset-config=on", "--network={a: no, b: 12:30, c: 1e-3}"]
     ended = CliRunner().invoke(app, words)
     assert ended.exit_code == 0, ended.output
