@@ -36,6 +36,10 @@ RAW_MODE_OF_16_BITS = re.compile(r"(L|LA|RGB[AaX]?);16[BLN]")  # Pillow's names 
 LARGEST_16_BIT_VALUE = 0xFFFF
 MISREAD_FORMATS = {"FITS"}  # Pillow takes the bytes of 16-bit values in the wrong order
 
+# Modes of masks, and what holds the same values without transparency
+MASK_MODES = {"1": "1", "L": "L", "LA": "L", "P": "P", "PA": "P", "RGB": "RGB", "RGBA": "RGB"}
+LOSSY_FORMATS = {"JPEG", "MPO"}
+
 MAX_BITS_OF_DARK_IMAGES = 14  # of 16. Cameras and scanners store 10 to 14 bits
 
 # Whether `warn_once` has warned. Forked workers of a DataLoader share this byte.
@@ -102,27 +106,33 @@ def open_at_once(path: str, flags: int) -> int:
 
 def decode(file: BinaryIO, max_pixels: int | None, announce: Callable[[str], None]) -> Image.Image:
     """Decode an image. `read_image` describes the arguments and errors."""
+    with translate_decoder_errors(), Image.open(file) as opened:
+        if max_pixels is not None and opened.width * opened.height > max_pixels:
+            raise UserError(
+                f"it has {opened.width} x {opened.height} pixels, at most {max_pixels:,} in all are accepted: "
+                "resize it"
+            )
+        has_wide_colors = has_16_bit_colors(opened)
+        opened.load()
+        turn, image = find_turn(opened), to_8_bits(opened, announce)
+        if has_wide_colors:
+            largest = int(np.asarray(image.convert("RGB")).max())
+            announce_darkness(largest << 8 | 0xFF, announce)
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        image.info.clear()  # with the orientation, transformers' pipelines would turn the image once more
+        return image
+
+
+@contextmanager
+def translate_decoder_errors() -> Iterator[None]:
+    """Translate what Pillow raises about a file into a `UserError`."""
     try:
-        with Image.open(file) as opened:
-            if max_pixels is not None and opened.width * opened.height > max_pixels:
-                raise UserError(
-                    f"it has {opened.width} x {opened.height} pixels, at most {max_pixels:,} in all are accepted: "
-                    "resize it"
-                )
-            has_wide_colors = has_16_bit_colors(opened)
-            opened.load()
-            turn, image = find_turn(opened), to_8_bits(opened, announce)
-            if has_wide_colors:
-                largest = int(np.asarray(image.convert("RGB")).max())
-                announce_darkness(largest << 8 | 0xFF, announce)
-            if turn is not None:
-                image = image.transpose(turn)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            image.info.clear()  # with the orientation, transformers' pipelines would turn the image once more
-            return image
+        yield
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -133,6 +143,42 @@ def decode(file: BinaryIO, max_pixels: int | None, announce: Callable[[str], Non
         is_unclear = isinstance(error, KeyError) or not str(error)
         reason = repr(error) if is_unclear else " ".join(str(error).split())
         raise UserError(f"it cannot be decoded: {reason}") from error
+
+
+def read_mask(file: Path | BinaryIO) -> np.ndarray:
+    """Read the values of a mask as they are stored, rotated by its EXIF orientation.
+
+    Args:
+        file: A path, or an open file.
+
+    Returns:
+        The values (H, W), of a palette the indices; or the colors (H, W, 3).
+
+    Raises:
+        UserError: If the file cannot be opened, is no image, is damaged, or cannot hold labels.
+    """
+    if isinstance(file, Path):
+        with open_file(file) as opened:
+            return decode_mask(opened)
+    return decode_mask(file)
+
+
+def decode_mask(file: BinaryIO) -> np.ndarray:
+    """Decode a mask. `read_mask` describes the result and the errors."""
+    with translate_decoder_errors(), Image.open(file) as image:
+        if image.format in LOSSY_FORMATS:
+            raise UserError(f"as {image.format}, it has other values than were saved: save masks as PNG")
+        image.load()
+        values = find_wide_values(image)
+        if values is None:
+            if image.mode not in MASK_MODES:
+                raise UserError(f"it has pixels of the kind {image.mode}: save masks with one integer a pixel")
+            values = np.asarray(image.convert(MASK_MODES[image.mode]))
+        turn = find_turn(image)
+        if turn is None:
+            return values
+        stored = Image.fromarray(values if values.ndim == 3 else values.astype(np.int32))
+        return np.asarray(stored.transpose(turn))
 
 
 def find_turn(image: Image.Image) -> Image.Transpose | None:

@@ -1,0 +1,257 @@
+"""Train UperNet with an EfficientVMamba backbone on images with masks.
+
+    python examples/semantic_segmentation.py --model CHECKPOINT --dataset DIRECTORY --output-dir runs/segmentation
+    accelerate launch examples/semantic_segmentation.py --recipe ade20k --model CHECKPOINT --output-dir runs/ade20k
+
+The program states what belongs to its task: the recipe, the images with masks, the network and the measures.
+`training_evmamba.dense` has the loop, which is transformers' Trainer, and `evmamba_hub.cli` the command line.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import typer
+from huggingface_hub.dataclasses import strict
+from PIL import Image
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+
+from evmamba_hub.cli.console import create_app, error_console, run_app
+from evmamba_hub.cli.options import PrivateOption
+from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
+from evmamba_hub.cli.training import prepare_upload, train_and_upload
+from evmamba_hub.errors import literal, require
+from evmamba_hub.images.labeled_images import LabeledImage
+from evmamba_hub.wording import to_count
+from modeling_evmamba import EfficientVMambaBackbone
+from training_evmamba.data import Batch, SampleReader, TrainingData
+from training_evmamba.dense.data import EvaluationReader, open_data, open_splits
+from training_evmamba.dense.mask_augmentation import LONGEST_TO_SHORTEST, MaskTransform
+from training_evmamba.dense.masks import (
+    MaskedImageReader,
+    choose_mask_columns,
+    find_label_file,
+    open_mask_folders,
+    read_labels,
+)
+from training_evmamba.dense.recipe import RECIPES, DenseRecipe
+from training_evmamba.dense.run import DenseRun
+from training_evmamba.recipe import load_recipe, option
+
+
+DEFAULT_RECIPE = "small"
+
+
+@strict
+@dataclass
+class SegmentationRecipe(DenseRecipe):
+    """The values of a run."""
+
+    program: ClassVar[str] = "semantic_segmentation.py"
+    presets: ClassVar[Path] = RECIPES / "segmentation"
+
+    hidden_size: int = option("Network", "Channels of the head.", 512)
+    auxiliary_channels: int = option("Network", "Channels of the auxiliary head.", 256)
+    auxiliary_loss_weight: float = option("Network", "Weight of the auxiliary head's loss.", 0.4)
+
+    dataset: str | None = option(
+        "Data",
+        "Directory with `images/` and `masks/`, or with these per split; directory that `datasets` reads; or Hub id "
+        "of a dataset.",
+        None,
+    )
+    mask_column: str | None = option("Data", "Column of the masks. Default: the only one with a usual name.", None)
+    labels: str | None = option(
+        "Data",
+        'File of the labels: text of one name a line, from label 0 on; or JSON, `{"0": name}`, or `{name: [red, '
+        "green, blue]}` for masks in RGB. Default: labels.txt or id2label.json of the dataset.",
+        None,
+    )
+    reduce_labels: bool = option(
+        "Data", "Take label 0 for pixels without label, and label 1 for the first class, as for ADE20K.", False
+    )
+
+    image_size: int = option(
+        "Augmentation", "Side of random crops, and length of an image's shorter side in evaluation.", 512
+    )
+    random_scale: tuple[float, float] = option(
+        "Augmentation", "Bounds of the factor of the shorter side before the crop.", (0.5, 2.0)
+    )
+    max_class_fraction: float = option("Augmentation", "Largest part of a crop that one class may fill.", 0.75)
+    horizontal_flip: float = option("Augmentation", "Probability of a horizontal flip.", 0.5)
+    color_distortion: float = option(
+        "Augmentation", "Probability of each change: brightness, contrast, saturation, hue.", 0.5
+    )
+
+    def validate_values(self):
+        """Reject values that no run can have. Part of `@strict`. Messages name the field."""
+        super().validate_values()
+        for name in ("hidden_size", "auxiliary_channels", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("max_class_fraction", "horizontal_flip", "color_distortion"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}")
+        if not self.auxiliary_loss_weight >= 0:
+            raise ValueError(f"`auxiliary_loss_weight` must not be negative, got {self.auxiliary_loss_weight}")
+        low, high = self.random_scale
+        if not 0 < low <= high:
+            raise ValueError(f"`random_scale` must be two positive numbers, the smaller first, got {low} and {high}")
+
+
+class SegmentationRun(DenseRun):
+    """A run of UperNet."""
+
+    task = "image-segmentation"
+    measures = {"mean_iou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
+
+    def open_data(self, recipe: SegmentationRecipe) -> TrainingData:
+        choose_columns = partial(
+            choose_mask_columns,
+            image_column=recipe.image_column,
+            mask_column=recipe.mask_column,
+            dataset=str(recipe.dataset),
+        )
+        splits = open_splits(recipe, open_mask_folders, choose_columns)
+        file = Path(recipe.labels) if recipe.labels else find_label_file(recipe.dataset, recipe.dataset_revision)
+        self.labels = read_labels(file)
+        self.read_pair = MaskedImageReader(self.labels, recipe.reduce_labels)
+        data = open_data(recipe, splits, self.labels.names)
+        data.notes.append(self.labels.note)
+        return data
+
+    def create_image_processor(self) -> SegformerImageProcessorPil:
+        shortest = self.recipe.image_size
+        return SegformerImageProcessorPil(
+            size={"shortest_edge": shortest, "longest_edge": LONGEST_TO_SHORTEST * shortest},
+            image_mean=self.recipe.image_mean,
+            image_std=self.recipe.image_std,
+            do_reduce_labels=False,
+        )
+
+    def create_model(self, backbone: EfficientVMambaBackbone) -> UperNetForSemanticSegmentation:
+        recipe, names = self.recipe, self.labels.names
+        config = UperNetConfig(
+            backbone_config=backbone.config,
+            hidden_size=recipe.hidden_size,
+            use_auxiliary_head=recipe.auxiliary_loss_weight > 0 and len(backbone.channels) > 2,
+            auxiliary_loss_weight=recipe.auxiliary_loss_weight,
+            auxiliary_in_channels=backbone.channels[min(2, len(backbone.channels) - 1)],
+            auxiliary_channels=recipe.auxiliary_channels,
+            loss_ignore_index=self.labels.ignored,
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+        )
+        return UperNetForSemanticSegmentation(config)
+
+    def create_sample_reader(self) -> SampleReader:
+        recipe = self.recipe
+        transform = MaskTransform(
+            self.image_processor,
+            recipe.image_size,
+            recipe.random_scale,
+            recipe.max_class_fraction,
+            recipe.horizontal_flip,
+            recipe.color_distortion,
+            self.labels.ignored,
+        )
+        return SampleReader(partial(prepare_training, self.read_pair, transform), recipe.seed, torch.stack)
+
+    def create_evaluation_reader(self) -> EvaluationReader:
+        return EvaluationReader(partial(prepare_evaluation, self.read_pair, self.image_processor))
+
+    def compute_loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a batch. It is 0 without labeled pixels, of which the mean would be NaN."""
+        is_labeled = (labels != self.labels.ignored).any()
+        return torch.where(is_labeled, outputs.loss, torch.zeros_like(outputs.loss))
+
+    def evaluate_batches(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Measure predictions in the sizes of the masks."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+        options = {"num_classes": len(self.labels.names), "ignore_index": self.labels.ignored, "validate_args": False}
+        metrics = MetricCollection(
+            {
+                "mean_iou": MulticlassJaccardIndex(average="macro", **options),
+                "mean_accuracy": MulticlassAccuracy(average="macro", **options),
+                "pixel_accuracy": MulticlassAccuracy(average="micro", **options),
+                "iou": MulticlassJaccardIndex(average="none", **options),
+            }
+        ).to(self.model.device)
+        for batch in batches:
+            (labels,) = batch.labels  # [H, W]
+            outputs = self.model(batch.pixel_values.to(self.model.device))
+            (predicted,) = self.image_processor.post_process_semantic_segmentation(outputs, [tuple(labels.shape)])
+            metrics.update(predicted, labels.to(self.model.device))
+        values = metrics.compute()
+        by_class = {f"iou/{name}": iou.item() for name, iou in zip(self.labels.names, values.pop("iou"), strict=True)}
+        return {name: value.item() for name, value in values.items()} | by_class
+
+
+def prepare_training(
+    read_pair: MaskedImageReader, transform: MaskTransform, image: LabeledImage, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the pixels (3, S, S) and the class indices (S, S) of an augmented image."""
+    return transform(*read_pair(image), rng)
+
+
+def prepare_evaluation(
+    read_pair: MaskedImageReader, image_processor: SegformerImageProcessorPil, image: LabeledImage
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the pixels (3, h, w) of a scaled image, and the class indices (H, W) in its own size."""
+    pixels: Image.Image
+    pixels, classes = read_pair(image)
+    pixel_values = image_processor(pixels, return_tensors="pt").pixel_values[0]
+    return pixel_values, torch.from_numpy(classes.astype(np.int64))
+
+
+def describe_result(run: SegmentationRun, results: dict[str, float | int] | None) -> str:
+    """Returns the directory of the model, its measures, and the number of skipped images."""
+    parts = [str(run.folder.model_dir)]
+    if results is not None:
+        measured = [f"{label} {results[name]:.2%}" for name, label in run.measures.items()]
+        parts.append(f"{', '.join(measured)} on {to_count(results['images'], 'held-out image')}")
+    if num_unreadable := run.progress.num_unreadable:
+        parts.append(f"skipped {to_count(num_unreadable, 'unreadable image')}")
+    return ", ".join(parts)
+
+
+@with_recipe_options(SegmentationRecipe, DEFAULT_RECIPE)
+def main(
+    output_dir: Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")],
+    recipe: Annotated[
+        str, typer.Option(help="Preset (`small`, `ade20k`), or YAML file of the options below.")
+    ] = DEFAULT_RECIPE,
+    resume: Annotated[
+        Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
+    ] = "no",
+    push_to: Annotated[
+        str | None,
+        typer.Option(help="Repository on the Hub to upload the model to, as `user/name`.", show_default=False),
+    ] = None,
+    private: PrivateOption = False,
+    **values: Any,
+) -> None:
+    """Train UperNet on images with masks, from a classification checkpoint or from scratch."""
+    require("accelerate", "datasets", "filelock", "matplotlib", extra="train")
+    require("torchmetrics", extra="dense")
+    values |= prepare_upload(push_to, values)
+    loaded = load_recipe(recipe, find_overrides(values), SegmentationRecipe)
+    run = train_and_upload(
+        partial(SegmentationRun, loaded, output_dir, resume=resume == "auto"), describe_result, push_to, private
+    )
+    if run.accelerator.is_main_process:
+        code = f'pipeline("image-segmentation", model="{run.folder.model_dir}")("IMAGE")'
+        error_console.print("Try it:", literal(code, "bold"))
+
+
+if __name__ == "__main__":
+    app = create_app()
+    app.command()(main)
+    run_app(app)
