@@ -25,7 +25,7 @@ from evmamba_hub.cli.console import create_app, error_console, run_app
 from evmamba_hub.cli.options import PrivateOption
 from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
 from evmamba_hub.cli.training import prepare_upload, train_and_upload
-from evmamba_hub.errors import literal, require
+from evmamba_hub.errors import UserError, literal, require
 from evmamba_hub.images.labeled_images import LabeledImage
 from evmamba_hub.wording import to_count
 from modeling_evmamba import EfficientVMambaBackbone
@@ -135,6 +135,11 @@ class SegmentationRun(DenseRun):
         )
 
     def create_model(self, backbone: EfficientVMambaBackbone) -> UperNetForSemanticSegmentation:
+        if self.micro_batch_size < 2:
+            raise UserError(
+                "UperNet's batch norms need micro-batches of two images or more: raise --batch-size, or lower "
+                "--gradient-accumulation-steps or the number of processes"
+            )
         recipe, names = self.recipe, self.labels.names
         config = UperNetConfig(
             backbone_config=backbone.config,

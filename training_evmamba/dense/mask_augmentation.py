@@ -96,7 +96,7 @@ class MaskTransform:
             classes: Class indices of the scaled image, (H, W).
         """
         height, width = classes.shape
-        for _ in range(ATTEMPTS):
+        for _ in range(ATTEMPTS if self.max_class_fraction < 1 else 1):
             left, top = (int(rng.integers(max(side - self.size, 0) + 1)) for side in (width, height))
             box = left, top, min(left + self.size, width), min(top + self.size, height)
             found, counts = np.unique(classes[top : box[3], left : box[2]], return_counts=True)

@@ -134,8 +134,8 @@ def parse_labels(content: Any, source: str) -> MaskLabels:
     if len(names) < 2:
         raise UserError(f"{source} names {to_count(len(names), 'label')}: name two or more, the background included")
     for found in (names, values):
-        if repeated := next((each for each in found if found.count(each) > 1), None):
-            raise UserError(f"{source} names {repeated!r} twice: give each class its own name and label")
+        if repeated := [each for each in found if found.count(each) > 1]:
+            raise UserError(f"{source} names {repeated[0]!r} twice: give each class its own name and label")
     return MaskLabels(source, names, values, is_colored)
 
 

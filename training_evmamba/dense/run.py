@@ -128,13 +128,15 @@ class DenseRun(ABC):
             class_names=self.data.class_names,
             num_processes=self.processes.num_processes,
         )
-        self.last_checkpoint = None
+        self.results: dict[str, float | int] | None = None  # of the last evaluation
+        self.last_checkpoint: Path | None = None
         if saved_recipe is not None and (checkpoints := self.checkpoints.list()):
             self.last_checkpoint = checkpoints[-1]
             saved = RunProgress.read(self.last_checkpoint)
             saved.check_same_run(self.progress, folder.describe_new_run())
             self.progress = saved
 
+        self.new_unreadable: list[str] = []  # since the last log line
         self.num_steps = self.recipe.steps or count_steps(self.recipe, self.data.images_per_epoch)
         self.image_processor = self.create_image_processor()
         set_seed(self.recipe.seed)
@@ -176,7 +178,7 @@ class DenseRun(ABC):
                 raise UserError(
                     f"{self.folder.path} cannot be written: {error}. {self.describe_last_checkpoint()}"
                 ) from error
-            results = self.evaluate()
+            results = self.results or self.evaluate()  # a run that was already complete
             self.export(results)
             self.accelerator.end_training()
         return results
@@ -225,8 +227,6 @@ class DenseRun(ABC):
         """
         if self.data.validation is None:
             return None
-        if self.results_by_step.get(self.progress.step) is not None:
-            return self.results_by_step[self.progress.step]
         self.callback.on_evaluate_begin(self.data.validation.num_images)
         self.model.eval()
         unreadable: list[str] = []
@@ -245,11 +245,8 @@ class DenseRun(ABC):
         num_images = int(self.accelerator.reduce(torch.tensor(num_images, device=self.accelerator.device)).item())
         if num_images == 0:
             raise UserError(f"{self.data.validation.name} holds no readable image to evaluate on")
-        results = {"images": num_images, **measures}
-        self.results_by_step = {self.progress.step: results}
-        return results
-
-    results_by_step: dict[int, dict[str, float | int]] = {}
+        self.model.train()
+        return {"images": num_images, **measures}
 
     def log(self, record: dict[str, float]) -> None:
         """Write a log line with its place in the run."""
@@ -299,7 +296,11 @@ class DenseRun(ABC):
         with staged(self.folder.model_dir) as folder:
             self.model.save_pretrained(folder)
             self.image_processor.save_pretrained(folder)
-            create_card(self.task, results).save(folder / constants.REPOCARD_NAME)
+            name = self.folder.path.resolve().name
+            card = create_card(
+                self.recipe, self.progress, self.model, self.data, results, self.task, self.measures, name
+            )
+            card.save(folder / constants.REPOCARD_NAME)
             sync_to_disk(folder)
         try:
             draw_curves(self.folder.read_log(), self.folder.curves_file, "Measures", self.measures)
@@ -343,11 +344,13 @@ class RunTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        results = self.run.evaluate()
+        results = self.run.results = self.run.evaluate()
         names = {"images": "validation_images"}
         record = {names.get(name, name): value for name, value in results.items()}
         self.run.log(record)
-        self.log({f"eval_{name}": value for name, value in record.items()})
+        metrics = {f"eval_{name}": value for name, value in record.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.run.start_clock()
         return record
 
@@ -375,6 +378,8 @@ class Events(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.run.progress.step = state.global_step
         self.run.callback.on_step_end(state.global_step)
+        if state.global_step == state.max_steps:
+            control.should_save, control.should_evaluate = True, self.run.data.validation is not None
         control.should_log |= control.should_save or control.should_evaluate
 
     def on_log(self, args, state, control, logs, **_):
@@ -398,7 +403,6 @@ def create_trainer(run: DenseRun) -> RunTrainer:
     steps_per_epoch = max(1, round(run.data.images_per_epoch / recipe.batch_size))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder.path / TRACKERS_NAME)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    run.new_unreadable = []
     try:
         arguments = TrainingArguments(
             output_dir=str(run.folder.checkpoints_dir),

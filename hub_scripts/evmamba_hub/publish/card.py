@@ -264,31 +264,41 @@ def to_eval_results(results: dict) -> list[EvalResult]:
 
     Metrics in other dtypes than float32 have other names. So they stand beside those of the model in float32.
     """
+    dtype = results.get("dtype", "float32")
+    suffix = "" if dtype == "float32" else f", {dtype}"
+    metrics = {"top1": ("accuracy", f"{TOP1}{suffix}")}
+    if "top5" in results:  # up to five classes have none
+        metrics["top5"] = ("accuracy", f"Top-5 accuracy{suffix}")
+    metrics["loss"] = ("loss", f"Loss{suffix}")
+    return create_eval_results(results, TASK, metrics)
+
+
+def create_eval_results(results: dict, task: str, metrics: dict[str, tuple[str, str]]) -> list[EvalResult]:
+    """Returns the entries of a card.
+
+    Args:
+        results: The values by key, and the dataset as `dataset` and `dataset_id`, `_config`, `_split`, `_revision`.
+        task: The task on the Hub.
+        metrics: The type and the name of the metric for each key.
+    """
     name, split = results["dataset_id"], results["dataset_split"]
     if name is None:
         directory, split = separate_split(results["dataset"], split)
         name = directory.name
     name = escape_unprintable(name)
-    dtype = results.get("dtype", "float32")
-    suffix = "" if dtype == "float32" else f", {dtype}"
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type=name,
             dataset_name=name,
             dataset_config=results["dataset_config"],
             dataset_split=split,
             dataset_revision=results["dataset_revision"],
             metric_type=metric_type,
-            metric_name=f"{metric_name}{suffix}",
+            metric_name=metric_name,
             metric_value=round(results[key], 4),
         )
-        for key, metric_type, metric_name in [
-            ("top1", "accuracy", TOP1),
-            ("top5", "accuracy", "Top-5 accuracy"),
-            ("loss", "loss", "Loss"),
-        ]
-        if key != "top5" or key in results  # up to five classes have none
+        for key, (metric_type, metric_name) in metrics.items()
     ]
 
 
