@@ -13,6 +13,7 @@ import configparser
 import csv
 import dataclasses
 import importlib
+import inspect
 import io
 import json
 import re
@@ -47,7 +48,7 @@ from evmamba_hub.convert.original_checkpoint import BLOCK_NAMES, MODULE_NAMES
 from evmamba_hub.images.images import read_image
 from evmamba_hub.publish.card import TEMPLATE
 from evmamba_hub.publish.push import collect_model_files
-from examples import segment_shapes
+from examples import draw_shapes, semantic_segmentation
 from golden_values import original_state_dict
 from hub_server import HubServer
 from training_evmamba.digits import main as write_digits
@@ -224,9 +225,15 @@ def check_source(words: list[str]) -> None:
     assert words == [".venv/bin/activate"]
 
 
+SCRIPTS = {
+    "examples/draw_shapes.py": draw_shapes.draw_shapes,
+    "examples/semantic_segmentation.py": semantic_segmentation.main,
+}
+
+
 def check_python(words: list[str]) -> None:
-    if words[0] == "examples/segment_shapes.py":
-        parse_script(segment_shapes.main, words[1:])
+    if words[0] in SCRIPTS:
+        parse_script(SCRIPTS[words[0]], words[1:])
     elif words[:2] == ["-m", "training_evmamba.digits"]:
         parse_script(write_digits, words[2:])
     elif words[:2] in (["-m", "build"], ["-m", "http.server"], ["-m", "venv"]):
@@ -245,7 +252,10 @@ def check_script(words: list[str]) -> None:
 
 
 def check_launcher(words: list[str]) -> None:
-    parse_evmamba(words[words.index("evmamba_hub.cli") + 1 :])
+    if script := next((word for word in words if word in SCRIPTS), None):
+        parse_script(SCRIPTS[script], words[words.index(script) + 1 :])
+    else:
+        parse_evmamba(words[words.index("evmamba_hub.cli") + 1 :])
 
 
 PROGRAMS = {
@@ -383,7 +393,9 @@ def test_no_command_of_a_page_writes_over_the_result_of_another(page):
             match command.words:
                 case ["evmamba", "convert" | "export", _, output, *_] if not output.startswith("--"):
                     outputs.append(output)
-                case ["evmamba", "train", *words] if "--resume" not in words:
+                case ["evmamba", "train", *words] | ["python", _, *words] if (
+                    "--output-dir" in words and "--resume" not in words
+                ):
                     outputs.append(words[words.index("--output-dir") + 1])
     assert len(set(outputs)) == len(outputs)
 
@@ -425,6 +437,12 @@ def list_options_of_benchmarks() -> set[str]:
     return {option for source in sources for option in re.findall(r'"(--[a-z][\w-]*)"', source)}
 
 
+@cache
+def list_options_of_scripts() -> set[str]:
+    parameters = [each for main in SCRIPTS.values() for each in inspect.signature(main).parameters]
+    return {f"--{name.replace('_', '-')}" for name in parameters}
+
+
 @pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_options_that_are_mentioned_exist(page):
     known = set().union(*list_options().values()) | FOREIGN_OPTIONS
@@ -432,6 +450,8 @@ def test_options_that_are_mentioned_exist(page):
         known |= AUTHORS_OPTIONS
     if page in DEVELOPER_PAGES:
         known |= list_options_of_benchmarks()
+    if page.name in ("dense_tasks.md", "troubleshooting.md"):
+        known |= list_options_of_scripts()
     for mention in find_mentions(page):
         if mention.startswith("python "):
             check_python(mention.split()[1:])
@@ -503,7 +523,7 @@ def test_versions_are_those_of_setup(page):
 def read_messages() -> list[str]:
     """Return the strings in the code of the packages, with `...` in place of values."""
     texts = []
-    for folder in ("modeling_evmamba", "kernels", "hub_scripts", "training_evmamba", "demo"):
+    for folder in ("modeling_evmamba", "kernels", "hub_scripts", "training_evmamba", "demo", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
