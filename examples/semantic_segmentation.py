@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from evmamba_hub.cli.console import create_app, error_console, run_app
-from evmamba_hub.cli.options import PrivateOption
+from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
 from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
-from evmamba_hub.cli.training import prepare_upload, train_and_upload
+from evmamba_hub.cli.training import describe_skipped, prepare_upload, train_and_upload
 from evmamba_hub.errors import UserError, literal, require
 from evmamba_hub.images.labeled_images import LabeledImage
 from evmamba_hub.wording import to_count
@@ -34,6 +34,7 @@ from training_evmamba.dense.data import EvaluationReader, open_data, open_splits
 from training_evmamba.dense.mask_augmentation import LONGEST_TO_SHORTEST, MaskTransform
 from training_evmamba.dense.masks import (
     MaskedImageReader,
+    check_some_masks,
     choose_mask_columns,
     find_label_file,
     open_mask_folders,
@@ -122,7 +123,7 @@ class SegmentationRun(DenseRun):
         self.labels = read_labels(file)
         self.read_pair = MaskedImageReader(self.labels, recipe.reduce_labels)
         data = open_data(recipe, splits, self.labels.names)
-        data.notes.append(self.labels.note)
+        data.notes += [self.labels.note, *check_some_masks(data.training, self.read_pair)]
         return data
 
     def create_image_processor(self) -> SegformerImageProcessorPil:
@@ -222,24 +223,17 @@ def describe_result(run: SegmentationRun, results: dict[str, float | int] | None
     if results is not None:
         measured = [f"{label} {results[name]:.2%}" for name, label in run.measures.items()]
         parts.append(f"{', '.join(measured)} on {to_count(results['images'], 'held-out image')}")
-    if num_unreadable := run.progress.num_unreadable:
-        parts.append(f"skipped {to_count(num_unreadable, 'unreadable image')}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *describe_skipped(run)])
 
 
 @with_recipe_options(SegmentationRecipe, DEFAULT_RECIPE)
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")],
+    output_dir: OutputDirOption,
     recipe: Annotated[
         str, typer.Option(help="Preset (`small`, `ade20k`), or YAML file of the options below.")
     ] = DEFAULT_RECIPE,
-    resume: Annotated[
-        Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
-    ] = "no",
-    push_to: Annotated[
-        str | None,
-        typer.Option(help="Repository on the Hub to upload the model to, as `user/name`.", show_default=False),
-    ] = None,
+    resume: ResumeOption = "no",
+    push_to: PushToOption = None,
     private: PrivateOption = False,
     **values: Any,
 ) -> None:

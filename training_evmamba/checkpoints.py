@@ -46,6 +46,11 @@ class RunProgress:
     def num_unreadable(self) -> int:
         return len(self.unreadable) + len(self.unreadable_held_out)
 
+    def locate(self, batch_size: int) -> dict[str, float]:
+        """Return the place in the run for a log line. Steps have `batch_size` images over all processes."""
+        num_images = self.step * batch_size
+        return {"step": self.step, "images": num_images, "epoch": round(num_images / self.images_per_epoch, 4)}
+
     def check_same_run(self, fresh: "RunProgress", new_run: str) -> None:
         """Check that a run may resume from this progress.
 

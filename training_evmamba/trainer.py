@@ -194,11 +194,7 @@ class TrainingRun:
 
     def log(self, record: dict[str, float]) -> None:
         """Write a log line with its place in the run. The trackers get the same values."""
-        place = {
-            "step": self.progress.step,
-            "images": self.num_images_seen,
-            "epoch": round(self.num_images_seen / self.data.images_per_epoch, 4),
-        }
+        place = self.progress.locate(self.recipe.batch_size)
         finite = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no NaN
         try:
             self.accelerator.log(finite, step=self.progress.step)

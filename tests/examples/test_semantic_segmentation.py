@@ -187,11 +187,32 @@ def test_a_resumed_run_is_the_same_run(make_recipe, tmp_path):
         for name in ("whole", "cut")
     ]
     assert_same_weights(*(model.state_dict() for model in models))
+    records = read_log(tmp_path / "cut")
     assert start(make_recipe(), tmp_path / "cut", resume=True).train()["images"] == 3  # complete already
+    assert read_log(tmp_path / "cut") == records
+    assert_same_weights(
+        semantic_segmentation.UperNetForSemanticSegmentation.from_pretrained(tmp_path / "cut" / "model").state_dict(),
+        models[0].state_dict(),
+    )
     with pytest.raises(UserError, match=r"holds a run with another recipe \(seed was 0, is 1\)"):
         start(make_recipe(seed=1), tmp_path / "cut", resume=True)
     with pytest.raises(UserError, match="already contains a run: pass `--resume auto` to continue it"):
         start(make_recipe(), tmp_path / "cut")
+
+
+def test_a_finished_model_trains_further(finished, make_recipe, shapes, tmp_path):
+    model = semantic_segmentation.UperNetForSemanticSegmentation.from_pretrained(finished / "model")
+    run = start(make_recipe(model=str(finished / "model")), tmp_path / "further")
+    assert_same_weights(run.model.state_dict(), model.state_dict())
+    run.lock.close()
+    folder = tmp_path / "more"
+    shutil.copytree(shapes, folder)
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in [*CLASSES, "star"]))
+    run = start(make_recipe(model=str(finished / "model"), dataset=str(folder)), tmp_path / "more classes")
+    (note,) = [note for note in run.notes if "start anew" in note]
+    assert note.startswith("4 weights of the checkpoint do not fit and start anew: auxiliary_head.classifier.bias")
+    assert_same_weights(run.model.backbone.state_dict(), model.backbone.state_dict())
+    run.lock.close()
 
 
 def test_micro_batches_average_the_loss(make_recipe, tmp_path):
@@ -234,6 +255,18 @@ def test_a_dataset_without_splits_holds_images_out(make_recipe, shapes, tmp_path
     run = start(make_recipe(dataset=str(folder), validation_fraction=0.3), tmp_path / "run")
     assert "Held out 3 images for evaluation" in run.notes
     assert run.data.training.num_images == 7
+
+
+def test_masks_whose_objects_are_255_are_doubted(make_recipe, shapes, tmp_path):
+    folder = tmp_path / "binary"
+    shutil.copytree(shapes, folder)
+    for mask in (folder / "train" / "masks").iterdir():
+        Image.fromarray((np.asarray(Image.open(mask)) > 0) * np.uint8(255)).save(mask)
+    run = start(make_recipe(dataset=str(folder)), tmp_path / "run")
+    run.lock.close()
+    (note,) = [note for note in run.notes if "255" in note]
+    assert note == ("Some masks hold background and 255 alone, and 255 marks pixels without label: save objects as 1")
+    assert not any("255" in note for note in start(make_recipe(), tmp_path / "other").notes)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from evmamba_hub.client import translate_hub_errors
 from evmamba_hub.errors import UserError
 from evmamba_hub.images.image_files import describe_ignored, find_images, holds_image, list_directories
 from evmamba_hub.images.images import read_mask
-from evmamba_hub.images.labeled_images import Columns, IndexedImages, LabeledImage, choose_column, find_source
+from evmamba_hub.images.labeled_images import (
+    Columns,
+    IndexedImages,
+    LabeledImage,
+    LabeledImages,
+    choose_column,
+    find_source,
+)
 from evmamba_hub.images.layouts import find_split_kind
 from evmamba_hub.wording import shorten, to_count
 from training_evmamba.data import LabelError
@@ -27,6 +34,7 @@ from training_evmamba.dense.data import Splits
 IGNORED = 255  # the value of pixels without label in masks, and their class index
 IGNORED_OF_MANY_CLASSES = -100  # their class index if 255 is that of a class
 NUM_VALUES, NUM_COLORS = 2**16, 2**24
+NUM_CHECKED = 8  # masks that are checked before a run begins
 UNKNOWN = -1  # in the table of a mask reader
 
 # names of directories, in lower case
@@ -219,7 +227,7 @@ class MaskedImageReader:
     """Reads images with their masks."""
 
     def __init__(self, labels: MaskLabels, reduce_labels: bool):
-        self.read_classes = MaskReader(labels, reduce_labels)
+        self.labels, self.read_classes = labels, MaskReader(labels, reduce_labels)
 
     def __call__(self, image: LabeledImage) -> tuple[Image.Image, np.ndarray]:
         """Returns an image in RGB, and its class indices (H, W).
@@ -236,6 +244,33 @@ class MaskedImageReader:
                 f"{pixels.height}: save the mask in the size of its image, turned as its EXIF orientation says"
             )
         return pixels, classes
+
+
+def check_some_masks(images: LabeledImages, read_pair: MaskedImageReader) -> list[str]:
+    """Check some masks before a run begins. A stream would be read twice, so its masks are not checked.
+
+    Returns:
+        Sentences for the user about a doubt.
+
+    Raises:
+        UserError: If a mask is wrong. Unreadable ones are left to the run.
+    """
+    if not isinstance(images, IndexedImages):
+        return []
+    labels, found = read_pair.labels, set()
+    for index in np.linspace(0, len(images) - 1, min(NUM_CHECKED, len(images))).astype(int).tolist():
+        try:
+            found |= set(np.unique(read_pair(images[index])[1]).tolist())
+        except LabelError as error:
+            raise UserError(str(error)) from error
+        except UserError:
+            continue
+    if not found <= {0, labels.ignored} or labels.ignored not in found:
+        return []
+    return [
+        f"Some masks hold {labels.names[0]} and {IGNORED} alone, and {IGNORED} marks pixels without label: save "
+        "objects as 1"
+    ]
 
 
 def describe_mask(image: LabeledImage) -> str:

@@ -39,7 +39,7 @@ from training_evmamba.data import (
 from training_evmamba.dense.card import create_card
 from training_evmamba.dense.checkpoints import TrainerCheckpoints
 from training_evmamba.dense.data import EvaluationReader
-from training_evmamba.dense.network import create_backbone
+from training_evmamba.dense.network import create_backbone, is_dense, load_whole
 from training_evmamba.dense.recipe import DenseRecipe
 from training_evmamba.distributed import TRACKERS_NAME, check_mixed_precision, divide_batch
 from training_evmamba.network import complete_recipe, enable_gradient_checkpointing, translate_network_errors
@@ -144,6 +144,8 @@ class DenseRun(ABC):
         with translate_network_errors():
             self.model = self.create_model(backbone)
         replace_backbone(self.model, backbone)
+        if checkpoint is not None and is_dense(checkpoint):
+            self.notes += load_whole(self.model, checkpoint)
         if self.recipe.gradient_checkpointing:
             enable_gradient_checkpointing(backbone)
         with failing_together():
@@ -172,16 +174,23 @@ class DenseRun(ABC):
         if callback is not None and self.processes.is_main_process:
             self.callback = callback
         with self.lock, translate_dead_worker(self.describe_last_checkpoint):
-            try:
-                self.trainer.train(resume_from_checkpoint=self.last_checkpoint and str(self.last_checkpoint))
-            except OSError as error:
-                raise UserError(
-                    f"{self.folder.path} cannot be written: {error}. {self.describe_last_checkpoint()}"
-                ) from error
+            if self.progress.step < self.num_steps:
+                self.train_to_end()
+            else:
+                load_whole(self.model, self.last_checkpoint)
             results = self.results or self.evaluate()  # a run that was already complete
             self.export(results)
             self.accelerator.end_training()
         return results
+
+    def train_to_end(self) -> None:
+        """Run the remaining steps with evaluations and checkpoints."""
+        try:
+            self.trainer.train(resume_from_checkpoint=self.last_checkpoint and str(self.last_checkpoint))
+        except OSError as error:
+            raise UserError(
+                f"{self.folder.path} cannot be written: {error}. {self.describe_last_checkpoint()}"
+            ) from error
 
     def read_training_batches(self) -> Iterator[dict[str, Any]]:
         """Yield the endless batches of this process, from the step of the run on."""
@@ -250,12 +259,7 @@ class DenseRun(ABC):
 
     def log(self, record: dict[str, float]) -> None:
         """Write a log line with its place in the run."""
-        num_images = self.progress.step * self.recipe.batch_size
-        place = {
-            "step": self.progress.step,
-            "images": num_images,
-            "epoch": round(num_images / self.data.images_per_epoch, 4),
-        }
+        place = self.progress.locate(self.recipe.batch_size)
         finite = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no NaN
         if self.processes.is_main_process:
             self.folder.append_to_log({**place, **finite})

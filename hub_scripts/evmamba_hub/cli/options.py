@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -28,4 +29,11 @@ CreatePrOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show the files and the card, and upload nothing.")]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.", show_default="main")
+]
+OutputDirOption = Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")]
+ResumeOption = Annotated[
+    Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
+]
+PushToOption = Annotated[
+    str | None, typer.Option(help="Repository on the Hub to upload the model to, as `user/name`.", show_default=False)
 ]

@@ -1,14 +1,14 @@
 """`evmamba train`: an option for every value of a recipe."""
 
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evmamba_hub.cli.console import error_console
+from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
 from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
-from evmamba_hub.cli.training import prepare_upload, train_and_upload
+from evmamba_hub.cli.training import describe_skipped, prepare_upload, train_and_upload
 from evmamba_hub.errors import literal, require
 from evmamba_hub.wording import to_count
 from training_evmamba.recipe import Recipe, load_recipe
@@ -26,28 +26,21 @@ def describe_result(run: "TrainingRun", results: dict[str, float | int] | None) 
     parts = [str(run.folder.model_dir)]
     if results is not None:
         parts.append(f"top-1 {results['top1']:.2%} on {to_count(results['images'], 'held-out image')}")
-    if num_unreadable := run.progress.num_unreadable:
-        parts.append(f"skipped {to_count(num_unreadable, 'unreadable image')}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *describe_skipped(run)])
 
 
 @with_recipe_options(Recipe, DEFAULT_RECIPE)
 def train(
-    output_dir: Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")],
+    output_dir: OutputDirOption,
     recipe: Annotated[
         str,
         typer.Option(
             help="Preset (`tiny`, `small`, `base`, `finetune`, `digits`), or YAML file of the options below."
         ),
     ] = DEFAULT_RECIPE,
-    resume: Annotated[
-        Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
-    ] = "no",
-    push_to: Annotated[
-        str | None,
-        typer.Option(help="Repository on the Hub to upload the model to, as `user/name`.", show_default=False),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    resume: ResumeOption = "no",
+    push_to: PushToOption = None,
+    private: PrivateOption = False,
     **values: Any,
 ) -> None:
     """Train a network from scratch, or fine-tune a checkpoint on your own images.

@@ -8,6 +8,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from evmamba_hub.cli.console import error_console, leave_notices_to_main_process
 from evmamba_hub.errors import UserError, literal
+from evmamba_hub.wording import to_count
 from training_evmamba.callback import TrainingCallback
 
 
@@ -58,6 +59,12 @@ def train_with_progress(run: Run, console: Console) -> Results:
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
     with Progress(*columns, console=console, disable=not is_main_process) as progress:
         return run.train(ProgressCallback(progress))
+
+
+def describe_skipped(run: "TrainingRun | DenseRun") -> list[str]:
+    """Returns what to show of the skipped images of a run, if there are any."""
+    num_unreadable = run.progress.num_unreadable
+    return [f"skipped {to_count(num_unreadable, 'unreadable image')}"] if num_unreadable else []
 
 
 def prepare_upload(push_to: str | None, values: dict[str, Any]) -> dict[str, Any]:
