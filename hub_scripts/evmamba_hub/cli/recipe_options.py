@@ -56,7 +56,8 @@ def to_parameter(field: dataclasses.Field, default: str) -> inspect.Parameter:
     may_be_none = type(None) in kinds
     (kind,) = kinds - {type(None)}
     number = float if kind == list[float] else kind
-    parser, metavar = None, None
+    parser: Callable[[str], Any] | None = None
+    metavar = None
     if kind == dict[str, Any]:
         kind, parser, metavar = dict, parse_fields, "YAML"
     elif may_be_none and number in (int, float):
