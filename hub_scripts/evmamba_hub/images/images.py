@@ -7,7 +7,7 @@ import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,6 +102,17 @@ def open_at_once(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     os.set_blocking(descriptor, True)
     return descriptor
+
+
+def read_header(file: Path | BinaryIO) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """Read the width and height of an image as it is stored, and what turns it upright, without its pixels.
+
+    Raises:
+        UserError: If the file cannot be opened, or is no image.
+    """
+    opening = open_file(file) if isinstance(file, Path) else nullcontext(file)
+    with opening as opened, translate_decoder_errors(), Image.open(opened) as image:
+        return image.size, find_turn(image)
 
 
 def decode(file: BinaryIO, max_pixels: int | None, announce: Callable[[str], None]) -> Image.Image:
