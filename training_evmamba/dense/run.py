@@ -77,7 +77,7 @@ class DenseRun(ABC):
 
     @abstractmethod
     def create_model(self, backbone: EfficientVMambaBackbone) -> PreTrainedModel:
-        """Return a model with an untrained head. Its backbone is replaced by the given one."""
+        """Return a model with an untrained head. Its backbone gets the weights of the given one."""
 
     @abstractmethod
     def create_sample_reader(self) -> SampleReader:
@@ -143,7 +143,7 @@ class DenseRun(ABC):
         backbone = create_backbone(self.recipe, checkpoint, self.num_stages)
         with translate_network_errors():
             self.model = self.create_model(backbone)
-        replace_backbone(self.model, backbone)
+        backbone = load_backbone(self.model, backbone)
         if checkpoint is not None and is_dense(checkpoint):
             self.notes += load_whole(self.model, checkpoint)
         if self.recipe.gradient_checkpointing:
@@ -312,12 +312,15 @@ class DenseRun(ABC):
             raise UserError(f"{self.folder.curves_file} cannot be written: {error}") from error
 
 
-def replace_backbone(model: PreTrainedModel, backbone: EfficientVMambaBackbone) -> None:
-    """Put a backbone in the place of that of a model, wherever it is in the model."""
-    for name, module in model.named_modules():
+def load_backbone(model: PreTrainedModel, backbone: EfficientVMambaBackbone) -> EfficientVMambaBackbone:
+    """Load the weights of a backbone into that of a model, wherever it is in the model, and return the latter.
+
+    Its batch norms may be frozen ones, which have the same weights.
+    """
+    for module in model.modules():
         if isinstance(module, EfficientVMambaBackbone):
-            model.set_submodule(name, backbone)
-            return
+            module.load_state_dict(backbone.state_dict())
+            return module
     raise ValueError(f"{type(model).__name__} has no EfficientVMamba backbone")
 
 
