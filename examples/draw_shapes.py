@@ -92,7 +92,7 @@ def draw_split(folder: Path, number: int, size: tuple[int, int], rng: np.random.
             annotations.append({**about, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     categories = [{"id": kind, "name": name} for kind, name in enumerate(CLASSES) if kind > 0]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations.json").write_text(json.dumps(content))
+    (folder / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def draw_shapes(
@@ -109,7 +109,7 @@ def draw_shapes(
     with staged(folder.absolute()) as staging:
         for number, (split, num_images) in enumerate([("train", training_images), ("validation", validation_images)]):
             draw_split(staging / split, num_images, size, np.random.default_rng((seed, number)))
-        (staging / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        (staging / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ def test_boxes_hold_the_visible_pixels_of_their_class():
 
 def test_both_formats(tmp_path):
     draw_shapes(tmp_path / "shapes", training_images=3, validation_images=2, size=(40, 32))
-    assert (tmp_path / "shapes" / "labels.txt").read_text().split() == CLASSES
+    assert (tmp_path / "shapes" / "labels.txt").read_text(encoding="utf-8").split() == CLASSES
     for split, number in (("train", 3), ("validation", 2)):
         folder = tmp_path / "shapes" / split
-        content = json.loads((folder / "annotations.json").read_text())
+        content = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
         names = sorted(path.name for path in (folder / "images").iterdir())
         assert len(names) == number and names == sorted(path.name for path in (folder / "masks").iterdir())
         assert [image["file_name"] for image in content["images"]] == names

@@ -207,7 +207,7 @@ def test_a_finished_model_trains_further(finished, make_recipe, shapes, tmp_path
     run.lock.close()
     folder = tmp_path / "more"
     shutil.copytree(shapes, folder)
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in [*CLASSES, "star"]))
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in [*CLASSES, "star"]), encoding="utf-8")
     run = start(make_recipe(model=str(finished / "model"), dataset=str(folder)), tmp_path / "more classes")
     (note,) = [note for note in run.notes if "start anew" in note]
     assert note.startswith("4 weights of the checkpoint do not fit and start anew: auxiliary_head.classifier.bias")
@@ -317,7 +317,7 @@ def test_a_user_error_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(make_recipe, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()), encoding="utf-8")
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
     run = launch(tmp_path / "recipe.yaml", tmp_path / "pair", launcher=launcher)
     _, said = run.communicate(timeout=300)
@@ -334,7 +334,7 @@ def test_two_processes_train_one_model(make_recipe, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_resumes(make_recipe, tmp_path):
     recipe = make_recipe(steps=400, checkpoint_steps=1, evaluation_steps=400, keep_checkpoints=1)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     for seconds in (0.0, 0.3, 0.7):
         run = launch(tmp_path / "recipe.yaml", tmp_path / "run", "--resume", "auto")
         before = len(read_losses(tmp_path / "run")) if (tmp_path / "run" / "log.jsonl").exists() else 0
@@ -347,7 +347,7 @@ def test_a_killed_run_resumes(make_recipe, tmp_path):
         run.send_signal(signal.SIGKILL)
         run.communicate()
     assert len(read_losses(tmp_path / "run")) > 6
-    saved = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text())
+    saved = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text(encoding="utf-8"))
     resumed = start(recipe, tmp_path / "run", resume=True)
     assert resumed.progress.step >= saved["step"] > 0
     resumed.lock.close()

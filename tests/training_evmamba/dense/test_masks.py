@@ -220,7 +220,7 @@ def test_files_of_labels(tmp_path, name, content, names, values):
     ],
 )
 def test_files_without_labels(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_labels(tmp_path / name)
 
@@ -228,7 +228,7 @@ def test_files_without_labels(tmp_path, name, content, message):
 def test_a_dataset_may_name_its_labels(tmp_path):
     with pytest.raises(UserError, match=r"does not name its labels, it holds none of labels.txt.*: give --labels"):
         find_label_file(str(tmp_path), None)
-    (tmp_path / "id2label.json").write_text('{"0": "a", "1": "b"}')
+    (tmp_path / "id2label.json").write_text('{"0": "a", "1": "b"}', encoding="utf-8")
     assert find_label_file(str(tmp_path), None) == tmp_path / "id2label.json"
 
 
