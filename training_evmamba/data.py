@@ -395,7 +395,8 @@ class SampleReader:
                     unreadable.append(str(error))
         except (UserError, LabelError) as error:  # of the Hub, or of a label
             return Sample(None, None, unreadable, str(error))
-        return Sample(None, None, unreadable, f"{len(unreadable)} images in a row cannot be read")
+        error = f"{len(unreadable)} images in a row cannot be read, such as: {unreadable[0]}"
+        return Sample(None, None, unreadable, error)
 
 
 class TrainingImages(Dataset):

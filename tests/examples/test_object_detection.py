@@ -1,6 +1,7 @@
 """The program for detection: short runs of every detector, the saved model, and its error messages."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,13 +143,13 @@ def test_frozen_batch_norms_keep_their_statistics(make_run):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_resumed_run_is_the_same(make_run):
+def test_resumed_run_is_the_same(make_run, tmp_path):
     whole = make_run("whole", steps=4, checkpoint_steps=2)
     whole.train()
-    stopped = make_run("parts", steps=4, checkpoint_steps=2)
-    stopped.trainer.args.max_steps = 2
-    stopped.train()
-    resumed = make_run("parts", resume=True, steps=4, checkpoint_steps=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-4" / "state.json").unlink()  # killed before it was whole
+    resumed = make_run("cut", resume=True, steps=4, checkpoint_steps=2)
     assert resumed.progress.step == 2
     resumed.train()
     assert_same_weights(resumed.model.state_dict(), whole.model.state_dict())

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,10 +28,12 @@ from modeling_evmamba import EfficientVMambaBackbone
 from training_evmamba.callback import TrainingCallback, report_unreadable
 from training_evmamba.checkpoints import RunProgress, describe_last_checkpoint, sync_to_disk
 from training_evmamba.data import (
+    STOCHASTIC_DEPTH,
     Batch,
     SampleReader,
     TrainingData,
     check_batch,
+    create_rng,
     create_training_loader,
     create_validation_loader,
     next_batch,
@@ -193,7 +196,11 @@ class DenseRun(ABC):
             ) from error
 
     def read_training_batches(self) -> Iterator[dict[str, Any]]:
-        """Yield the endless batches of this process, from the step of the run on."""
+        """Yield the endless batches of this process, from the step of the run on.
+
+        The place of a batch in the run determines PyTorch's random numbers, which stochastic depth and the noisy boxes
+        of detectors take. So a resumed run repeats them.
+        """
         accumulated = self.recipe.gradient_accumulation_steps
         loader = create_training_loader(
             self.data,
@@ -204,9 +211,11 @@ class DenseRun(ABC):
             self.share,
         )
         batches = iter(loader)
-        while True:
+        for place in count(self.progress.step * accumulated):
             batch = check_batch(next_batch(batches), self.recipe, self.describe_last_checkpoint)
             self.new_unreadable += batch.unreadable
+            rng = create_rng(self.recipe.seed, STOCHASTIC_DEPTH, place, self.processes.process_index)
+            torch.manual_seed(rng.integers(2**63).item())
             yield {"pixel_values": batch.pixel_values, "labels": batch.labels}
 
     def read_validation_batches(self, unreadable: list[str]) -> Iterator[Batch]:
@@ -241,14 +250,14 @@ class DenseRun(ABC):
         unreadable: list[str] = []
         num_images = 0
 
-        def count() -> Iterator[Batch]:
+        def counted_batches() -> Iterator[Batch]:
             nonlocal num_images
             for batch in self.read_validation_batches(unreadable):
                 num_images += 1
                 yield batch
 
         with self.trainer.compute_loss_context_manager():
-            measures = self.evaluate_batches(count())
+            measures = self.evaluate_batches(counted_batches())
         self.callback.on_evaluate_end()
         report_unreadable(unreadable, self.progress.unreadable_held_out, self.callback)
         num_images = int(self.accelerator.reduce(torch.tensor(num_images, device=self.accelerator.device)).item())
@@ -332,6 +341,14 @@ class RunTrainer(Trainer):
         super().__init__(**arguments)
         # the losses of the heads are means over a micro-batch, although their `forward` takes any keyword
         self.model_accepts_loss_kwargs = False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint.
+
+        The Trainer's own method does not convert names, as `save_pretrained` does for detectors. It leaves weights
+        with other names fresh, with a warning.
+        """
+        load_whole(self.run.model, Path(resume_from_checkpoint))
 
     def get_train_dataloader(self) -> "TrainingBatches":
         return TrainingBatches(self.run)

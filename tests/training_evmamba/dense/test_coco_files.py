@@ -39,7 +39,7 @@ def make_content(**lists) -> dict:
 
 def save_content(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture
