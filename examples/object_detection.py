@@ -14,6 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from evmamba_hub.errors import UserError, exit_on_user_error, require
+
+
+with exit_on_user_error():  # before the imports that need these packages
+    require("accelerate", "datasets", "filelock", "matplotlib", "pycocotools", "scipy", extra="dense")
+
 import typer
 from accelerate.utils import gather_object
 from huggingface_hub.dataclasses import strict
@@ -30,12 +36,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.deformable_detr.image_processing_pil_deformable_detr import DeformableDetrImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 
-from evmamba_hub.cli.console import create_app, error_console, run_app
-from evmamba_hub.cli.options import PrivateOption
+from evmamba_hub.cli.console import create_app, run_app
+from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
 from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
-from evmamba_hub.cli.training import prepare_upload, train_and_upload
-from evmamba_hub.errors import UserError, literal, require
-from evmamba_hub.wording import to_count
+from evmamba_hub.cli.training import prepare_upload, train_dense_model
 from modeling_evmamba import EfficientVMambaBackbone
 from training_evmamba.data import Batch, SampleReader, TrainingData
 from training_evmamba.dense.box_data import BoxEncoder, TrainingReader, TruthReader, open_box_data
@@ -230,30 +234,14 @@ class DetectionRun(DenseRun):
         return summary | {f"ap/{name}": value for name, value in by_class.items()}
 
 
-def describe_result(run: DetectionRun, results: dict[str, float | int] | None) -> str:
-    """Returns the directory of the model, its measures, and the number of skipped images."""
-    parts = [str(run.folder.model_dir)]
-    if results is not None:
-        measured = [f"{label} {results[name]:.2%}" for name, label in run.measures.items()]
-        parts.append(f"{', '.join(measured)} on {to_count(results['images'], 'held-out image')}")
-    if num_unreadable := run.progress.num_unreadable:
-        parts.append(f"skipped {to_count(num_unreadable, 'unreadable image')}")
-    return ", ".join(parts)
-
-
 @with_recipe_options(DetectionRecipe, DEFAULT_RECIPE)
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Directory of the run: log, checkpoints, curves and the model.")],
+    output_dir: OutputDirOption,
     recipe: Annotated[
         str, typer.Option(help="Preset (`small`, `coco`), or YAML file of the options below.")
     ] = DEFAULT_RECIPE,
-    resume: Annotated[
-        Literal["no", "auto"], typer.Option(help="`auto` resumes from the last checkpoint, if there is one.")
-    ] = "no",
-    push_to: Annotated[
-        str | None,
-        typer.Option(help="Repository on the Hub to upload the model to, as `user/name`.", show_default=False),
-    ] = None,
+    resume: ResumeOption = "no",
+    push_to: PushToOption = None,
     private: PrivateOption = False,
     **values: Any,
 ) -> None:
@@ -275,16 +263,9 @@ def main(
 
         accelerate launch examples/object_detection.py --recipe coco --model CHECKPOINT --output-dir runs/coco
     """
-    require("accelerate", "datasets", "filelock", "matplotlib", extra="train")
-    require("pycocotools", "scipy", extra="dense")
     values |= prepare_upload(push_to, values)
     loaded = load_recipe(recipe, find_overrides(values), DetectionRecipe)
-    run = train_and_upload(
-        partial(DetectionRun, loaded, output_dir, resume=resume == "auto"), describe_result, push_to, private
-    )
-    if run.accelerator.is_main_process:
-        code = f'pipeline("object-detection", model="{run.folder.model_dir}")("IMAGE")'
-        error_console.print("Try it:", literal(code, "bold"))
+    train_dense_model(partial(DetectionRun, loaded, output_dir, resume=resume == "auto"), push_to, private)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from evmamba_hub.errors import UserError, exit_on_user_error, require
+
+
+with exit_on_user_error():  # before the imports that need these packages
+    require("accelerate", "datasets", "filelock", "matplotlib", "torchmetrics", extra="dense")
+
 import numpy as np
 import torch
 import typer
@@ -21,13 +27,11 @@ from PIL import Image
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
-from evmamba_hub.cli.console import create_app, error_console, run_app
+from evmamba_hub.cli.console import create_app, run_app
 from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
 from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
-from evmamba_hub.cli.training import describe_skipped, prepare_upload, train_and_upload
-from evmamba_hub.errors import UserError, literal, require
+from evmamba_hub.cli.training import prepare_upload, train_dense_model
 from evmamba_hub.images.labeled_images import LabeledImage
-from evmamba_hub.wording import to_count
 from modeling_evmamba import EfficientVMambaBackbone
 from training_evmamba.data import Batch, SampleReader, TrainingData
 from training_evmamba.dense.data import EvaluationReader, open_data, open_splits
@@ -217,15 +221,6 @@ def prepare_evaluation(
     return pixel_values, torch.from_numpy(classes.astype(np.int64))
 
 
-def describe_result(run: SegmentationRun, results: dict[str, float | int] | None) -> str:
-    """Returns the directory of the model, its measures, and the number of skipped images."""
-    parts = [str(run.folder.model_dir)]
-    if results is not None:
-        measured = [f"{label} {results[name]:.2%}" for name, label in run.measures.items()]
-        parts.append(f"{', '.join(measured)} on {to_count(results['images'], 'held-out image')}")
-    return ", ".join([*parts, *describe_skipped(run)])
-
-
 @with_recipe_options(SegmentationRecipe, DEFAULT_RECIPE)
 def main(
     output_dir: OutputDirOption,
@@ -237,17 +232,27 @@ def main(
     private: PrivateOption = False,
     **values: Any,
 ) -> None:
-    """Train UperNet on images with masks, from a classification checkpoint or from scratch."""
-    require("accelerate", "datasets", "filelock", "matplotlib", extra="train")
-    require("torchmetrics", extra="dense")
+    """Train UperNet on images with masks, from a classification checkpoint or from scratch.
+
+    `--dataset` takes a directory with `images/` and `masks/`, or with these per split. It also takes a directory that
+    the package `datasets` reads, or a dataset on the Hub. Masks have one label a pixel, and `labels.txt` names the
+    labels, one a line.
+
+    A recipe holds every value, and each option overrides one value. Values in brackets are those of `small`, the
+    default recipe. The output directory gets the complete recipe (`recipe.yaml`), the log (`log.jsonl`), checkpoints,
+    the curves, and `model`, which a pipeline loads. The program needs the extra `dense`.
+
+    Examples:
+
+        python examples/draw_shapes.py shapes
+
+        python examples/semantic_segmentation.py --model demo/digits --dataset shapes --image-size 96 --output-dir run
+
+        accelerate launch examples/semantic_segmentation.py --recipe ade20k --model CHECKPOINT --output-dir runs/ade20k
+    """
     values |= prepare_upload(push_to, values)
     loaded = load_recipe(recipe, find_overrides(values), SegmentationRecipe)
-    run = train_and_upload(
-        partial(SegmentationRun, loaded, output_dir, resume=resume == "auto"), describe_result, push_to, private
-    )
-    if run.accelerator.is_main_process:
-        code = f'pipeline("image-segmentation", model="{run.folder.model_dir}")("IMAGE")'
-        error_console.print("Try it:", literal(code, "bold"))
+    train_dense_model(partial(SegmentationRun, loaded, output_dir, resume=resume == "auto"), push_to, private)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Events of a training run."""
 
-from accelerate.utils import gather_object
-
 
 class TrainingCallback:
     """Receives the events of a run on its main process. This class ignores them. `evmamba train` shows them."""
@@ -26,11 +24,3 @@ class TrainingCallback:
 
     def on_evaluate_end(self) -> None:
         """Called after an evaluation."""
-
-
-def report_unreadable(names: list[str], known: list[str], callback: TrainingCallback) -> None:
-    """Add the unreadable images of all processes to the known ones, and report new ones."""
-    new = sorted(set(gather_object(names)) - set(known))
-    for name in new:
-        callback.on_unreadable(name)
-    known += new

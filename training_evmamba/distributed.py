@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from evmamba_hub.errors import UserError
 from evmamba_hub.inference.evaluation import computes_on_cpu
+from training_evmamba.callback import TrainingCallback
 from training_evmamba.recipe import BaseRecipe, Recipe
 
 
@@ -88,3 +89,11 @@ def set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
         raise UserError("FSDP cannot shard a compiled network: use either --compile or --use_fsdp")
     # accelerate's policy would also cast the weights of batch norms and scans. Autocast chooses per operator.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def report_unreadable(names: list[str], known: list[str], callback: TrainingCallback) -> None:
+    """Add the unreadable images of all processes to the known ones, and report new ones."""
+    new = sorted(set(gather_object(names)) - set(known))
+    for name in new:
+        callback.on_unreadable(name)
+    known += new

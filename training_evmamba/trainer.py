@@ -25,7 +25,7 @@ from training_evmamba.augmentation_library import (
     create_augmentation,
     describe_choice,
 )
-from training_evmamba.callback import TrainingCallback, report_unreadable
+from training_evmamba.callback import TrainingCallback
 from training_evmamba.checkpoints import (
     Checkpoints,
     RunProgress,
@@ -51,7 +51,7 @@ from training_evmamba.data import (
     open_data,
     translate_dead_worker,
 )
-from training_evmamba.distributed import create_accelerator, divide_batch
+from training_evmamba.distributed import create_accelerator, divide_batch, report_unreadable
 from training_evmamba.network import (
     complete_recipe,
     create_image_processor,

@@ -25,7 +25,7 @@ from evmamba_hub.images.labeled_images import Share
 from evmamba_hub.inference.evaluation import computes_on_cpu, join_processes
 from evmamba_hub.processes import call_on_main_first, failing_together
 from modeling_evmamba import EfficientVMambaBackbone
-from training_evmamba.callback import TrainingCallback, report_unreadable
+from training_evmamba.callback import TrainingCallback
 from training_evmamba.checkpoints import RunProgress, describe_last_checkpoint, sync_to_disk
 from training_evmamba.data import (
     STOCHASTIC_DEPTH,
@@ -44,7 +44,7 @@ from training_evmamba.dense.checkpoints import TrainerCheckpoints
 from training_evmamba.dense.data import EvaluationReader
 from training_evmamba.dense.network import create_backbone, is_dense, load_whole
 from training_evmamba.dense.recipe import DenseRecipe
-from training_evmamba.distributed import TRACKERS_NAME, check_mixed_precision, divide_batch
+from training_evmamba.distributed import TRACKERS_NAME, check_mixed_precision, divide_batch, report_unreadable
 from training_evmamba.network import complete_recipe, enable_gradient_checkpointing, translate_network_errors
 from training_evmamba.optimization import count_steps
 from training_evmamba.report import draw_curves

@@ -67,6 +67,25 @@ def describe_skipped(run: "TrainingRun | DenseRun") -> list[str]:
     return [f"skipped {to_count(num_unreadable, 'unreadable image')}"] if num_unreadable else []
 
 
+def describe_measures(run: "DenseRun", results: Results) -> str:
+    """Returns the directory of a model for a dense task, its measures, and the number of skipped images."""
+    parts = [str(run.folder.model_dir)]
+    if results is not None:
+        measured = [f"{label} {results[name]:.2%}" for name, label in run.measures.items()]
+        parts.append(f"{', '.join(measured)} on {to_count(results['images'], 'held-out image')}")
+    return ", ".join([*parts, *describe_skipped(run)])
+
+
+def train_dense_model(create_run: Callable[[], "DenseRun"], push_to: str | None, private: bool) -> None:
+    """Train a model for a dense task with progress on stderr, upload it, and show how to load it.
+
+    `train_and_upload` describes the arguments.
+    """
+    run = train_and_upload(create_run, describe_measures, push_to, private)
+    if run.accelerator.is_main_process:
+        error_console.print("Try it:", literal(f'pipeline("{run.task}", model="{run.folder.model_dir}")', "bold"))
+
+
 def prepare_upload(push_to: str | None, values: dict[str, Any]) -> dict[str, Any]:
     """Check that the model can be uploaded after the training.
 
