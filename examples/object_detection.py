@@ -10,7 +10,6 @@ The program states what belongs to its task: the recipe, the images with boxes, 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -264,8 +263,12 @@ def main(
         accelerate launch examples/object_detection.py --recipe coco --model CHECKPOINT --output-dir runs/coco
     """
     values |= prepare_upload(push_to, values)
-    loaded = load_recipe(recipe, find_overrides(values), DetectionRecipe)
-    train_dense_model(partial(DetectionRun, loaded, output_dir, resume=resume == "auto"), push_to, private)
+
+    def create_run() -> DetectionRun:
+        loaded = load_recipe(recipe, find_overrides(values), DetectionRecipe)
+        return DetectionRun(loaded, output_dir, resume=resume == "auto")
+
+    train_dense_model(create_run, push_to, private)
 
 
 if __name__ == "__main__":

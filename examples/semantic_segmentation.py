@@ -251,8 +251,12 @@ def main(
         accelerate launch examples/semantic_segmentation.py --recipe ade20k --model CHECKPOINT --output-dir runs/ade20k
     """
     values |= prepare_upload(push_to, values)
-    loaded = load_recipe(recipe, find_overrides(values), SegmentationRecipe)
-    train_dense_model(partial(SegmentationRun, loaded, output_dir, resume=resume == "auto"), push_to, private)
+
+    def create_run() -> SegmentationRun:
+        loaded = load_recipe(recipe, find_overrides(values), SegmentationRecipe)
+        return SegmentationRun(loaded, output_dir, resume=resume == "auto")
+
+    train_dense_model(create_run, push_to, private)
 
 
 if __name__ == "__main__":

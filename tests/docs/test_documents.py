@@ -48,7 +48,7 @@ from evmamba_hub.convert.original_checkpoint import BLOCK_NAMES, MODULE_NAMES
 from evmamba_hub.images.images import read_image
 from evmamba_hub.publish.card import TEMPLATE
 from evmamba_hub.publish.push import collect_model_files
-from examples import draw_shapes, semantic_segmentation
+from examples import draw_shapes, object_detection, semantic_segmentation
 from golden_values import original_state_dict
 from hub_server import HubServer
 from training_evmamba.digits import main as write_digits
@@ -227,6 +227,7 @@ def check_source(words: list[str]) -> None:
 
 SCRIPTS = {
     "examples/draw_shapes.py": draw_shapes.draw_shapes,
+    "examples/object_detection.py": object_detection.main,
     "examples/semantic_segmentation.py": semantic_segmentation.main,
 }
 

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from evmamba_hub.cli.train import train_with_progress
+from evmamba_hub.cli.training import train_with_progress
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from training_evmamba.augmentation_library import (

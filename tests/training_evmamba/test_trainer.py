@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from evmamba_hub.cli.train import describe_result, train_with_progress
+from evmamba_hub.cli.train import describe_result
+from evmamba_hub.cli.training import train_with_progress
 from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from evmamba_hub.publish.push import collect_model_files

@@ -1,6 +1,5 @@
 """`evmamba train`: an option for every value of a recipe."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,9 +65,10 @@ def train(
     from training_evmamba.trainer import TrainingRun
 
     values |= prepare_upload(push_to, values)
-    loaded: Recipe = load_recipe(recipe, find_overrides(values))
-    run = train_and_upload(
-        partial(TrainingRun, loaded, output_dir, resume=resume == "auto"), describe_result, push_to, private
-    )
+
+    def create_run() -> TrainingRun:
+        return TrainingRun(load_recipe(recipe, find_overrides(values)), output_dir, resume=resume == "auto")
+
+    run = train_and_upload(create_run, describe_result, push_to, private)
     if run.accelerator.is_main_process:
         error_console.print("Try it:", literal(f"evmamba classify IMAGE --model {run.folder.model_dir}", "bold"))

@@ -117,7 +117,7 @@ def train_and_upload(
     """Train with progress on stderr, and upload the model.
 
     Args:
-        create_run: Creates the run.
+        create_run: Creates the run. Notices that it gives come from the main process only.
         describe_result: Returns what to show of the run at its end.
         push_to: The repository, or None for no upload.
         private: Whether a new repository is private.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from evmamba_demo.bundled import find_bundled_model, find_examples
-from evmamba_hub.cli.train import ProgressCallback
+from evmamba_hub.cli.training import ProgressCallback
 
 
 # names and how they are shown
