@@ -205,6 +205,10 @@ class DetectionRun(DenseRun):
             }
         return fields
 
+    @property
+    def has_unused_parameters(self) -> bool:
+        return self.recipe.detector == "deformable_detr"  # of its first stage
+
     def create_sample_reader(self) -> SampleReader:
         recipe = self.recipe
         transform = BoxTransform(

@@ -97,6 +97,11 @@ class DenseRun(ABC):
         Call it on all processes. Some may have fewer batches than others.
         """
 
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether some parameters of the model get no gradient. Several processes must know."""
+        return False
+
     def compute_loss(self, outputs: Any, labels: Any) -> torch.Tensor:
         """Return the loss of a batch, from the outputs of the model."""
         return outputs.loss
@@ -449,7 +454,7 @@ def create_trainer(run: DenseRun) -> RunTrainer:
             save_steps=recipe.checkpoint_steps or steps_per_epoch,
             ignore_data_skip=True,  # the batches begin at the step of the run
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
+            ddp_find_unused_parameters=run.has_unused_parameters,
             disable_tqdm=True,
             report_to=recipe.report_to or "none",
             run_name=Path(recipe.name or run.folder.path.resolve()).name,
