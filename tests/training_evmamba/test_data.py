@@ -148,9 +148,9 @@ def spawned_workers():
 def test_spawned_workers_give_the_same_batches(spawned_workers, make_recipe):
     recipe, with_worker = make_recipe(), make_recipe(num_workers=1)
     assert_same(read_batches(with_worker, 2), read_batches(recipe, 2))
-    preprocess = Preprocessor(create_image_processor(complete_recipe(recipe, None)))
     data = open_data(recipe)
-    loaders = [create_validation_loader(data, each, preprocess, 4, WHOLE) for each in (recipe, with_worker)]
+    read_sample = create_validation_reader(data, recipe)
+    loaders = [create_validation_loader(data, each, read_sample, 4, WHOLE) for each in (recipe, with_worker)]
     assert_same(*map(list, loaders))
 
 
