@@ -222,7 +222,7 @@ class TrainingRun:
         """
         if callback is not None and self.accelerator.is_main_process:
             self.callback = callback
-        with self.lock, translate_dead_worker(self.describe_last_checkpoint):
+        with translate_dead_worker(self.describe_last_checkpoint), self.lock:
             results = self.training_loop()
             self.export(results)
             self.accelerator.end_training()

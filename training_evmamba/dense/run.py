@@ -181,7 +181,7 @@ class DenseRun(ABC):
         """
         if callback is not None and self.processes.is_main_process:
             self.callback = callback
-        with self.lock, translate_dead_worker(self.describe_last_checkpoint):
+        with translate_dead_worker(self.describe_last_checkpoint), self.lock:
             if self.progress.step < self.num_steps:
                 self.train_to_end()
             else:
