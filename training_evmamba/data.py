@@ -57,6 +57,11 @@ def create_rng(seed: int, purpose: int, *place: int) -> np.random.Generator:
     return np.random.default_rng((seed, purpose, *place))
 
 
+def seed_network(seed: int, *place: int) -> None:
+    """Let a place in the run determine PyTorch's random numbers, which stochastic depth takes."""
+    torch.manual_seed(create_rng(seed, STOCHASTIC_DEPTH, *place).integers(2**63).item())
+
+
 def count_cpus() -> int:
     """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -37,7 +37,6 @@ from training_evmamba.checkpoints import (
 from training_evmamba.data import (
     EMPTY_BATCH,
     MIXING,
-    STOCHASTIC_DEPTH,
     UNREADABLE_LABEL,
     Batch,
     ClassifiedImageReader,
@@ -49,6 +48,7 @@ from training_evmamba.data import (
     create_validation_loader,
     next_batch,
     open_data,
+    seed_network,
     translate_dead_worker,
 )
 from training_evmamba.distributed import create_accelerator, divide_batch, report_unreadable
@@ -271,7 +271,7 @@ class TrainingRun:
         recipe, accelerator = self.recipe, self.accelerator
         step, process = self.progress.step, accelerator.process_index
         # a resumed run draws the same numbers as an uninterrupted one
-        torch.manual_seed(create_rng(recipe.seed, STOCHASTIC_DEPTH, step, process).integers(2**63).item())
+        seed_network(recipe.seed, step, process)
         losses, norm, unreadable = [], None, []
         for micro_batch in range(recipe.gradient_accumulation_steps):
             batch = check_batch(next_batch(batches), recipe, self.describe_last_checkpoint)

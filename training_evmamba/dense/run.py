@@ -28,15 +28,14 @@ from modeling_evmamba import EfficientVMambaBackbone
 from training_evmamba.callback import TrainingCallback
 from training_evmamba.checkpoints import RunProgress, describe_last_checkpoint, sync_to_disk
 from training_evmamba.data import (
-    STOCHASTIC_DEPTH,
     Batch,
     SampleReader,
     TrainingData,
     check_batch,
-    create_rng,
     create_training_loader,
     create_validation_loader,
     next_batch,
+    seed_network,
     translate_dead_worker,
 )
 from training_evmamba.dense.card import create_card
@@ -219,8 +218,7 @@ class DenseRun(ABC):
         for place in count(self.progress.step * accumulated):
             batch = check_batch(next_batch(batches), self.recipe, self.describe_last_checkpoint)
             self.new_unreadable += batch.unreadable
-            rng = create_rng(self.recipe.seed, STOCHASTIC_DEPTH, place, self.processes.process_index)
-            torch.manual_seed(rng.integers(2**63).item())
+            seed_network(self.recipe.seed, place, self.processes.process_index)
             yield {"pixel_values": batch.pixel_values, "labels": batch.labels}
 
     def read_validation_batches(self, unreadable: list[str]) -> Iterator[Batch]:
