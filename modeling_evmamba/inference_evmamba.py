@@ -364,9 +364,8 @@ class FusedEVSSLayer(nn.Module):
         biases = (None, None) if mixer.in_proj.bias is None else mixer.in_proj.bias.chunk(2)
         self.in_proj_u, self.in_proj_z = map(PackedLinear, weights, biases)
         self.conv2d = DepthwiseConv(mixer.conv2d, "silu")
-        self.scan_weights = nn.ParameterList(
-            [mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D]
-        )
+        self.x_proj_weight, self.dt_proj_weight = mixer.x_proj_weight, mixer.dt_proj_weight
+        self.dt_proj_bias, self.A_log, self.D = mixer.dt_proj_bias, mixer.A_log, mixer.D
         self.mixer_layernorm = mixer.layernorm
         self.output_proj = PackedLinear(mixer.output_proj.weight, mixer.output_proj.bias)
         self.depthwise_conv = DepthwiseConv(local_branch.depthwise_conv, "gelu")
@@ -378,7 +377,14 @@ class FusedEVSSLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
         hidden_states = hidden_states.permute(0, 2, 3, 1)
         normalized = self.layernorm(hidden_states)  # (B, H, W, C)
-        mixed = atrous_selective_scan(self.conv2d(self.in_proj_u(normalized)), *self.scan_weights)  # (B, H, W, D)
+        mixed = atrous_selective_scan(  # (B, H, W, D)
+            self.conv2d(self.in_proj_u(normalized)),
+            self.x_proj_weight,
+            self.dt_proj_weight,
+            self.dt_proj_bias,
+            self.A_log,
+            self.D,
+        )
         mixed = self.mixer_layernorm(mixed, self.in_proj_z(normalized))
         mixed = self.output_proj(mixed)
         local = self.pointwise_conv(self.depthwise_conv(normalized))
