@@ -5,7 +5,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement
+from packaging.version import Version
 from rich.console import Console
 from rich.text import Text
 
@@ -37,7 +40,8 @@ def require(*modules: str, extra: str) -> None:
         extra: The extra of this package that installs them.
 
     Raises:
-        UserError: If a module is missing. The message names the package and the command that installs it.
+        UserError: If a module is missing, or a package of the extra is too old. The message names the package and the
+            command that installs it.
     """
     for module in modules:
         try:
@@ -47,6 +51,32 @@ def require(*modules: str, extra: str) -> None:
             raise UserError(
                 f'this needs the package {package}: run pip install ".[{extra}]" in a clone of the repository'
             ) from error
+    check_versions(extra)
+
+
+def check_versions(extra: str = "") -> None:
+    """Check that installed packages of the core, and of an extra, are as new as this package declares.
+
+    Raises:
+        UserError: If a package is older. The message names the oldest version that works.
+    """
+    try:
+        requirements = [Requirement(line) for line in requires("efficientvmamba") or []]
+    except PackageNotFoundError:  # a Space has copies of the code
+        return
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            continue
+        for bound in requirement.specifier:
+            if bound.operator == ">=" and Version(found) < Version(bound.version):
+                raise UserError(
+                    f"this needs {requirement.name} {bound.version} or newer, found {found}: run "
+                    f'pip install "{requirement.name}>={bound.version}"'
+                )
 
 
 def escape_unprintable(text: str) -> str:

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import BaseImageProcessor
 from transformers.utils import CONFIG_NAME
 
-from evmamba_hub.errors import UserError, require
+from evmamba_hub.errors import UserError, check_versions, require
 from evmamba_hub.files import staged
 from evmamba_hub.inference.classify import load_pipeline
 from evmamba_kernels import use_backend
@@ -255,6 +255,7 @@ def quiet_exporters() -> Iterator[None]:
 
 def trace(classifier: Exportable, image_size: tuple[int, int] | None, backend: str) -> ExportedProgram:
     """Trace the network to a graph, with the scan of the given backend."""
+    check_versions()  # older PyTorch fails here
     config = classifier.model.config
     smallest = smallest_side(config)
     height, width = image_size or (2 * smallest, 3 * smallest)  # any sizes without special cases

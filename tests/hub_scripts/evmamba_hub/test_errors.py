@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from evmamba_hub.errors import UserError, escape_unprintable, exit_on_user_error, literal, translate_lost_process
+from evmamba_hub.errors import (
+    UserError,
+    check_versions,
+    escape_unprintable,
+    exit_on_user_error,
+    literal,
+    require,
+    translate_lost_process,
+)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +107,27 @@ def test_a_mistake_has_no_traceback_in_any_process(tmp_path, command):
 def test_other_errors_of_pytorch_pass():
     with pytest.raises(RuntimeError, match="shape"), exit_on_user_error(), translate_lost_process():
         raise RuntimeError("shape mismatch")
+
+
+def install(folder: Path, package: str, version: str) -> None:
+    """Put the metadata of a package into a folder, where Python finds them as those of an installed one."""
+    metadata = folder / f"{package.replace('-', '_')}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+def test_a_package_that_is_too_old(tmp_path, monkeypatch):
+    """It stops what needs it. A release candidate of a newer version does not."""
+    install(tmp_path, "scikit-learn", "1.0")
+    install(tmp_path, "torch", "99.0rc1")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_versions()
+    message = r'this needs scikit-learn (.+) or newer, found 1\.0: run pip install "scikit-learn>=\1"$'
+    with pytest.raises(UserError, match=message):
+        require(extra="digits")
+    install(tmp_path / "older", "torch", "2.6.0")
+    monkeypatch.syspath_prepend(tmp_path / "older")
+    with pytest.raises(
+        UserError, match=r'this needs torch (.+) or newer, found 2\.6\.0: run pip install "torch>=\1"$'
+    ):
+        check_versions()
