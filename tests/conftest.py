@@ -58,8 +58,10 @@ OPTIONAL_PACKAGES = {
     "pandas",
     "parameterized",
     "playwright",
+    "pycocotools",
     "scipy",
     "sklearn",
+    "torchmetrics",
     "triton",
 }
 
