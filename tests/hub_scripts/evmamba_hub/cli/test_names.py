@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,3 +138,24 @@ def test_a_strict_stdout(evmamba, monkeypatch, image, model, encoding, options):
     assert code == 0, err
     stdout.flush()
     assert ".png" in stdout.buffer.getvalue().decode(encoding)
+
+
+def test_a_system_with_another_encoding(tmp_path):
+    """Files are in UTF-8. The console has the encoding of Western Windows, and Python's default is ASCII."""
+    shutil.copytree(find_bundled_model(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config["id2label"]["3"] = "gr\u00fcn \u732b"
+    config["label2id"] = {label: int(index) for index, label in config["id2label"].items()}
+    text = json.dumps(config, ensure_ascii=False)
+    (tmp_path / "model" / "config.json").write_text(text, encoding="utf-8")
+    variables = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "cp1252",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUTF8": "0",
+    }
+    command = [sys.executable, "-m", "evmamba_hub.cli", "classify", find_examples()[3], "--model", tmp_path / "model"]
+    run = subprocess.run(command, env=variables, capture_output=True, check=True)
+    assert b"gr\xfcn \\u732b" in run.stdout
