@@ -8,8 +8,15 @@ DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel bench-gpu digits docs quality style \
-	clean
+# environments with the lowest and the newest versions that the package is tested with
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
+# what depends on versions; TESTS=tests runs everything
+TESTS ?= tests/kernels tests/modeling_evmamba tests/transformers_suites tests/training_evmamba/test_augmentation*.py \
+	tests/hub_scripts/evmamba_hub/cli tests/hub_scripts/evmamba_hub/inference/test_classify.py
+
+.PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel test-lowest test-newest bench-gpu \
+	digits docs lock quality style clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +63,22 @@ test-gpu: $(INSTALLED)  ## Run the GPU tests of kernels, networks and training o
 test-wheel: $(INSTALLED)  ## Build the wheel, install it into a clean environment, and test it there.
 	$(BIN)/python -m pytest -m wheel
 
+$(LOWEST)/.installed: PYTHON = python3.11
+$(NEWEST)/.installed: PYTHON = python3.13
+.venv-%/.installed: setup.cfg pyproject.toml constraints-%.txt
+	@echo "Installing the $* versions into .venv-$*. It takes minutes, and about 8 GB with PyTorch for CUDA."
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$* -c constraints-$*.txt -e ".[test,timm]"
+	touch $@
+
+# Numba's cache does not tell versions of Numba apart.
+test-lowest test-newest: test-%: .venv-%/.installed
+	NUMBA_CACHE_DIR=$(CURDIR)/.venv-$*/numba .venv-$*/bin/python -m pytest -n 2 $(TESTS)
+
+test-lowest:  ## Run the tests that depend on versions with Python 3.11 and the lowest versions.
+test-newest:  ## Run the tests that depend on versions with Python 3.13, and the newest versions with timm.
+
 # feature maps of stages 1 and 2 of T, S and B, for images of 224 x 224
 MAPS := 56,56,96 28,28,192 56,56,128 28,28,256 56,56,192 28,28,384
 
@@ -88,6 +111,17 @@ digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	rm -rf demo/digits
 	cp -r build/digits-run/model demo/digits
 
+# A pin stays while it fits: delete its line to renew it. The build of PyTorch chooses its own Triton.
+LOCK := $(BIN)/uv pip compile --quiet --no-annotate --custom-compile-command "make lock" --no-emit-package triton \
+	setup.cfg --extra test
+
+lock: $(INSTALLED)  ## Pin the versions that tests run with, after a change of setup.cfg.
+	$(PIP_INSTALL) uv
+	$(LOCK) --universal --python-version 3.11.7 --extra docs --extra benchmarks --output-file constraints.txt
+	$(LOCK) --python-platform linux --extra timm --python-version 3.11 --resolution lowest-direct \
+		--output-file constraints-lowest.txt
+	$(LOCK) --python-platform linux --extra timm --python-version 3.13 --output-file constraints-newest.txt
+
 quality: $(INSTALLED)  ## Check style, formatting, notebooks, workflows, the layers of the packages, and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,5 +138,5 @@ style: $(INSTALLED)  ## Fix style and formatting, and clear the outputs of noteb
 	$(BIN)/nbstripout examples/*.ipynb
 
 clean:  ## Remove the files of the other targets.
-	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .grimp_cache .mypy_cache .pytest_cache .ruff_cache build dist \
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .cache .hypothesis .import_linter_cache .grimp_cache .mypy_cache .pytest_cache .ruff_cache build dist \
 		*.egg-info

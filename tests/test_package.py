@@ -1,5 +1,6 @@
 """The metadata of the package: its layers, its version, and the Python that it needs."""
 
+import configparser
 import os
 import re
 import shlex
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import evmamba_hub
 import modeling_evmamba
@@ -43,9 +47,58 @@ def test_version_has_one_source(capsys, monkeypatch):
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == modeling_evmamba.__version__
 
 
+def read_requirements() -> dict[str, Requirement]:
+    """Return the requirements of the core and of all extras by name."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lists = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    lines = {line for text in lists for line in text.splitlines() if line}
+    requirements = {Requirement(line).name: Requirement(line) for line in lines}
+    assert len(requirements) == len(lines)  # one bound for each package
+    return requirements
+
+
+def read_pins(name: str) -> dict[str, str]:
+    """Return the versions of a file of constraints."""
+    text = (ROOT / name).read_text()
+    return {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
+
+
+def test_lower_bounds_are_the_versions_of_the_lowest_environment():
+    pins = read_pins("constraints-lowest.txt")
+    for name, requirement in read_requirements().items():
+        (lowest,) = [each.version for each in requirement.specifier if each.operator == ">="]
+        if pin := pins.get(canonicalize_name(name)):
+            assert Version(pin) == Version(lowest), name
+        else:  # PyTorch brings Triton; tests need neither the documentation nor other packages' scans
+            assert name in {"triton", "mkdocs-material", "mkdocstrings", "mambapy"}
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
+def test_constraints_fit_the_requirements(name):
+    pins = read_pins(name)
+    missing = {name for name in read_requirements() if canonicalize_name(name) not in pins}
+    assert missing == ({"timm"} if name == "constraints.txt" else {"mkdocs-material", "mkdocstrings", "mambapy"}) | {
+        "triton"
+    }
+    for requirement in read_requirements().values():
+        if pin := pins.get(canonicalize_name(requirement.name)):
+            assert requirement.specifier.contains(pin), requirement
+
+
+def test_tested_versions_of_python():
+    """The checks or a workflow run with each version that the classifiers name."""
+    classifiers = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.cfg").read_text())
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    matrix = workflow["core"]["strategy"]["matrix"]["python"]
+    (of_checks,) = re.findall(r"^python:(3\.\d+)", workflow["checks"]["container"])
+    assert {*classifiers} <= {of_checks, *matrix}
+    assert classifiers[0] == metadata("efficientvmamba")["Requires-Python"].strip(">=")
+
+
 def test_hooks_have_the_versions_of_the_constraints():
     """The hooks of ruff, codespell and nbstripout check what `make quality` checks."""
-    constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    constraints = read_pins("constraints.txt")
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     versions = {hook["id"].split("-")[0]: repo["rev"].removeprefix("v") for repo in repos for hook in repo["hooks"]}
     shared = versions.keys() & {"ruff", "codespell", "nbstripout"}
