@@ -2,8 +2,13 @@
 
 The programs of examples/ train on generated shapes. Runs differ in the start and in the seed of weights and order. The
 checkpoint is the bundled classifier of digits.
+
+Example:
+    python benchmarks/compare_starts.py --task detection --seeds 1
+    python benchmarks/compare_starts.py --resume
 """
 
+import csv
 import json
 import subprocess
 import sys
@@ -29,13 +34,27 @@ STARTS = ("checkpoint", "scratch")
 class Task(NamedTuple):
     program: str
     measure: str  # its name in the log
+    steps: int
     options: list[str]
 
 
 TASKS = {
-    "detection": Task("object_detection.py", "map_50", []),
-    "segmentation": Task("semantic_segmentation.py", "mean_iou", []),
+    "detection": Task("object_detection.py", "map_50", 600, []),
+    "segmentation": Task("semantic_segmentation.py", "mean_iou", 300, ["--hidden-size", "64"]),
 }
+
+
+class Run(NamedTuple):
+    """A row of the CSV file. The measure is that on held-out images."""
+
+    task: str
+    start: str
+    seed: int
+    steps: int
+    measure: str
+    halfway: float
+    end: float
+    seconds: float
 
 
 def list_network_options(start: str) -> list[str]:
@@ -48,60 +67,68 @@ def list_network_options(start: str) -> list[str]:
     return ["--network", json.dumps({name: getattr(config, name) for name in names})]
 
 
-def train(task: Task, start: str, seed: int, steps: int, size: int, data: Path, folder: Path) -> dict[str, float]:
-    """Train, and return the last line of the log about an evaluation."""
+def train(name: str, task: Task, start: str, seed: int, size: int, data: Path, folder: Path) -> Run:
+    """Train, and evaluate halfway and at the end."""
     command = [sys.executable, str(EXAMPLES / task.program), "--dataset", str(data), "--output-dir", str(folder)]
-    command += ["--steps", str(steps), "--evaluation-steps", str(steps), "--seed", str(seed)]
-    command += ["--image-size", str(size), "--num-workers", "0", "--report-to", "none"]
+    command += ["--steps", str(task.steps), "--evaluation-steps", str(task.steps // 2)]
+    command += ["--image-size", str(size), "--seed", str(seed), "--num-workers", "0", "--report-to", "none"]
+    began = time.perf_counter()
     subprocess.run([*command, *task.options, *list_network_options(start)], check=True)
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record for record in records if task.measure in record][-1]
+    seconds = time.perf_counter() - began
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    halfway, end = (record[task.measure] for record in records if task.measure in record)
+    return Run(name, start, seed, task.steps, task.measure, halfway, end, seconds)
 
 
-def summarize(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Return the mean and the spread of the measure for each task and start."""
-    values: dict[tuple[object, object], list[float]] = {}
-    for row in rows:
-        values.setdefault((row["task"], row["start"]), []).append(row["value"])
-    return [
-        {"task": task, "start": start, "mean": mean(found), "lowest": min(found), "highest": max(found)}
-        for (task, start), found in values.items()
-    ]
+def read_runs(file: Path) -> list[Run]:
+    """Return the runs of a CSV file."""
+    if not file.exists():
+        return []
+    lines = (line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    types = Run.__annotations__
+    return [Run(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(lines)]
+
+
+def summarize(runs: list[Run]) -> list[dict[str, object]]:
+    """Return the mean and the range of the measure for each task, start and moment."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.start), []).append(run)
+    summary: list[dict[str, object]] = []
+    for (task, start), group in groups.items():
+        for moment in ("halfway", "end"):
+            found = [getattr(run, moment) for run in group]
+            about = {"task": task, "start": start, "moment": moment, "runs": len(found)}
+            summary.append(about | {"mean": mean(found), "lowest": min(found), "highest": max(found)})
+    return summary
 
 
 def main(
     tasks: Annotated[list[str] | None, typer.Option("--task", help="detection or segmentation \\[both]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a run.")] = 600,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of a run \\[600 and 300]")] = None,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, a multiple of 16.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Runs from each start.")] = 3,
     training_images: Annotated[int, typer.Option(min=1, help="Images to train on.")] = 400,
     validation_images: Annotated[int, typer.Option(min=1, help="Images to evaluate on.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the runs of the CSV file, do the others.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Directory for the CSV file.")] = RESULTS_DIR,
 ) -> None:
     """Compare dense models that start from a classification checkpoint with those that start from scratch."""
     environment = describe_environment()
-    rows: list[dict[str, object]] = []
+    file = output_dir / "starts.csv"
+    runs = read_runs(file) if resume else []
+    finished = {(run.task, run.seed, run.start) for run in runs}
+    planned = [(name, seed, start) for name in tasks or TASKS for seed in range(seeds) for start in STARTS]
     with TemporaryDirectory() as root:
         data = Path(root) / "shapes"
         draw = ["--training-images", str(training_images), "--validation-images", str(validation_images)]
         draw += ["--size", str(size), str(size)]
         subprocess.run([sys.executable, str(EXAMPLES / "draw_shapes.py"), str(data), *draw], check=True)
-        runs = [(name, start, seed) for name in tasks or TASKS for seed in range(seeds) for start in STARTS]
-        for name, start, seed in track(runs, "Training"):
-            began = time.perf_counter()
-            record = train(TASKS[name], start, seed, steps, size, data, Path(root) / f"{name}-{start}-{seed}")
-            rows.append(
-                {
-                    "task": name,
-                    "start": start,
-                    "seed": seed,
-                    "measure": TASKS[name].measure,
-                    "value": float(record[TASKS[name].measure]),
-                    "seconds": time.perf_counter() - began,
-                }
-            )
-            write_csv(output_dir / "starts.csv", rows, environment)  # keeps finished runs if interrupted
-    print_table("Held-out images", summarize(rows))
+        for name, seed, start in track([each for each in planned if each not in finished], "Training"):
+            task = TASKS[name]._replace(steps=steps or TASKS[name].steps)
+            runs.append(train(name, task, start, seed, size, data, Path(root) / f"{name}-{start}-{seed}"))
+            write_csv(file, [run._asdict() for run in runs], environment)  # keeps finished runs if interrupted
+    print_table("Held-out images", summarize(runs))
 
 
 if __name__ == "__main__":
