@@ -9,8 +9,10 @@ Example:
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +97,9 @@ FILES = {"UperNet": "dense_upernet.csv", "RT-DETR": "dense_rt_detr.csv"}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="HEAD", help="default: all")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds to take the median of; default: 3")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds of the largest images to take the median of; default: 3"
+    )
     parser.add_argument(
         "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV files; default: benchmarks/results"
     )
@@ -131,25 +135,30 @@ def measure_memory(name: str, head: str, height: int, width: int) -> float:
     return peak_memory(partial(run_model, model, torch.randn(1, 3, height, width)), CPU)
 
 
+def count_rounds(size: tuple[int, int]) -> int:
+    """Returns how many rounds of images of this size take about as long as one of the largest."""
+    return round(max(map(math.prod, IMAGE_SIZES)) / math.prod(size))
+
+
 def measure_head(head: str, repeats: int) -> list[dict[str, object]]:
     models = {name: create(name, head) for name in BACKBONES}
-    methods = {
-        (name, size): partial(run_model, model, torch.randn(1, 3, *size))
-        for name, model in models.items()
-        for size in IMAGE_SIZES
-    }
-    # a call takes seconds, beside which caches and allocator hardly count
-    seconds = median_times(methods, repeats, head, warm_up_rounds=1, calls_per_round=1, untimed_calls=0)
+    seconds: dict[tuple[str, tuple[int, int]], float] = {}
+    for size in IMAGE_SIZES:
+        methods = {(name, size): partial(run_model, model, torch.randn(1, 3, *size)) for name, model in models.items()}
+        # a call takes seconds, beside which caches and allocator hardly count
+        rounds = {"warm_up_rounds": 1, "calls_per_round": 1, "untimed_calls": 0}
+        seconds |= median_times(methods, repeats * count_rounds(size), f"{head}, {size[0]} x {size[1]}", **rounds)
     rows = []
-    for (name, (height, width)), median in seconds.items():
+    for name, size in product(models, IMAGE_SIZES):
+        (height, width), median = size, seconds[name, size]
         rows.append(
             {
                 "head": head,
                 "backbone": name,
                 "image": f"{height}x{width}",
                 "median ms": 1e3 * median,
-                "/ Swin-T": median / seconds["Swin-T", (height, width)],
-                "/ ResNet-50": median / seconds["ResNet-50", (height, width)],
+                "/ Swin-T": median / seconds["Swin-T", size],
+                "/ ResNet-50": median / seconds["ResNet-50", size],
                 "ns per pixel": 1e9 * median / (height * width),
                 "peak MiB": in_fresh_process(measure_memory, name, head, height, width) / 2**20,
             }
