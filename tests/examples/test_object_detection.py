@@ -171,6 +171,22 @@ def test_batch_without_objects(make_run, shapes, tmp_path):
         assert all(np.isfinite(line["loss"]) for line in run.folder.read_log() if "loss" in line)
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_one_class(detector, make_run, shapes, tmp_path):
+    folder = tmp_path / "discs"
+    shutil.copytree(shapes, folder)
+    for file in folder.glob("*/annotations.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["categories"] = [{"id": 7, "name": "shape"}]
+        content["annotations"] = [each | {"category_id": 7} for each in content["annotations"]]
+        file.write_text(json.dumps(content), encoding="utf-8")
+    run = make_run(detector=detector, dataset=str(folder))
+    assert np.isfinite(run.train()["map"])
+    detect = pipeline("object-detection", model=str(run.folder.model_dir), threshold=0)
+    found = detect(str(next((shapes / "validation" / "images").iterdir())))
+    assert {each["label"] for each in found} == {"shape"}
+
+
 def test_unreadable_images(make_run, shapes, tmp_path):
     folder = tmp_path / "damaged"
     for split in ("train", "validation"):

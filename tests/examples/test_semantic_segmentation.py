@@ -15,7 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import pipeline
+from transformers import UperNetForSemanticSegmentation, pipeline
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from evmamba_demo.bundled import find_bundled_model
 from evmamba_hub.errors import UserError
@@ -81,8 +82,6 @@ def read_losses(output_dir) -> dict[int, float]:
 
 
 def create_transform(**values) -> MaskTransform:
-    from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
-
     processor = SegformerImageProcessorPil(image_mean=[0, 0, 0], image_std=[1, 1, 1])
     options = {"size": 24, "scale": (0.5, 2.0), "max_class_fraction": 0.75, "flip": 0.5, "distortion": 0.0}
     return MaskTransform(processor, **{**options, **values}, ignored=IGNORED)
@@ -233,6 +232,28 @@ def test_images_without_labeled_pixels_do_not_spoil_the_loss(make_recipe, shapes
     assert read_losses(tmp_path / "run") == {1: 0, 2: 0}
     records = [record for record in read_log(tmp_path / "run") if "loss" in record]
     assert all(np.isfinite(record["gradient_norm"]) for record in records)
+
+
+def test_pixels_without_label_do_not_count(make_recipe, shapes, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(shapes, folder)
+    masks = sorted((folder / "validation" / "masks").iterdir())
+    for mask in masks:
+        labels = np.array(Image.open(mask))
+        labels[:, :20] = IGNORED
+        Image.fromarray(labels).save(mask)
+    results = start(make_recipe(dataset=str(folder)), tmp_path / "run").train()
+    model = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "model")
+    processor = SegformerImageProcessorPil.from_pretrained(tmp_path / "run" / "model")
+    hits = []
+    for mask in masks:
+        labels = np.array(Image.open(mask))
+        image = Image.open(folder / "validation" / "images" / mask.name)
+        with torch.no_grad():
+            outputs = model(**processor(image, return_tensors="pt"))
+        (predicted,) = processor.post_process_semantic_segmentation(outputs, [labels.shape])
+        hits.append((predicted.numpy() == labels)[:, 20:])
+    assert results["pixel_accuracy"] == pytest.approx(np.mean(hits))
 
 
 def test_unreadable_images_are_skipped_or_stop_the_run(make_recipe, shapes, tmp_path):

@@ -121,6 +121,9 @@ def train_and_upload(
         describe_result: Returns what to show of the run at its end.
         push_to: The repository, or None for no upload.
         private: Whether a new repository is private.
+
+    Raises:
+        UserError: If the run or the upload fails.
     """
     from transformers.utils import logging
 
@@ -135,11 +138,15 @@ def train_and_upload(
         return run
     error_console.print("[bold green]Trained[/]", literal(describe_result(run, results)))
     if push_to is not None:
-        upload = push_model(
-            push_to,
-            collect_model_files(run.folder.model_dir, push_to),
-            message=f"Upload the model with {run.recipe.program}",
-            private=private,
-        )
+        try:
+            upload = push_model(
+                push_to,
+                collect_model_files(run.folder.model_dir, push_to),
+                message=f"Upload the model with {run.recipe.program}",
+                private=private,
+            )
+        except UserError as error:
+            command = f"evmamba push {run.folder.model_dir} {push_to}"
+            raise UserError(f"the model is saved, but not uploaded, which `{command}` does later: {error}") from error
         error_console.print(f"[bold green]Uploaded[/] {upload.url}")
     return run
