@@ -1,6 +1,8 @@
 """Settings that must precede the imports of the libraries, and the Hub of the tests."""
 
+import gc
 import os
+import re
 from contextlib import suppress
 from tempfile import TemporaryDirectory
 
@@ -65,6 +67,9 @@ OPTIONAL_PACKAGES = {
     "triton",
 }
 
+# When transformers saves or loads a detector, it compiles thousands of patterns. `re` keeps 512 by default.
+re._MAXCACHE = 10_000
+
 # Parallel tests (pytest -n) on small maps gain nothing from threads, which would wait for each other.
 torch.set_num_threads(1)
 
@@ -74,6 +79,15 @@ def pytest_sessionstart() -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         compile_kernels(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection look at what the imports created, which takes it half a second. Trainers call it."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
