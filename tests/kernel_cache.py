@@ -1,7 +1,9 @@
 """The CPU kernels in Numba's cache, which take a minute to compile."""
 
+import shutil
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 
 FEATURE_MAPS = ("float32", "bfloat16", "float16")
@@ -33,3 +35,17 @@ def compile_kernels(index: int, count: int) -> None:
         kernel = getattr(import_module(f"evmamba_kernels.{module}"), name)
         for dtype in dtypes:
             compiled_kernel(kernel, getattr(torch, dtype))
+
+
+def copy_compiled_kernels(folder: Path) -> None:
+    """Put the compiled kernels into a copy of `evmamba_kernels`. Numba takes them if times of the sources agree."""
+    if find_spec("numba") is None:
+        return
+    from evmamba_kernels import numba_threads
+
+    package = Path(numba_threads.__file__).parent
+    (folder / "__pycache__").mkdir(exist_ok=True)
+    for source in package.glob("*.py"):
+        shutil.copystat(source, folder / source.name)
+    for file in package.glob(f"__pycache__/*_{numba_threads.digest_of_sources()}-*"):
+        shutil.copy2(file, folder / "__pycache__")

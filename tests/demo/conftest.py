@@ -20,6 +20,7 @@ from dense_models import DETECTOR, SEGMENTER, save_dense_model
 from evmamba_demo.bundled import find_space_files
 from evmamba_hub.images.imagenet import load_labels
 from evmamba_hub.publish.push_space import MODEL_VARIABLE, collect_space_files
+from kernel_cache import copy_compiled_kernels
 from linked_environments import link_distributions
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 
@@ -43,7 +44,7 @@ def shared_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def starting(shared_folder) -> FileLock:
-    """Lets one process at a time create or start a Space. The first compiles the kernels, the others find them."""
+    """Lets one process at a time create or start a Space. The first compiles kernels that the tests have not."""
     return FileLock(shared_folder / "starting.lock")
 
 
@@ -61,6 +62,7 @@ def write_space(folder: Path) -> None:
     for name, source in collect_space_files(find_space_files(), "someone/space", "someone/model").items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+    copy_compiled_kernels(folder / "evmamba_kernels")
 
 
 @pytest.fixture(scope="session")
