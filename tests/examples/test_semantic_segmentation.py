@@ -1,6 +1,7 @@
 """The program for segmentation: its samples, short runs, and its error messages."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from examples import semantic_segmentation
 from examples.draw_shapes import CLASSES, draw_shapes
 from examples.semantic_segmentation import SegmentationRecipe, SegmentationRun
 from modeling_evmamba import EfficientVMambaForImageClassification
+from process_pairs import needs_fork
 from training_evmamba.dense.mask_augmentation import MaskTransform
 from training_evmamba.dense.masks import IGNORED
 from training_evmamba.recipe import dump_recipe, load_recipe
@@ -352,21 +354,26 @@ def test_two_processes_train_one_model(make_recipe, tmp_path):
     assert read_losses(tmp_path / "pair")[1] == pytest.approx(read_losses(tmp_path / "alone")[1], rel=0.2)
 
 
+@needs_fork
 @pytest.mark.slow
 def test_a_killed_run_resumes(make_recipe, tmp_path):
     recipe = make_recipe(steps=400, checkpoint_steps=1, evaluation_steps=400, keep_checkpoints=1)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    log = tmp_path / "run" / "log.jsonl"
     for seconds in (0.0, 0.3, 0.7):
-        run = launch(tmp_path / "recipe.yaml", tmp_path / "run", "--resume", "auto")
-        before = len(read_losses(tmp_path / "run")) if (tmp_path / "run" / "log.jsonl").exists() else 0
+        before = len(read_losses(tmp_path / "run")) if log.exists() else 0
+        run = multiprocessing.get_context("fork").Process(
+            target=lambda: start(recipe, tmp_path / "run", resume=True).train()
+        )
+        run.start()
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and run.poll() is None:
-            if (tmp_path / "run" / "log.jsonl").exists() and len(read_losses(tmp_path / "run")) > before + 3:
+        while time.monotonic() < deadline and run.is_alive():
+            if log.exists() and len(read_losses(tmp_path / "run")) > before + 3:
                 break
             time.sleep(0.02)
         time.sleep(seconds)
-        run.send_signal(signal.SIGKILL)
-        run.communicate()
+        run.kill()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
     assert len(read_losses(tmp_path / "run")) > 6
     saved = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text(encoding="utf-8"))
     resumed = start(recipe, tmp_path / "run", resume=True)

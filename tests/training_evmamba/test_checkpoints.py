@@ -10,6 +10,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 from training_evmamba.checkpoints import Checkpoints, RunProgress, TrainingState
 from training_evmamba.network import complete_recipe, create_model
 from training_evmamba.optimization import ExponentialMovingAverage, create_optimizer, create_schedule
+from training_runs import train
 from weights import assert_same_weights
 
 
@@ -154,6 +155,5 @@ def test_a_full_disk_leaves_the_checkpoints_before(make_recipe, tmp_path):
     assert "File too large" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert sorted(os.listdir(output / "checkpoints")) == ["step-0000005"]
-    resumed = [sys.executable, "-m", "evmamba_hub.cli", *options, "--resume", "auto"]
-    assert subprocess.run(resumed, timeout=300).returncode == 0
+    train(make_recipe(checkpoint_steps=5), output, resume=True)
     EfficientVMambaForImageClassification.from_pretrained(output / "model")

@@ -81,11 +81,11 @@ def test_a_disk_that_fills_up_ends_both_processes(make_recipe, tmp_path, monkeyp
     assert said[0] == said[1] and "cannot be written" in said[0] and "No space left on device" in said[0]
 
 
-def launch(num_processes: int, recipe, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
-    """Run the command on a number of processes."""
+def launch(recipe, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
+    """Run the command on two processes."""
     path = output_dir.with_suffix(".yaml")
     path.write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [*command, "-m", "evmamba_hub.cli", "train", "--recipe", str(path), "--output-dir", str(output_dir), *options],
         capture_output=True,
@@ -112,12 +112,17 @@ def launch_fsdp(recipe, output_dir: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def train_on_two_processes(recipe, output_dir: Path, resume: bool = False) -> None:
+    first, second = run_on_two_processes(lambda rank: TrainingRun(recipe, output_dir, resume=resume).train())
+    assert first == second and first["images"] == 10, first
+
+
+@needs_fork
 @pytest.mark.slow
 def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path):
     exact = make_recipe(freeze_batch_norm=True, drop_path_rate=0.0)
     train(exact, tmp_path / "one")
-    ended = launch(2, exact, tmp_path / "two")
-    assert ended.returncode == 0, ended.stderr
+    train_on_two_processes(exact, tmp_path / "two")
     assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
     one, two = read_log(tmp_path / "one")[-1], read_log(tmp_path / "two")[-1]
     assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
@@ -126,17 +131,18 @@ def test_two_processes_learn_like_one_with_the_same_batch(make_recipe, tmp_path)
 
     # each process normalizes its half of the batch with different statistics
     train(make_recipe(drop_path_rate=0.0), tmp_path / "one_live")
-    assert launch(2, make_recipe(drop_path_rate=0.0), tmp_path / "two_live").returncode == 0
+    train_on_two_processes(make_recipe(drop_path_rate=0.0), tmp_path / "two_live")
     assert read_losses(tmp_path / "two_live") == pytest.approx(read_losses(tmp_path / "one_live"), rel=0.1)
 
 
+@needs_fork
 @pytest.mark.slow
 def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
     recipe = make_recipe(mixup_alpha=0.2, cutmix_alpha=1.0, checkpoint_steps=3, keep_checkpoints=20)
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    assert launch(2, recipe, unbroken).returncode == 0
+    train_on_two_processes(recipe, unbroken)
     go_back(unbroken, resumed, step=3)
-    ended = launch(2, recipe, resumed, "--resume", "auto")
+    ended = launch(recipe, resumed, "--resume", "auto")
     assert ended.returncode == 0, ended.stderr
     assert_same_models(resumed, unbroken)
     times = ("images_per_second",)
@@ -144,9 +150,8 @@ def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
         [{k: v for k, v in line.items() if k not in times} for line in read_log(each)] for each in (resumed, unbroken)
     ]
     assert logs[0] == logs[1]
-    ended = launch(1, recipe, resumed, "--resume", "auto")
-    assert ended.returncode == 1
-    assert "the run has used 2 processes, now there are 1" in ended.stderr
+    with pytest.raises(UserError, match="the run has used 2 processes, now there are 1"):
+        train(recipe, resumed, resume=True)
 
 
 @pytest.mark.slow
@@ -213,6 +218,6 @@ def test_two_processes_learn_from_a_stream(make_recipe, hub, stripes, tmp_path):
         files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / f"{split}.parquet").read_bytes()
     hub.create("someone/stripes", files, kind="dataset")
     recipe = make_recipe(dataset="someone/stripes", streaming=True, images_per_epoch=37, num_workers=1)
-    ended = launch(2, recipe, tmp_path / "run")
+    ended = launch(recipe, tmp_path / "run")
     assert ended.returncode == 0, ended.stderr
     assert read_log(tmp_path / "run")[-1]["validation_images"] == 10

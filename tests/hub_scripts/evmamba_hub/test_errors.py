@@ -17,6 +17,10 @@ from evmamba_hub.errors import (
     require,
     translate_lost_process,
 )
+from process_pairs import needs_fork, show_in_two_processes
+
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -77,21 +81,32 @@ def test_stderr_that_cannot_encode_a_name(monkeypatch, tmp_path):
     assert (tmp_path / "err").read_text() == "Error: \\u732b.png does not exist\n"
 
 
+MISTAKES = [
+    "evaluate demo/digits --dataset missing/x/y",
+    "train --model missing/x/y --dataset demo --output-dir OUT",
+    "evaluate missing/x/y --dataset demo/examples",
+    "train --recipe digits --dataset missing/x/y --output-dir OUT",
+]
+
+
+@needs_fork
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        "evaluate demo/digits --dataset missing/x/y",
-        "evaluate missing/x/y --dataset demo/examples",
-        "train --recipe digits --dataset missing/x/y --output-dir OUT",
-        "train --model missing/x/y --dataset demo --output-dir OUT",
-    ],
-)
-def test_a_mistake_has_no_traceback_in_any_process(tmp_path, command):
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_in_every_process(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(ROOT)
+    for shown in show_in_two_processes(*command.replace("OUT", str(tmp_path / "run")).split()):
+        *notes, error = shown.splitlines()
+        assert error.startswith("Error: 'missing/x/y' is neither a path nor a valid repository id")
+        assert all(note.startswith("Note: ") for note in notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", MISTAKES[:2])
+def test_a_mistake_has_no_traceback_under_torchrun(tmp_path, command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evmamba_hub.cli"]
     completed = subprocess.run(
         [*launch, *command.replace("OUT", str(tmp_path / "run")).split()],
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
         text=True,
