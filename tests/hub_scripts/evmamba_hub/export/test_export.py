@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +95,21 @@ def largest_difference(logits: torch.Tensor, model, pixel_values: torch.Tensor) 
 
 
 @pytest.fixture(scope="module")
-def onnx_file(checkpoint, tmp_path_factory):
-    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_model(str(checkpoint), file, "onnx")
-    return file
+def onnx_files(checkpoint, tmp_path_factory) -> Callable[[str], Path]:
+    """Return the file of a dtype, for images of any size. Each is written once."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @cache
+    def write(dtype: str) -> Path:
+        export_model(str(checkpoint), folder / f"{dtype}.onnx", "onnx", dtype=dtype)
+        return folder / f"{dtype}.onnx"
+
+    return write
+
+
+@pytest.fixture
+def onnx_file(onnx_files) -> Path:
+    return onnx_files("float32")
 
 
 def test_onnx_takes_any_batch_and_size(onnx_file, model):
@@ -130,9 +143,9 @@ def test_onnx_of_one_size(exported, model):
         run_onnx(file, colorful(3, 3, 94, 250))
 
 
-def test_onnx_in_half_precision(exported, onnx_file, model):
-    for options, dtype in [([], torch.float32), (["--half-inputs"], torch.float16)]:
-        file = exported("--dtype", "float16", *options)
+def test_onnx_in_half_precision(exported, onnx_files, onnx_file, model):
+    with_half_inputs = exported("--dtype", "float16", "--half-inputs")
+    for file, dtype in [(onnx_files("float16"), torch.float32), (with_half_inputs, torch.float16)]:
         pixel_values = colorful(3, 3, 41, 33).to(dtype)
         logits = run_onnx(file, pixel_values)
         assert logits.dtype == dtype
@@ -142,42 +155,49 @@ def test_onnx_in_half_precision(exported, onnx_file, model):
 
 # bounds of a difference in float32, and of what a dtype must differ by at least
 OPENVINO_BOUNDS = {"float32": (0, 1e-5), "float16": (1e-5, 1e-2), "int8": (1e-5, 0.3)}
-
-
-def run_openvino(file: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the logits of batches in a process of its own.
-
-    A process that has loaded OpenVINO beside the other runtimes may die at the next signal, such as that of a child.
-    """
-    pytest.importorskip("openvino", reason='needs OpenVINO: run pip install ".[openvino]"')
-    script = """
+RUN_OPENVINO = """
 import sys, torch
 from pathlib import Path
 from evmamba_hub.export.runtimes import load_openvino
-run = load_openvino(Path(sys.argv[1]), "f32")
-torch.save([run(batch) for batch in torch.load(sys.argv[2])], sys.argv[2])
+logits = {}
+for name, (file, batches) in torch.load(sys.argv[1]).items():
+    run = load_openvino(Path(file), "f32")
+    logits[name] = [run(batch) for batch in batches]
+torch.save(logits, sys.argv[1])
 """
-    batches_file = file.with_suffix(".pt")
-    torch.save(batches, batches_file)
+
+
+@pytest.fixture(scope="module")
+def run_openvino(checkpoint, onnx_files, tmp_path_factory) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Batches and logits of a file of each dtype, and of one for half inputs of one size.
+
+    They run in a process of its own. A process that has loaded OpenVINO beside the other runtimes may die at the next
+    signal, such as that of a child.
+    """
+    pytest.importorskip("openvino", reason='needs OpenVINO: run pip install ".[openvino]"')
+    folder = tmp_path_factory.mktemp("openvino")
+    shapes = [(1, 3, 64, 64), (5, 3, 45, 43), (2, 3, 37, 53), (1, 3, SMALLEST_SIDE, 100), (3, 3, 4, 4)]
+    runs = {dtype: (str(onnx_files(dtype)), [colorful(*shape) for shape in shapes]) for dtype in OPENVINO_BOUNDS}
+    options = {"dtype": "float16", "half_inputs": True, "image_size": (50, 94)}
+    export_model(str(checkpoint), folder / "model.onnx", "onnx", **options)
+    half_inputs = [colorful(batch_size, 3, 50, 94).half() for batch_size in (1, 2, 5)]
+    runs["half inputs"] = (str(folder / "model.onnx"), half_inputs)
+    torch.save(runs, folder / "runs.pt")
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", script, file, batches_file], env=variables, check=True, timeout=300)
-    return torch.load(batches_file)
+    subprocess.run([sys.executable, "-c", RUN_OPENVINO, folder / "runs.pt"], env=variables, check=True, timeout=300)
+    logits = torch.load(folder / "runs.pt")
+    return {name: list(zip(batches, logits[name], strict=True)) for name, (_, batches) in runs.items()}
 
 
 @pytest.mark.parametrize("dtype", OPENVINO_BOUNDS)
-def test_openvino_takes_any_batch_and_size(exported, model, dtype):
-    file = exported("--dtype", dtype)
-    shapes = [(1, 3, 64, 64), (5, 3, 45, 43), (2, 3, 37, 53), (1, 3, SMALLEST_SIDE, 100), (3, 3, 4, 4)]
-    batches = [colorful(*shape) for shape in shapes]
+def test_openvino_takes_any_batch_and_size(run_openvino, model, dtype):
     smallest, largest = OPENVINO_BOUNDS[dtype]
-    for pixel_values, logits in zip(batches, run_openvino(file, batches), strict=True):
+    for pixel_values, logits in run_openvino[dtype]:
         assert smallest < largest_difference(logits, model, pixel_values) < largest, pixel_values.shape
 
 
-def test_openvino_takes_one_size_in_half_precision(exported, model):
-    file = exported("--image-size", 50, 94, "--dtype", "float16", "--half-inputs")
-    batches = [colorful(batch_size, 3, 50, 94).half() for batch_size in (1, 2, 5)]
-    for pixel_values, logits in zip(batches, run_openvino(file, batches), strict=True):
+def test_openvino_takes_one_size_in_half_precision(run_openvino, model):
+    for pixel_values, logits in run_openvino["half inputs"]:
         assert logits.dtype == torch.float16
         assert largest_difference(logits, model, pixel_values) < 1e-2
 
