@@ -20,6 +20,7 @@ import evmamba_kernels
 from evmamba_hub.publish.push_kernel import BRANCH, OLDEST_CLIENT, TORCH_BACKENDS, VERSION, collect_kernel_files
 from evmamba_kernels.backends import BACKENDS
 from hub_server import USERS, Fault
+from kernel_cache import copy_compiled_kernels
 from linked_environments import link_distributions
 
 
@@ -371,6 +372,8 @@ def test_the_card_in_a_clean_environment(push, hub, kernels, tmp_path, numba):
 
 @pytest.mark.slow
 def test_numba_kernels_of_copies_at_once(from_hub, edited):
+    """Several threads compile the kernels of the edited copy. The other copies find them compiled."""
+    copy_compiled_kernels(Path(from_hub.__file__).parent)
     copies = [evmamba_kernels, from_hub, edited] * 4
     before = torch.get_num_threads()
     torch.set_num_threads(2)
