@@ -1,7 +1,6 @@
 """Runs of several processes, with replicated or sharded weights."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,37 +15,24 @@ from safetensors.torch import load_file
 
 from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
-from process_pairs import needs_fork, run_on_two_processes
+from process_pairs import needs_fork, run_on_two_processes, show_in_two_processes
 from training_evmamba.recipe import dump_recipe
 from training_evmamba.trainer import TrainingRun
 from training_runs import assert_same_models, go_back, read_log, read_losses, train
 
 
+@needs_fork
 @pytest.mark.slow
 def test_all_processes_of_a_run_that_is_refused_end(make_recipe, tmp_path):
-    """Start them without a launcher, which would end those that wait for the rejected one."""
+    """Nothing here ends those that wait for the rejected one, as a launcher would."""
     (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()))
     output = tmp_path / "run"
     output.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "evmamba_hub.cli", "train", "--recipe", str(tmp_path / "recipe.yaml")]
     with FileLock(output / ".lock"):
-        processes = [
-            subprocess.Popen(
-                [*command, "--output-dir", str(output)],
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in "01"
-        ]
-        for process in processes:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 1
-            assert f"Error: another run writes to {output}" in said
-            assert "Traceback" not in said
+        shown = show_in_two_processes("train", "--recipe", tmp_path / "recipe.yaml", "--output-dir", output)
+    for each in shown:
+        assert f"Error: another run writes to {output}" in each
+        assert "Traceback" not in each
     assert os.listdir(output) == [".lock"]
 
 
