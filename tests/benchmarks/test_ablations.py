@@ -1,8 +1,7 @@
 """The task of the ablations, the networks that are compared, and a tiny run of the script."""
 
 import csv
-import os
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -113,14 +112,9 @@ def test_summary_states_the_spread():
     assert (second["mean accuracy %"], second["lowest"], second["highest"]) == (70.5, 70, 71)
 
 
-def test_names_the_networks_that_there_are():
-    run = subprocess.run(
-        [sys.executable, ablations.__file__, "--network", "resnet"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 1
-    assert "Error: unknown network 'resnet': --network accepts paper, evss-late" in run.stderr
-    assert "Traceback" not in run.stderr
+def test_names_the_networks_that_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--network", "resnet"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(ablations.__file__, run_name="__main__")
+    assert end.value.code == 1
+    assert "Error: unknown network 'resnet': --network accepts paper, evss-late" in capsys.readouterr().err

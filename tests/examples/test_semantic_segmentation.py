@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -330,11 +331,14 @@ def launch(recipe_file: Path, output_dir: Path, *words: str, launcher: tuple[str
     return subprocess.Popen([*command, *words], env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_user_error_is_one_line(tmp_path):
-    run = launch(tmp_path / "nowhere.yaml", tmp_path / "run")
-    _, said = run.communicate(timeout=120)
-    assert run.returncode == 1
-    assert "Traceback" not in said and "Error: there is no recipe" in said
+def test_a_user_error_is_one_line(tmp_path, monkeypatch, capsys):
+    options = ["--recipe", str(tmp_path / "nowhere.yaml"), "--output-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: there is no recipe") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

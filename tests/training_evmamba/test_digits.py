@@ -1,7 +1,6 @@
 """The handwritten digits as an image folder."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -72,21 +71,16 @@ def test_refuses_a_folder_that_holds_something(tmp_path, splits):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+@pytest.mark.filterwarnings("ignore:'training_evmamba.digits' found in sys.modules:RuntimeWarning")
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    completed = subprocess.run(
-        [sys.executable, "-m", "training_evmamba.digits", tmp_path / "file" / "digits"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert completed.returncode == 1
-    assert (
-        completed.stderr.startswith("Error: ")
-        and "cannot be written" in completed.stderr
-        and completed.stderr.count("\n") == 1
-    )
-    assert not completed.stdout
+    monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path / "file" / "digits")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("training_evmamba.digits", run_name="__main__")
+    assert end.value.code == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("Error: ") and "cannot be written" in err and err.count("\n") == 1
+    assert not out
 
 
 def test_names_the_extra_where_scikit_learn_is_missing(monkeypatch):

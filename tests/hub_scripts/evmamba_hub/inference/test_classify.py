@@ -1,10 +1,7 @@
 """`evmamba classify` with the bundled model, on the example images."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from PIL import Image
 
 from evmamba_demo.bundled import find_bundled_model
-from evmamba_kernels.backends import BACKENDS
+from evmamba_kernels import backends
 from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaModel
 
 
@@ -127,14 +124,13 @@ def test_bad_arguments_get_one_message(evmamba, arguments, expected_code, messag
 
 @pytest.mark.parametrize(
     "backend, message",
-    [("cuda", f"choose one of {', '.join(map(repr, [*BACKENDS, 'torch']))}"), ("triton", "on cpu")],
+    [("cuda", f"choose one of {', '.join(map(repr, [*backends.BACKENDS, 'torch']))}"), ("triton", "on cpu")],
 )
-def test_a_backend_that_cannot_be_followed_is_one_message(backend, message):
-    command = [sys.executable, "-m", "evmamba_hub.cli", "classify", EXAMPLES, "--device", "cpu"]
-    variables = os.environ | {"EVMAMBA_SCAN_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1
-    assert run.stderr.count("\n") == 1 and message in run.stderr
+def test_a_backend_that_cannot_be_followed_is_one_message(evmamba, monkeypatch, backend, message):
+    monkeypatch.setattr(backends, "preferred_backend", backend)  # as EVMAMBA_SCAN_BACKEND does at import
+    exit_code, _, stderr = evmamba("classify", EXAMPLES, "--device", "cpu")
+    assert exit_code == 1
+    assert stderr.count("\n") == 1 and message in stderr
 
 
 def test_a_model_without_a_head_is_refused(evmamba, tmp_path):
