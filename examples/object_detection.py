@@ -19,7 +19,6 @@ from evmamba_hub.errors import UserError, exit_on_user_error, require
 with exit_on_user_error():  # before the imports that need these packages
     require("accelerate", "datasets", "filelock", "matplotlib", "pycocotools", "scipy", extra="dense")
 
-import typer
 from accelerate.utils import gather_object
 from huggingface_hub.dataclasses import strict
 from transformers import (
@@ -37,7 +36,7 @@ from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImage
 
 from evmamba_hub.cli.console import create_app, run_app
 from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
-from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
+from evmamba_hub.cli.recipe_options import create_preset_option, find_overrides, with_recipe_options
 from evmamba_hub.cli.training import prepare_upload, train_dense_model
 from modeling_evmamba import EfficientVMambaBackbone
 from training_evmamba.data import Batch, SampleReader, TrainingData
@@ -240,9 +239,7 @@ class DetectionRun(DenseRun):
 @with_recipe_options(DetectionRecipe, DEFAULT_RECIPE)
 def main(
     output_dir: OutputDirOption,
-    recipe: Annotated[
-        str, typer.Option(help="Preset (`small`, `coco`), or YAML file of the options below.")
-    ] = DEFAULT_RECIPE,
+    recipe: Annotated[str, create_preset_option(DetectionRecipe)] = DEFAULT_RECIPE,
     resume: ResumeOption = "no",
     push_to: PushToOption = None,
     private: PrivateOption = False,

@@ -21,7 +21,6 @@ with exit_on_user_error():  # before the imports that need these packages
 
 import numpy as np
 import torch
-import typer
 from huggingface_hub.dataclasses import strict
 from PIL import Image
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
@@ -29,7 +28,7 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 
 from evmamba_hub.cli.console import create_app, run_app
 from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
-from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
+from evmamba_hub.cli.recipe_options import create_preset_option, find_overrides, with_recipe_options
 from evmamba_hub.cli.training import prepare_upload, train_dense_model
 from evmamba_hub.images.labeled_images import LabeledImage
 from modeling_evmamba import EfficientVMambaBackbone
@@ -224,9 +223,7 @@ def prepare_evaluation(
 @with_recipe_options(SegmentationRecipe, DEFAULT_RECIPE)
 def main(
     output_dir: OutputDirOption,
-    recipe: Annotated[
-        str, typer.Option(help="Preset (`small`, `ade20k`), or YAML file of the options below.")
-    ] = DEFAULT_RECIPE,
+    recipe: Annotated[str, create_preset_option(SegmentationRecipe)] = DEFAULT_RECIPE,
     resume: ResumeOption = "no",
     push_to: PushToOption = None,
     private: PrivateOption = False,

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from evmamba_hub.yaml_core import YAML_ERRORS, CoreLoader
-from training_evmamba.recipe import NONE, BaseRecipe, get_kinds, list_options, load_recipe
+from training_evmamba.recipe import NONE, BaseRecipe, get_kinds, list_options, list_presets, load_recipe
 
 
 def parse_fields(text: str) -> dict[str, Any]:
@@ -74,6 +74,12 @@ def to_parameter(field: dataclasses.Field, default: str) -> inspect.Parameter:
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def create_preset_option(recipe_class: type[BaseRecipe]) -> Any:
+    """Returns the option that takes a preset or a YAML file. Its help lists the presets of the class."""
+    presets = ", ".join(f"`{name}`" for name in list_presets(recipe_class))
+    return typer.Option(help=f"Preset ({presets}), or YAML file of the options below.")
 
 
 def with_recipe_options(recipe_class: type[BaseRecipe], default: str) -> Callable[[Callable], Callable]:

@@ -2,11 +2,9 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from evmamba_hub.cli.console import error_console
 from evmamba_hub.cli.options import OutputDirOption, PrivateOption, PushToOption, ResumeOption
-from evmamba_hub.cli.recipe_options import find_overrides, with_recipe_options
+from evmamba_hub.cli.recipe_options import create_preset_option, find_overrides, with_recipe_options
 from evmamba_hub.cli.training import describe_skipped, prepare_upload, train_and_upload
 from evmamba_hub.errors import literal, require
 from evmamba_hub.wording import to_count
@@ -31,12 +29,7 @@ def describe_result(run: "TrainingRun", results: dict[str, float | int] | None) 
 @with_recipe_options(Recipe, DEFAULT_RECIPE)
 def train(
     output_dir: OutputDirOption,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="Preset (`tiny`, `small`, `base`, `finetune`, `digits`), or YAML file of the options below."
-        ),
-    ] = DEFAULT_RECIPE,
+    recipe: Annotated[str, create_preset_option(Recipe)] = DEFAULT_RECIPE,
     resume: ResumeOption = "no",
     push_to: PushToOption = None,
     private: PrivateOption = False,
@@ -45,9 +38,8 @@ def train(
     """Train a network from scratch, or fine-tune a checkpoint on your own images.
 
     A recipe holds every value, and each option overrides one value. Values in brackets are those of `finetune`, the
-    default recipe. The output directory gets the complete recipe
-    (`recipe.yaml`), the log (`log.jsonl`), checkpoints, the curves, and `model`. Load `model` with `from_pretrained`,
-    or upload it with `evmamba push`.
+    default recipe. The output directory gets the complete recipe (`recipe.yaml`), the log (`log.jsonl`), checkpoints,
+    the curves, and `model`. Load `model` with `from_pretrained`, or upload it with `evmamba push`.
 
     The command needs the extra `train`: run `pip install ".[train]"` in a clone of the repository. Start the command
     with `accelerate launch` to share each batch among processes. Checkpoints are whole at any moment, so a run can

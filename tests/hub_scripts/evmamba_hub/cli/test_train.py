@@ -20,7 +20,7 @@ from evmamba_hub.errors import UserError
 from evmamba_hub.publish.card import load_card
 from modeling_evmamba import EfficientVMambaForImageClassification
 from process_pairs import needs_fork, show_in_two_processes
-from training_evmamba.recipe import Recipe, dump_recipe, get_kinds, load_recipe
+from training_evmamba.recipe import Recipe, dump_recipe, get_kinds, list_presets, load_recipe
 from training_evmamba.trainer import TrainingRun
 
 
@@ -47,6 +47,7 @@ def run(make_recipe, tmp_path):
 
 def test_the_help_lists_all_values():
     text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).stdout
+    assert f"Preset ({', '.join(list_presets())})" in text
     options = set(re.findall(r"--[a-z0-9-]+", text))
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in options
