@@ -45,6 +45,7 @@ from typer.testing import CliRunner
 from evmamba_demo.bundled import find_bundled_model, find_examples, find_photographs
 from evmamba_hub.cli.main import app
 from evmamba_hub.convert.original_checkpoint import BLOCK_NAMES, MODULE_NAMES
+from evmamba_hub.export.runtimes import RUNTIMES
 from evmamba_hub.images.images import read_image
 from evmamba_hub.publish.card import TEMPLATE
 from evmamba_hub.publish.push import collect_model_files
@@ -483,6 +484,7 @@ def test_every_value_of_a_recipe_is_in_the_table():
 def test_values_of_the_presets_are_those_of_the_recipes():
     """The table has all values that differ between presets, except those of the data, the network and its images."""
     heading, *rows = find_tables(ROOT / "docs" / "training.md", "Recipes")[1]
+    assert sorted(", ".join(heading[1:]).split(", ")) == list_presets()
     presets = [load_recipe(name, {}) for name in list_presets()]
     names = [row[0].removeprefix("--").replace("-", "_") for row in rows]
     left_out = {"network", "variant", "dataset", "image_size", "image_mean", "image_std", "crop_pct"}
@@ -497,6 +499,11 @@ def test_values_of_the_presets_are_those_of_the_recipes():
     of_files, of_tiny = create_recipe({}), load_recipe("tiny", {})
     assert {name for name in names if getattr(of_files, name) != getattr(of_tiny, name)} == {"mixed_precision"}
     assert of_files.mixed_precision == "no"
+
+
+def test_every_runtime_is_in_the_table():
+    rows = find_tables(ROOT / "docs" / "export.md", "Compare the runtimes")[0][1:]
+    assert {row[0] for row in rows} == set(RUNTIMES)
 
 
 def test_every_extra_is_in_the_table():
