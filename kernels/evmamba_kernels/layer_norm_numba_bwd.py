@@ -1,8 +1,8 @@
 """Numba kernels of the backward passes of both fused uses of LayerNorm.
 
 They save nothing but the inputs, and recompute the rest. A job is a number of rows (pixels), processed 16 at a time.
-`layer_norm_triton.py` has the gradients of the gated LayerNorm. For the mean over the rows of an image, dL/dn is the
-same in each of its rows:
+`kernels/README.md` has the gradients of the gated LayerNorm. For the mean over the rows of an image, dL/dn is the same
+in each of its rows:
 
     dL/dn  = dL/dmean / rows,    g = dL/dn weight
     dL/dx  = (g - mean(g) - x' mean(g x')) / sqrt(var + eps)
