@@ -51,7 +51,7 @@ WIDEST_MAP_BYTES = 10 * 2**20
 # Detectors of transformers have it as a constant of the class.
 FROZEN_BATCH_NORM_EPS = 1e-5
 
-# On CPUs, kernels of their own compute whole layers in these dtypes.
+# On CPUs, separate kernels compute whole layers in these dtypes.
 LOWER_DTYPES = (torch.bfloat16, torch.int8)
 
 # Operators of oneDNN that PyTorch keeps private, so a release may drop them.
@@ -93,10 +93,10 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Mo
 
     Raises:
         ImportError: If a lower dtype needs Numba, which is missing.
-        TypeError: If `model` is another model, its weights are no plain tensors, such as torchao's, or a layer of a
-            block comes from elsewhere than PyTorch or this package, such as LoRA's.
-        ValueError: If a layer of a block has hooks, which the copy would not call, the device does not compute in
-            `dtype`, or a lower dtype needs another backend than the requested one.
+        TypeError: If `model` is another model, or its weights are tensor subclasses, such as torchao's. Also if a
+            layer of a block is neither PyTorch's nor this package's, such as LoRA's.
+        ValueError: If a layer of a block has hooks, which the copy would not call. Also if the device does not compute
+            in `dtype`, or if a lower dtype needs another backend than the requested one.
     """
     if isinstance(model, EfficientVMambaPreTrainedModel):
         return optimize_network(model, dtype or model.dtype)
@@ -537,7 +537,7 @@ def refuse_changed_layers(model: nn.Module, replaced: Container[type[nn.Module]]
 
 
 def refuse_tensor_subclasses(model: nn.Module) -> None:
-    """Reject weights that are no plain tensors, since folding and packing compute with them.
+    """Reject weights that are tensor subclasses, since folding and packing compute with plain tensors.
 
     Raises:
         TypeError: If there is one, such as torchao's.

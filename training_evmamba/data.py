@@ -41,14 +41,14 @@ MAX_UNREADABLE_IN_A_ROW = 100
 WORKER_DIED = "DataLoader worker"  # the start of PyTorch's messages
 UNREADABLE_LABEL = -1  # of a validation image that could not be read
 
-# What a random number is for: numbers of one purpose tell nothing about those of another
+# What a random number is for. The numbers of two purposes are independent.
 ORDER, TRANSFORM, MIXING, STOCHASTIC_DEPTH, HOLD_OUT = range(5)
 
 
 # makes pixels (C, H, W) of an image, at random
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
-# makes pixels (C, H, W) of a labeled image, and what the network learns of it
+# makes pixels (C, H, W) of a labeled image, and the target
 Prepare = Callable[[LabeledImage, np.random.Generator], tuple[torch.Tensor, Any]]
 
 
@@ -263,7 +263,7 @@ def choose_held_out(labels: np.ndarray, fraction: float, rng: np.random.Generato
     quotas = fraction * counts
     num_chosen = np.floor(quotas).astype(np.int64)
     num_missing = round(fraction * len(labels)) - num_chosen.sum()
-    # round up where most is cut off, by lot among equals
+    # round up the largest remainders, and break ties at random
     by_lot = rng.permutation(len(counts))
     by_remainder = by_lot[np.argsort((num_chosen - quotas)[by_lot], kind="stable")]
     can_give = by_remainder[num_chosen[by_remainder] + 1 < counts[by_remainder]]

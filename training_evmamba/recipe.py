@@ -373,7 +373,7 @@ def create_recipe(values: dict[str, Any], recipe_class: type[AnyRecipe] = Recipe
     try:
         return recipe_class(**{name: coerce(name, value, recipe_class) for name, value in values.items()})
     except (StrictDataclassError, ValueError) as error:
-        # of the chain, the innermost says it shortest
+        # the innermost error of the chain has the shortest message
         reason = error.__cause__ or error
         raise UserError(str(reason).strip()) from error
 
@@ -422,7 +422,7 @@ def load_recipe(source: str, overrides: dict[str, Any], recipe_class: type[AnyRe
     network = values.get("network", {}), overrides.get("network", {})
     if not all(isinstance(fields, dict) for fields in network):
         raise UserError("`network` holds fields of EfficientVMambaConfig, like {depths: [1, 1, 1, 1]}")
-    # the command line's choice of a network replaces what the recipe says of its network
+    # a network on the command line replaces that of the recipe
     for chosen, other in (("model", "variant"), ("variant", "model")):
         if overrides.get(chosen) not in (None, NONE):
             values = {name: value for name, value in values.items() if name not in (other, "base_model")}

@@ -16,7 +16,7 @@ from rich.text import Text
 # control characters, line separators, characters that reorder a line, and bytes of file names that are not UTF-8
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# in what PyTorch raises anywhere in its work, if another process of a run has ended
+# in the messages of PyTorch's errors after another process of a run has ended
 LOST_PROCESS = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
 
 

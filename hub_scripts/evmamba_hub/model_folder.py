@@ -23,7 +23,7 @@ from modeling_evmamba import VARIANTS, EfficientVMambaConfig
 
 WRITERS = "`save_pretrained`, `evmamba convert` or `evmamba train`"
 
-# What to do with a file in the place of a model, by its suffix.
+# What to do with a file that was given instead of a model, by its suffix.
 ADVICE = {
     (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors"): "convert a checkpoint with `evmamba convert` first",
     (".onnx", ".pt2"): "give the directory of the model that it was exported from",

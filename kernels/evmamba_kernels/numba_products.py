@@ -1,9 +1,9 @@
 """Matrix products in bfloat16 and 8-bit integers, for kernels that fuse them with what comes before and after.
 
 A product multiplies a tile, some rows of a feature map, by the weight of a linear layer. `fill_row` stores a row in
-the dtype of the product, and `multiply_block` multiplies all rows by a block of columns. The sums are float32. The
-processor's instructions for pairs of bfloat16 numbers and for groups of four integers take two and four times as many
-products as those for float32. Without these instructions, others give the same sums.
+the dtype of the product, and `multiply_block` multiplies all rows by a block of columns. The sums are float32. An
+instruction for pairs of bfloat16 numbers computes twice as many products as one for float32. One for groups of four
+integers computes four times as many. Processors without them use other instructions, with the same sums.
 
 Integers are quantized dynamically. A row of the tile has a scale and a minimum of its own, and a column of the weight
 has a scale. With x = s q + m and w = t p:

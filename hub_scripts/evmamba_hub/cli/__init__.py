@@ -3,6 +3,6 @@
 import logging
 
 
-# transformers and accelerate import quantizers if they are installed, which then warn of themselves in every command
+# transformers and accelerate import quantizers if they are installed, which then warn in every command
 for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -273,8 +273,8 @@ class Evaluation:
             progress_file: The file for the counts, to which the index of the process is appended.
 
         Raises:
-            UserError: If the model is not an image classifier, the dataset is empty, the labels do not match, or the
-                device, backend or dtype cannot be used.
+            UserError: If the model is not an image classifier, the dataset is empty, or the labels do not match. Also
+                if the device, backend or dtype cannot be used.
         """
         if dataset.num_images == 0:
             raise no_images(dataset)

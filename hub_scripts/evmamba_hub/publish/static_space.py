@@ -90,8 +90,8 @@ def collect_static_files(
             them from the address in the page's settings.
 
     Raises:
-        UserError: If the id is invalid, an ONNX file is damaged, a file of the runtime is missing or of another
-            version, or the package onnx is missing.
+        UserError: If the id is invalid, an ONNX file is damaged, or the package onnx is missing. Also if a file of the
+            runtime is missing or of another version.
     """
     check_repo_id(repo_id)
     pictures = {EXAMPLES_FOLDER + path.name: path for path in examples}
