@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -39,6 +40,7 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from packaging.version import Version
 from transformers import BitImageProcessorPil
 from typer.testing import CliRunner
 
@@ -49,6 +51,7 @@ from evmamba_hub.export.runtimes import RUNTIMES
 from evmamba_hub.images.images import read_image
 from evmamba_hub.publish.card import TEMPLATE
 from evmamba_hub.publish.push import collect_model_files
+from evmamba_hub.publish.push_kernel import OLDEST_CLIENT
 from examples import draw_shapes, object_detection, semantic_segmentation
 from golden_values import original_state_dict
 from hub_server import HubServer
@@ -296,6 +299,8 @@ def why_not_run(words: list[str]) -> str | None:
             return "needs ImageNet"
         case ["evmamba", "export", *_] if "aoti" in words:
             return "compiles for a minute; test_export.py runs it"
+        case ["evmamba", "push-kernel", *_] if Version(huggingface_hub.__version__) < Version(OLDEST_CLIENT):
+            return "needs a newer client of the Hub"
         case ["evmamba", "check-runtimes", _]:
             return "compiles for minutes; test_runtimes.py runs it"
         case ["evmamba", *_]:
@@ -516,6 +521,23 @@ def test_every_name_of_the_authors_is_in_the_table():
     for ours, theirs in (MODULE_NAMES | BLOCK_NAMES).items():
         if ours not in ("mixer.", "mixer.dt_proj_"):  # stand for several tensors
             assert ours.rstrip(".") in text and theirs.rstrip(".") in text, ours
+
+
+def test_tables_of_versions_are_those_of_the_files():
+    text = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \w+ \| (3\.\d+) \| ([\d.]+) \| ([\d.]+) \| `(constraints[\w-]*\.txt)`", text, re.MULTILINE)
+    assert len(rows) == 3
+    for _, pytorch, transformers, file in rows:
+        pins = (ROOT / file).read_text().splitlines()
+        assert {f"torch=={pytorch}", f"transformers=={transformers}"} <= set(pins)
+    bounds = dict(re.findall(r"^    ([\w-]+)>=([\d.]+)", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
+    named = re.findall(
+        r"\b([a-z][a-z_-]+) (\d[\d.]*\d)", text.partition("| feature | needs |")[2].partition("\n\n")[0]
+    )
+    assert len(named) > 8
+    for package, version in named:
+        if package not in ("transformers", "huggingface_hub"):  # newer than the core
+            assert bounds[package] == version, package
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/installation.md"])
