@@ -13,7 +13,7 @@ LOWEST := .venv-lowest
 NEWEST := .venv-newest
 # what depends on versions; TESTS=tests runs everything
 TESTS ?= tests/kernels tests/modeling_evmamba tests/transformers_suites tests/training_evmamba/test_augmentation*.py \
-	tests/hub_scripts/evmamba_hub/cli tests/hub_scripts/evmamba_hub/inference/test_classify.py
+	tests/hub_scripts/evmamba_hub/cli/test_names.py tests/hub_scripts/evmamba_hub/inference/test_classify.py
 
 .PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel test-lowest test-newest bench-gpu \
 	digits docs lock quality style clean
