@@ -772,6 +772,14 @@ def expect_digits() -> list[list[Cell]]:
     return [[row["runtime"], row["correct"], float(row["largest difference"])] for row in rows]
 
 
+def expect_browser() -> list[list[Cell]]:
+    rows: dict[tuple[str, str], list[Cell]] = {}
+    for row in read_csv("browser.csv"):
+        figures = float(row["ms"]), float(row["min"]), float(row["max"])
+        rows.setdefault((row["network"], row["dtype"]), []).append(figures)
+    return [[*key, *cells] for key, cells in rows.items()]
+
+
 def expect_ablations() -> list[list[Cell]]:
     rows: dict[str, list[dict[str, str]]] = {}
     for row in read_csv("ablations.csv"):
@@ -808,6 +816,7 @@ TABLES = [
     ("ONNX files on CPUs", 0, expect_differences),
     ("ONNX files on CPUs", 1, expect_latencies),
     ("ONNX files on CPUs", 2, expect_digits),
+    ("In the browser", 0, expect_browser),
     ("Ablations", 0, expect_ablations),
     ("GPUs", 0, expect_registers),
 ]
