@@ -4,7 +4,8 @@ The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight
 its projections. `kernels/README.md` has the definition, symbols and derivations.
 
 PyTorch sees every backend as the operator `torch.ops.evmamba_kernels.atrous_selective_scan`. The exception is "torch",
-which consists of PyTorch operators: compilers trace through it.
+which consists of PyTorch operators: compilers trace through it. With gradients, "numba" is the operator
+`atrous_selective_scan_keeping_states`, whose backward pass need not compute the states between chunks again.
 """
 
 from math import prod
@@ -16,6 +17,7 @@ from .backends import (
     BACKENDS,
     NAMESPACE,
     choose_backend_once,
+    is_plain_call,
     is_transformed,
     register_flops,
     register_gradient,
@@ -75,6 +77,9 @@ def atrous_selective_scan(
     choice = choose_backend_once(hidden_states.device.type, hidden_states.dtype, backend)
     if choice.backend == "torch" or is_transformed():
         return atrous_selective_scan_torch(*arguments)
+    needs_gradients = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
+    if choice.backend == "numba" and needs_gradients and is_plain_call():
+        return scan_keeping_states_operator(*arguments, choice.backend)[0]
     return scan_operator(*arguments, choice.backend)
 
 
@@ -177,6 +182,61 @@ def fake_scan(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log,
 register_gradient(scan_operator, scan_bwd_operator, lambda *arguments: atrous_selective_scan_torch(*arguments[:-1]))
 
 
+@torch.library.custom_op(f"{NAMESPACE}::atrous_selective_scan_keeping_states", mutates_args=(), device_types="cpu")
+def scan_keeping_states_operator(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .atrous_selective_scan_numba import forward_keeping_states
+
+    if len(hidden_states) == 0:
+        return hidden_states.new_empty(hidden_states.shape), A_log.new_empty(0, dtype=torch.float32)
+    return forward_keeping_states(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::atrous_selective_scan_keeping_states_backward", mutates_args=(), device_types="cpu"
+)
+def scan_from_states_bwd_operator(
+    grad: torch.Tensor,
+    states: torch.Tensor,
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .atrous_selective_scan_numba import backward_from_states
+
+    arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    if len(hidden_states) == 0:
+        return tuple(argument.new_zeros(argument.shape) for argument in arguments)  # type: ignore[return-value]  # six
+    return backward_from_states(grad, states, *arguments)  # type: ignore[return-value]  # six
+
+
+@scan_keeping_states_operator.register_fake
+def fake_scan_keeping_states(hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
+    from .atrous_selective_scan_numba import shape_of_states
+
+    shape = shape_of_states(hidden_states, A_log) if len(hidden_states) else (0,)
+    return hidden_states.new_empty(hidden_states.shape), A_log.new_empty(shape, dtype=torch.float32)
+
+
+register_gradient(
+    scan_keeping_states_operator,
+    scan_from_states_bwd_operator,
+    lambda *arguments: atrous_selective_scan_torch(*arguments[:-1]),
+    num_kept=1,
+)
+
+
 def count_flops(map_shape, x_proj_shape, dt_proj_shape, dt_bias_shape, A_shape, D_shape, backend, *, out_shape) -> int:
     """Count the FLOPs of the projections and the recurrence for the pixels of the feature map, without the padding."""
     _, num_outputs, _ = x_proj_shape
@@ -189,5 +249,11 @@ def count_bwd_flops(grad_shape, *shapes, out_shape) -> int:
     return 2 * count_flops(*shapes, out_shape=grad_shape)
 
 
+def count_bwd_flops_from_states(grad_shape, states_shape, *shapes, out_shape) -> int:
+    return count_bwd_flops(grad_shape, *shapes, out_shape=out_shape)
+
+
 register_flops(scan_operator, count_flops)
 register_flops(scan_bwd_operator, count_bwd_flops)
+register_flops(scan_keeping_states_operator, count_flops)
+register_flops(scan_from_states_bwd_operator, count_bwd_flops_from_states)

@@ -5,9 +5,10 @@ steps. For each chunk, it finds the pixels, projects u to dt, B and C, and runs 
 time. Index arithmetic finds the pixels, so u and y are neither gathered nor scattered. Only the projections, delta and
 states of one chunk exist at a time, and stay in the caches.
 
-`scan_fwd_job` is a job of the forward pass. `scan_bwd_job`, a job of the backward pass, first stores the states
-between chunks. It then processes the chunks from the last to the first: forward for the states of all steps, and
-backward for the adjoints. PyTorch computes the gradients through the projection as two matrix products per group.
+`scan_fwd_job` is a job of the forward pass. It can keep the states before each chunk. `scan_bwd_job`, a job of the
+backward pass, computes them unless they were kept. It then processes the chunks from the last to the first: forward
+for the states of all steps, and backward for the adjoints. PyTorch computes the gradients through the projection as
+two matrix products per group.
 
 Symbols, shapes and the derivation of the adjoint: `kernels/README.md`.
 """
@@ -118,8 +119,12 @@ def work_dtype(*fields: str) -> np.dtype:
     return np.dtype([(field, np.int64) for field in (*COUNTERS, "u", *sizes, *Parameters._fields, *fields)])
 
 
-SCAN_FWD_WORK = work_dtype("y")
-SCAN_BWD_WORK = work_dtype("grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields))
+# `starts` is the address of the states before each chunk, (B, K, chunks, blocks, N, 16). It is 0 in a forward pass
+# that keeps none. A backward pass writes them unless `has_starts` is 1.
+SCAN_FWD_WORK = work_dtype("starts", "y")
+SCAN_BWD_WORK = work_dtype(
+    "has_starts", "starts", "grad_y", "grad_u", "grad_projected", *(f"grad_{name}" for name in Parameters._fields)
+)
 
 
 class PackedParameters(NamedTuple):
@@ -335,19 +340,30 @@ def scan_block(chunk, count, block, packed, sizes, h, y, y_start):
 
 
 @compiled
-def scan_fwd_job(job, inputs, y, packed, chunk, h):
+def copy_state(source, source_start, target, target_start, state_size):
+    for n in range(0, state_size * LANES, LANES):
+        store(target, target_start + n, load(source, source_start + n))
+
+
+@compiled
+def scan_fwd_job(job, inputs, y, packed, chunk, h, starts, keeps_states):
     """Compute y `(B, H, W, D)` for one job of (B, K, splits of the blocks of channels)."""
     u, _, parameters, sizes, num_splits = inputs
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
+    num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     num_blocks = (sizes.channels + LANES - 1) // LANES
+    state = sizes.state_size * LANES
     y_start = b * sizes.height * sizes.width * sizes.channels
     pack_parameters(packed, parameters, k, sizes)
     h[:] = float32(0.0)
-    for t in range(0, length, CHUNK_LENGTH):
-        count = min(CHUNK_LENGTH, length - t)
-        project_chunk(chunk, t, count, b, k, inputs, packed)
+    for c in range(num_chunks):
+        count = min(CHUNK_LENGTH, length - c * CHUNK_LENGTH)
+        project_chunk(chunk, c * CHUNK_LENGTH, count, b, k, inputs, packed)
         for block in range(num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits):
+            if keeps_states:
+                start = (((b * NUM_GROUPS + k) * num_chunks + c) * num_blocks + block) * state
+                copy_state(h, block * state, starts, start, sizes.state_size)
             load_u_and_delta(chunk, count, block, u, packed, sizes)
             scan_block(chunk, count, block, packed, sizes, h, y, y_start)
 
@@ -360,9 +376,10 @@ def scan_fwd_jobs(pointer):
     num_blocks = (sizes.channels + LANES - 1) // LANES
     packed, chunk = new_packed_parameters(sizes), new_chunk(sizes)
     h = new_floats(num_blocks * sizes.state_size * LANES)
+    starts = float_pointer(work.starts)
     job = claim_job(pointer)
     while job < work.num_jobs:
-        scan_fwd_job(job, inputs, y, packed, chunk, h)
+        scan_fwd_job(job, inputs, y, packed, chunk, h, starts, work.starts != 0)
         finish_job(pointer)
         job = claim_job(pointer)
 
@@ -387,15 +404,30 @@ def keep_states(chunk, count, block, packed, h, decays, sizes):
 
 
 @compiled
-def copy_state(source, source_start, target, target_start, state_size):
-    for n in range(0, state_size * LANES, LANES):
-        store(target, target_start + n, load(source, source_start + n))
+def keep_starts(starts, b, k, blocks, inputs, packed, chunk, h, decays):
+    """Compute the states before each chunk of group k of image b, for a range of blocks of channels."""
+    sizes = inputs.sizes
+    length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
+    num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+    num_blocks = (sizes.channels + LANES - 1) // LANES
+    state = sizes.state_size * LANES
+    first = (b * NUM_GROUPS + k) * num_chunks * num_blocks
+    for block in blocks:
+        for n in range(0, state, LANES):
+            store(starts, (first + block) * state + n, splat(float32(0.0)))
+    for c in range(num_chunks - 1):
+        project_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, b, k, inputs, packed)
+        for block in blocks:
+            start = (first + c * num_blocks + block) * state
+            load_u_and_delta(chunk, CHUNK_LENGTH, block, inputs.u, packed, sizes)
+            copy_state(starts, start, h, 0, sizes.state_size)
+            keep_states(chunk, CHUNK_LENGTH, block, packed, h, decays, sizes)
+            copy_state(h, CHUNK_LENGTH * state, starts, start + num_blocks * state, sizes.state_size)
 
 
 class BwdWorkspace(NamedTuple):
     """Workspace of a thread for the backward pass."""
 
-    starts: np.ndarray  # (chunks, blocks, N, 16), states before each chunk
     h: np.ndarray  # (T + 1, N, 16), states before each step of a chunk, and after the last
     decays: np.ndarray  # (T, N, 16)
     adjoint: np.ndarray  # (blocks, N, 16), of the state after the current step, through all later steps
@@ -408,12 +440,9 @@ class BwdWorkspace(NamedTuple):
 
 @compiled
 def new_bwd_workspace(sizes):
-    length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
-    num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     num_blocks = (sizes.channels + LANES - 1) // LANES
     state = sizes.state_size * LANES
     return BwdWorkspace(
-        new_floats(num_chunks * num_blocks * state),
         new_floats((CHUNK_LENGTH + 1) * state),
         new_floats(CHUNK_LENGTH * state),
         new_floats(num_blocks * state),
@@ -426,7 +455,7 @@ def new_bwd_workspace(sizes):
 
 
 @compiled
-def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
+def scan_bwd_job(job, inputs, starts, has_starts, gradients, packed, chunk, workspace):
     """Compute the gradients of the recurrence for one job of (B, K, splits of the blocks of channels)."""
     u, _, parameters, sizes, num_splits = inputs
     grad_y, grad_u, grad_projected, grad_parameters = gradients
@@ -435,22 +464,14 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
     length = (sizes.height + 1) // 2 * ((sizes.width + 1) // 2)
     num_chunks = (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     num_blocks = (sizes.channels + LANES - 1) // LANES
-    starts, h, decays, adjoint, sum_A, sum_weight, sum_bias, sum_skip, by_lane = workspace
+    h, decays, adjoint, sum_A, sum_weight, sum_bias, sum_skip, by_lane = workspace
     zero = splat(float32(0.0))
     split, k, b = job % num_splits, job // num_splits % NUM_GROUPS, job // num_splits // NUM_GROUPS
     first_block, last_block = num_blocks * split // num_splits, num_blocks * (split + 1) // num_splits
     y_start = b * sizes.height * sizes.width * sizes.channels
     pack_parameters(packed, parameters, k, sizes)
-
-    starts[: num_blocks * state] = float32(0.0)
-    for c in range(num_chunks - 1):
-        project_chunk(chunk, c * CHUNK_LENGTH, CHUNK_LENGTH, b, k, inputs, packed)
-        for block in range(first_block, last_block):
-            at = (c * num_blocks + block) * state
-            load_u_and_delta(chunk, CHUNK_LENGTH, block, u, packed, sizes)
-            copy_state(starts, at, h, 0, state_size)
-            keep_states(chunk, CHUNK_LENGTH, block, packed, h, decays, sizes)
-            copy_state(h, CHUNK_LENGTH * state, starts, at + num_blocks * state, state_size)
+    if not has_starts:
+        keep_starts(starts, b, k, range(first_block, last_block), inputs, packed, chunk, h, decays)
 
     adjoint[:] = float32(0.0)
     sum_A[:] = float32(0.0)
@@ -466,7 +487,8 @@ def scan_bwd_job(job, inputs, gradients, packed, chunk, workspace):
             existing = min(LANES, sizes.channels - channel)
             skip = load(packed.D, channel)
             load_u_and_delta(chunk, count, block, u, packed, sizes)
-            copy_state(starts, (c * num_blocks + block) * state, h, 0, state_size)
+            start = (((b * NUM_GROUPS + k) * num_chunks + c) * num_blocks + block) * state
+            copy_state(starts, start, h, 0, state_size)
             keep_states(chunk, count, block, packed, h, decays, sizes)
             for i in range(count - 1, -1, -1):
                 is_inside = chunk.pixel[i] >= 0
@@ -528,10 +550,10 @@ def scan_bwd_jobs(pointer):
     inputs = inputs_in(work, map_pointer(pointer, work.u))
     gradients = gradients_in(work, map_pointer(pointer, work.grad_y))
     packed, chunk = new_packed_parameters(inputs.sizes), new_chunk(inputs.sizes)
-    workspace = new_bwd_workspace(inputs.sizes)
+    workspace, starts = new_bwd_workspace(inputs.sizes), float_pointer(work.starts)
     job = claim_job(pointer)
     while job < work.num_jobs:
-        scan_bwd_job(job, inputs, gradients, packed, chunk, workspace)
+        scan_bwd_job(job, inputs, starts, work.has_starts == 1, gradients, packed, chunk, workspace)
         finish_job(pointer)
         job = claim_job(pointer)
 
@@ -582,12 +604,42 @@ def forward(
     """Compute the operator in float32. Returns the dtype of `hidden_states`."""
     call = prepare_call((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
-    run_jobs(compiled_kernel(scan_fwd_jobs, y.dtype), SCAN_FWD_WORK, call.work | {"y": y})
+    run_jobs(compiled_kernel(scan_fwd_jobs, y.dtype), SCAN_FWD_WORK, call.work | {"starts": 0, "y": y})
     return y.to(hidden_states.dtype)
 
 
-def backward(
+def shape_of_states(hidden_states: torch.Tensor, A_log: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of the states before each chunk: (B, K, chunks, blocks, N, 16)."""
+    batch_size, height, width, channels = hidden_states.shape
+    length = (height + 1) // 2 * ((width + 1) // 2)
+    num_chunks, num_blocks = -(-length // CHUNK_LENGTH), -(-channels // LANES)  # without floats, for traced sizes
+    return batch_size, NUM_GROUPS, num_chunks, num_blocks, A_log.shape[-1], LANES
+
+
+def forward_keeping_states(
+    hidden_states: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the output of `forward`, and the states before each chunk in float32 for `backward_from_states`."""
+    call = prepare_call((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
+    y = call.u.new_empty(call.u.shape)
+    starts = y.new_empty(shape_of_states(hidden_states, A_log), dtype=torch.float32)
+    run_jobs(compiled_kernel(scan_fwd_jobs, y.dtype), SCAN_FWD_WORK, call.work | {"starts": starts, "y": y})
+    return y.to(hidden_states.dtype), starts
+
+
+def backward(grad: torch.Tensor, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
+    return backward_from_states(grad, None, *arguments)
+
+
+def backward_from_states(
     grad: torch.Tensor,  # (B, H, W, D)
+    starts: torch.Tensor | None,  # (B, K, chunks, blocks, N, 16)
     hidden_states: torch.Tensor,  # (B, H, W, D)
     x_proj_weight: torch.Tensor,  # (K, R + 2N, D)
     dt_proj_weight: torch.Tensor,  # (K, D, R)
@@ -595,11 +647,14 @@ def backward(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
+    """Returns the same as `backward`. Computes the states of `forward_keeping_states` if they are not given."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     u, parameters, work = prepare_call(arguments)
     batch_size, height, width, _ = u.shape
     grad = readable(grad.detach().to(hidden_states.dtype)).contiguous()
+    work["has_starts"] = int(starts is not None)
+    if starts is None:
+        starts = u.new_empty(shape_of_states(hidden_states, A_log), dtype=torch.float32)
     grad_u = u.new_empty(u.shape, dtype=torch.float32)
     grad_projected = grad_u.new_empty(
         batch_size, NUM_GROUPS, work["num_splits"], (height + 1) // 2, (width + 1) // 2, work["projected"]
@@ -609,7 +664,7 @@ def backward(
         torch.empty_like(weight),
         *(grad_u.new_empty(batch_size, *other.shape) for other in others),
     )
-    outputs = (grad, grad_u, grad_projected, grad_weight, *grad_others)
+    outputs = (starts.contiguous(), grad, grad_u, grad_projected, grad_weight, *grad_others)
     names = SCAN_BWD_WORK.names[-len(outputs) :]
     run_jobs(compiled_kernel(scan_bwd_jobs, u.dtype), SCAN_BWD_WORK, work | dict(zip(names, outputs, strict=True)))
 

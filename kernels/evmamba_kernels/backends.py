@@ -275,19 +275,30 @@ def check_argument(name: str, tensor: torch.Tensor, hidden_states: torch.Tensor,
 
 
 def register_gradient(
-    operator: torch.library.CustomOpDef, bwd_operator: torch.library.CustomOpDef, in_pytorch: Callable
+    operator: torch.library.CustomOpDef,
+    bwd_operator: torch.library.CustomOpDef,
+    in_pytorch: Callable,
+    num_kept: int = 0,
 ) -> None:
     """Register `bwd_operator` as the backward pass of `operator`, its fake implementation, and its own gradient.
 
-    Autograd saves nothing but the arguments of an operator.
+    Autograd saves nothing but the arguments of an operator, and what `operator` keeps.
 
     Args:
         operator: Its arguments are tensors, except for the last one.
-        bwd_operator: Takes the gradient of the output and all arguments of `operator`. Returns the gradients of the
-            tensors.
+        bwd_operator: Takes the gradient of the output, what `operator` keeps, and all arguments of `operator`. Returns
+            the gradients of the tensors among these arguments.
         in_pytorch: Computes `operator` from the same arguments in PyTorch operators, for higher derivatives and for
             transforms of the backward pass.
+        num_kept: Number of outputs after the first one. They have no gradients, and only `bwd_operator` reads them.
     """
+
+    def keep_for_backward(ctx, inputs, output) -> None:
+        *tensors, ctx.last = inputs
+        kept = output[1:] if num_kept else ()
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # for `kept`: a backward pass without a gradient of the output does not run
+        ctx.save_for_backward(*kept, *tensors)
 
     def keep_arguments(ctx, inputs, output) -> None:
         *tensors, ctx.last = inputs
@@ -297,22 +308,24 @@ def register_gradient(
         pull_back = torch.func.vjp(lambda *tensors: in_pytorch(*tensors, last), *tensors)[1]
         return pull_back(grad)
 
-    def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def differentiate(ctx, grad: torch.Tensor, *_) -> tuple[torch.Tensor | None, ...]:
         if is_transformed():
-            return *backward_in_pytorch(ctx.last, grad, *ctx.saved_tensors), None
+            return *backward_in_pytorch(ctx.last, grad, *ctx.saved_tensors[num_kept:]), None
         return *bwd_operator(grad, *ctx.saved_tensors, ctx.last), None
 
     def differentiate_twice(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pull_back = torch.func.vjp(partial(backward_in_pytorch, ctx.last), *ctx.saved_tensors)[1]
-        return *pull_back(grads), None
+        grad, *others = ctx.saved_tensors
+        pull_back = torch.func.vjp(partial(backward_in_pytorch, ctx.last), grad, *others[num_kept:])[1]
+        grad_of_grad, *gradients = pull_back(grads)
+        return grad_of_grad, *[None] * num_kept, *gradients, None
 
-    operator.register_autograd(differentiate, setup_context=keep_arguments)
+    operator.register_autograd(differentiate, setup_context=keep_for_backward)
     bwd_operator.register_autograd(differentiate_twice, setup_context=keep_arguments)
 
     @bwd_operator.register_fake
     def fake_backward(grad, *arguments):
         *tensors, _ = arguments
-        return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+        return tuple(tensor.new_empty(tensor.shape) for tensor in tensors[num_kept:])
 
 
 def register_flops(operator: torch.library.CustomOpDef, count: Callable[..., int]) -> None:

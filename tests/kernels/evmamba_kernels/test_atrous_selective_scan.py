@@ -20,7 +20,12 @@ from torch.library import CustomOpDef
 import evmamba_kernels
 from devices import BACKENDS, DEVICE, IS_INTERPRETED, sized
 from evmamba_kernels import atrous_selective_scan, choose_backend, use_backend
-from evmamba_kernels.atrous_selective_scan import scan_bwd_operator, scan_operator
+from evmamba_kernels.atrous_selective_scan import (
+    scan_bwd_operator,
+    scan_from_states_bwd_operator,
+    scan_keeping_states_operator,
+    scan_operator,
+)
 from evmamba_kernels.atrous_selective_scan_reference import (
     atrous_selective_scan_reference,
     group_pixels,
@@ -478,6 +483,12 @@ def test_operator_registration(backend, shape):
     grad = torch.ones_like(arguments[0]).requires_grad_()
     without_tracing = ("test_schema", "test_autograd_registration", "test_faketensor")  # tracing takes a minute
     torch.library.opcheck(scan_bwd_operator, (grad, *arguments, backend), test_utils=without_tracing)
+    if backend == "numba":
+        torch.library.opcheck(scan_keeping_states_operator, (*arguments, backend))
+        y, states = scan_keeping_states_operator(*arguments, backend)
+        assert y.requires_grad and not states.requires_grad
+        kept = (grad, states, *arguments, backend)
+        torch.library.opcheck(scan_from_states_bwd_operator, kept, test_utils=without_tracing)
 
 
 def test_copies_do_not_take_each_others_operators(tmp_path, monkeypatch):

@@ -108,6 +108,40 @@ def test_the_number_of_threads_changes_nothing(num_threads):
         torch.testing.assert_close(gradient, single, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 7, 21, 5), (1, 1, 1, 1), (40, 35, 33, 16)], ids=str)
+def test_kept_states_change_no_bit(sizes, dtype):
+    """The largest map has ten chunks. All gradients are those of a backward pass that computes the states."""
+    height, width, channels, state_size = sizes
+    u, *parameters = arguments(height=height, width=width, channels=channels, state_size=state_size)
+    u = u.to(dtype).transpose(1, 2)
+    y, states = kernels.forward_keeping_states(u, *parameters)
+    assert states.shape == kernels.shape_of_states(u, parameters[3]) and states.dtype == torch.float32
+    assert torch.equal(y, kernels.forward(u, *parameters))
+    grad = torch.randn(y.shape).to(dtype)
+    expected = kernels.backward(grad, u, *parameters)
+    strided = torch.stack([states, states], dim=-1)[..., 0]
+    for kept in (states, strided):
+        assert all(map(torch.equal, kernels.backward_from_states(grad, kept, u, *parameters), expected))
+
+
+def test_kept_states_are_those_of_the_recurrence(num_threads):
+    """Without decay, the state before a chunk is the sum of all earlier inputs. Threads split blocks of channels."""
+    tensors = arguments(batch_size=1, height=12, width=14, channels=37)
+    u, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, _ = tensors
+    A_log[:] = -100
+    _, states = kernels.forward_keeping_states(*tensors)
+    state_size, rank = A_log.shape[-1], dt_proj_weight.shape[-1]
+    u_0 = u[0, ::2, ::2].flatten(0, 1).double()  # the pixels of group 0
+    dt, B, _ = (u_0 @ x_proj_weight[0].double().T).split([rank, state_size, state_size], dim=-1)
+    delta = torch.nn.functional.softplus(dt @ dt_proj_weight[0].double().T + dt_proj_bias[0].double())
+    added = torch.einsum("td,tn->tnd", delta * u_0, B)
+    assert kernels.CHUNK_LENGTH < len(added) < 2 * kernels.CHUNK_LENGTH
+    assert not states[:, :, 0].any()
+    actual = states[0, 0, 1].transpose(0, 1).flatten(1)[:, :37]  # (N, D)
+    torch.testing.assert_close(actual.double(), added[: kernels.CHUNK_LENGTH].sum(dim=0), rtol=1e-5, atol=1e-6)
+
+
 def test_every_element_is_written(monkeypatch):
     """Allocated memory holds NaN, so an output that is not written shows."""
     tensors = arguments(height=9, width=7, channels=21, state_size=5)
