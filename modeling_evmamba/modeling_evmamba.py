@@ -88,6 +88,41 @@ def apply_to_pixels(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tens
     return layer(hidden_states.flatten(1, 2)).unflatten(1, hidden_states.shape[1:3])
 
 
+def is_ordinary(layer: nn.Linear) -> bool:
+    """Returns whether calling a layer computes `F.linear` of its plain parameters, and nothing else.
+
+    Adapters and quantizers change the class of a layer, its `forward`, or the class of its weight. Others add hooks.
+    """
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and not has_hooks
+        and not torch.nn.modules.module._has_any_global_hook()
+        and type(layer.weight) in (torch.Tensor, nn.Parameter)
+    )
+
+
+def apply_in_halves(layer: nn.Linear, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Apply a linear layer to each pixel, and split the channels: (B, H, W, C) -> two maps (B, H, W, C' / 2).
+
+    Training on CPUs takes two products, so each half is dense. Then the convolution of one half copies no map, and
+    autograd joins the gradients of half a weight each, not of half a map each.
+    """
+    is_for_training = (
+        torch.is_grad_enabled()
+        and type(hidden_states) is torch.Tensor  # not in graphs
+        and hidden_states.device.type == "cpu"
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    )
+    if not (is_for_training and is_ordinary(layer)):
+        return apply_to_pixels(layer, hidden_states).chunk(2, dim=-1)
+    pixels, shape = hidden_states.flatten(1, 2), hidden_states.shape[1:3]
+    biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
+    parameters = zip(layer.weight.chunk(2), biases, strict=True)
+    return tuple(F.linear(pixels, weight, bias).unflatten(1, shape) for weight, bias in parameters)
+
+
 class EfficientVMambaDropPath(nn.Module):
     """Stochastic depth per sample (https://arxiv.org/abs/1603.09382). It is the identity outside of training."""
 
@@ -193,7 +228,7 @@ class EfficientVMambaES2D(nn.Module):
         init.ones_(self.D)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        hidden_states, z = apply_to_pixels(self.in_proj, hidden_states).chunk(2, dim=-1)  # (B, H, W, D) each
+        hidden_states, z = apply_in_halves(self.in_proj, hidden_states)  # (B, H, W, D) each
         hidden_states = self.activation(self.conv2d(hidden_states.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         hidden_states = atrous_selective_scan(
             hidden_states,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
@@ -28,6 +29,7 @@ from modeling_evmamba import (
     EfficientVMambaPreTrainedModel,
     optimize_for_inference,
 )
+from modeling_evmamba.modeling_evmamba import apply_in_halves
 
 
 SMALL = {"patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "block_types": ["evss", "inverted_residual"]}
@@ -311,6 +313,105 @@ def test_flops_of_a_backward_pass():
     assert total[scan] == forward[scan]
     products = {"aten.mm", "aten.addmm"}
     assert sum(total[name] for name in products) == 3 * sum(forward[name] for name in products)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_training_on_cpus_computes_dense_halves(bias):
+    """The halves and all gradients are those of one product. Without gradients, there is one product."""
+    layer, x = nn.Linear(8, 32, bias=bias), random_images(2, 5, 3, 8).requires_grad_()
+    with torch.no_grad():
+        assert not any(half.is_contiguous() for half in apply_in_halves(layer, x))
+    halves = apply_in_halves(layer, x)
+    expected = layer(x).chunk(2, dim=-1)
+    grads = [random_images(*half.shape, seed=seed) for seed, half in enumerate(halves)]
+    leaves = [x, *layer.parameters()]
+    assert all(half.is_contiguous() for half in halves)
+    torch.testing.assert_close(halves, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(halves, leaves, grads), torch.autograd.grad(expected, leaves, grads), rtol=1e-5, atol=1e-5
+    )
+
+
+class CountedLinear(nn.Linear):
+    """An adapter in the place of a layer."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        return super().forward(hidden_states)
+
+
+def change_class(layer: nn.Linear) -> None:
+    layer.__class__ = CountedLinear
+
+
+def change_forward(layer: nn.Linear) -> None:
+    """As accelerate does, which loads weights just before the call."""
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        layer.num_calls += 1
+        return nn.Linear.forward(layer, hidden_states)
+
+    layer.forward = forward
+
+
+def add_hook(register: str) -> Callable[[nn.Linear], object]:
+    def add(layer: nn.Linear) -> object:
+        def count(*_) -> None:
+            layer.num_calls += 1
+
+        return getattr(layer, register)(count)
+
+    return add
+
+
+def add_global_hook(layer: nn.Linear) -> object:
+    def count(module: nn.Module, *_) -> None:
+        layer.num_calls += module is layer
+
+    return nn.modules.module.register_module_forward_hook(count)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_class,
+        change_forward,
+        add_global_hook,
+        *map(add_hook, ("register_forward_hook", "register_forward_pre_hook")),
+        *map(add_hook, ("register_full_backward_hook", "register_full_backward_pre_hook")),
+    ],
+    ids=["class", "forward", "global hook", "forward hook", "pre-hook", "backward hook", "backward pre-hook"],
+)
+def test_training_calls_a_changed_input_projection(change):
+    model = create_model().train()
+    layer = next(module for name, module in model.named_modules() if name.endswith("in_proj"))
+    layer.num_calls = 0
+    handle = change(layer)
+    try:
+        model(random_images(2, 3, 16, 16)).logits.sum().backward()
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert layer.num_calls == 1
+    assert layer.weight.grad.any()
+
+
+def test_training_uses_the_products_of_tensor_subclasses():
+    """Quantized weights have products of their own."""
+
+    class Weight(torch.Tensor):
+        num_products = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), named_arguments=None):
+            cls.num_products += function is F.linear
+            return super().__torch_function__(function, types, arguments, named_arguments or {})
+
+    layer = nn.Linear(8, 32)
+    weight = layer.weight.detach().as_subclass(Weight).requires_grad_()
+    layer.weight = nn.Parameter(weight)
+    apply_in_halves(layer, random_images(2, 5, 3, 8))
+    assert Weight.num_products == 1
 
 
 def test_flops_on_the_meta_device():
