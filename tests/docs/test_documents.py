@@ -734,6 +734,22 @@ def expect_image_sizes() -> list[list[Cell]]:
     ]
 
 
+def expect_dense(file: str) -> list[list[Cell]]:
+    figures = ("median ms", "/ Swin-T", "/ ResNet-50", "ns per pixel", "peak MiB")
+    return [
+        [row["backbone"], row["image"].replace("x", " x "), *(float(row[name]) for name in figures)]
+        for row in read_csv(file)
+    ]
+
+
+def expect_rt_detr() -> list[list[Cell]]:
+    return expect_dense("dense_rt_detr.csv")
+
+
+def expect_upernet() -> list[list[Cell]]:
+    return expect_dense("dense_upernet.csv")
+
+
 def expect_differences() -> list[list[Cell]]:
     return [
         [row["network"], row["image"], row["batch"], *map(float, list(row.values())[3:])]
@@ -817,6 +833,8 @@ TABLES = [
     ("ONNX files on CPUs", 1, expect_latencies),
     ("ONNX files on CPUs", 2, expect_digits),
     ("In the browser", 0, expect_browser),
+    ("Segmentation and detection on CPUs", 0, expect_rt_detr),
+    ("Segmentation and detection on CPUs", 1, expect_upernet),
     ("Ablations", 0, expect_ablations),
     ("GPUs", 0, expect_registers),
 ]
