@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_torchvision_available
 
 from golden_values import image, original_state_dict, relative_error
 from modeling_evmamba import EfficientVMambaBackbone
@@ -168,7 +169,8 @@ def test_image_processor(evmamba, tmp_path):
     resized = picture.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 58 + 224, 16 + 224))
     expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None] / 255
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    torch.testing.assert_close(actual, (expected - mean) / std, atol=1e-5, rtol=0)
+    atol = 2.1 / 255 / std.min() if is_torchvision_available() else 1e-5  # torchvision resizes with other roundings
+    torch.testing.assert_close(actual, (expected - mean) / std, atol=float(atol), rtol=0)
 
 
 @pytest.mark.parametrize(
