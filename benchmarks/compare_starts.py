@@ -39,8 +39,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "detection": Task("object_detection.py", "map_50", 400, []),
-    "segmentation": Task("semantic_segmentation.py", "mean_iou", 300, ["--hidden-size", "64"]),
+    "detection": Task("object_detection.py", "map_50", 200, []),
+    "segmentation": Task("semantic_segmentation.py", "mean_iou", 150, ["--hidden-size", "64"]),
 }
 
 
@@ -105,7 +105,7 @@ def summarize(runs: list[Run]) -> list[dict[str, object]]:
 
 def main(
     tasks: Annotated[list[str] | None, typer.Option("--task", help="detection or segmentation \\[both]")] = None,
-    steps: Annotated[int | None, typer.Option(min=2, help="Steps of a run \\[400 and 300]")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of a run \\[200 and 150]")] = None,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, a multiple of 16.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Runs from each start.")] = 3,
     training_images: Annotated[int, typer.Option(min=1, help="Images to train on.")] = 400,

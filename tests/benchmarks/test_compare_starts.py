@@ -11,9 +11,9 @@ from modeling_evmamba import EfficientVMambaBackbone, EfficientVMambaConfig
 
 
 RUNS = [
-    compare_starts.Run("detection", "checkpoint", 0, 400, "map_50", 0.5, 0.625, 90.0),
-    compare_starts.Run("detection", "checkpoint", 1, 400, "map_50", 0.25, 0.75, 90.0),
-    compare_starts.Run("detection", "scratch", 0, 400, "map_50", 0.125, 0.5, 90.0),
+    compare_starts.Run("detection", "checkpoint", 0, 200, "map_50", 0.5, 0.625, 90.0),
+    compare_starts.Run("detection", "checkpoint", 1, 200, "map_50", 0.25, 0.75, 90.0),
+    compare_starts.Run("detection", "scratch", 0, 200, "map_50", 0.125, 0.5, 90.0),
 ]
 
 
