@@ -750,6 +750,21 @@ def expect_upernet() -> list[list[Cell]]:
     return expect_dense("dense_upernet.csv")
 
 
+def expect_starts() -> list[list[Cell]]:
+    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read_csv("starts.csv"):
+        runs.setdefault((row["task"], row["start"]), []).append(row)
+    cells: list[list[Cell]] = []
+    for (task, start), group in runs.items():
+        assert [row["seed"] for row in group] == ["0", "1", "2"]
+        figures: list[Cell] = []
+        for moment in ("halfway", "end"):
+            values = [100 * float(row[moment]) for row in group]
+            figures += [fmean(values), (min(values), max(values))]
+        cells.append([task, start, *figures])
+    return cells
+
+
 def expect_differences() -> list[list[Cell]]:
     return [
         [row["network"], row["image"], row["batch"], *map(float, list(row.values())[3:])]
@@ -835,6 +850,7 @@ TABLES = [
     ("In the browser", 0, expect_browser),
     ("Segmentation and detection on CPUs", 0, expect_rt_detr),
     ("Segmentation and detection on CPUs", 1, expect_upernet),
+    ("Starts of dense models", 0, expect_starts),
     ("Ablations", 0, expect_ablations),
     ("GPUs", 0, expect_registers),
 ]
