@@ -56,6 +56,11 @@ def test_learns_and_leaves_a_model_ready_to_push(make_recipe, stripes, tmp_path)
     assert model.config.id2label == {0: "horizontal", 1: "vertical"}
     averages = load_file(output / "checkpoints" / "step-0000037" / "ema.safetensors")
     assert_same_weights(model.state_dict(), averages)
+    earlier = output / "checkpoints" / "step-0000033" / "ema.safetensors"
+    model_of_earlier = shutil.copytree(output / "model", tmp_path / "earlier")
+    shutil.copy(earlier, model_of_earlier / "model.safetensors")
+    model = EfficientVMambaForImageClassification.from_pretrained(model_of_earlier)
+    assert_same_weights(model.state_dict(), load_file(earlier))
     classifier = pipeline("image-classification", model=str(output / "model"))
     held_out = sorted((stripes / "validation").glob("*/*.png"))
     right = [classifier(str(path))[0]["label"] == path.parent.name for path in held_out]
