@@ -64,7 +64,7 @@ def push(
 
         evmamba push efficientvmamba-tiny someone/efficientvmamba-tiny --with-onnx
 
-        evmamba push flowers someone/flowers --base-model someone/efficientvmamba-tiny --license apache-2.0
+        evmamba push flowers-model someone/flowers --base-model someone/efficientvmamba-tiny --license apache-2.0
     """
     from transformers.utils import logging
 
