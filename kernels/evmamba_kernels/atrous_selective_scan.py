@@ -4,8 +4,8 @@ The operator is ES2D of "EfficientVMamba: Atrous Selective Scan for Light Weight
 its projections. `kernels/README.md` has the definition, symbols and derivations.
 
 PyTorch sees every backend as the operator `torch.ops.evmamba_kernels.atrous_selective_scan`. The exception is "torch",
-which consists of PyTorch operators: compilers trace through it. With gradients, "numba" is the operator
-`atrous_selective_scan_keeping_states`, whose backward pass need not compute the states between chunks again.
+which consists of PyTorch operators: compilers trace through it. With gradients and outside of graphs, "numba" is the
+operator `atrous_selective_scan_keeping_states`. Its backward pass need not compute the states between chunks again.
 """
 
 from math import prod
