@@ -1,7 +1,7 @@
 """Report the compiled Triton kernels of several GPUs: registers, shared memory, spills, and instructions per state.
 
 The instructions are those of a state in the loops over tiles. "Unequal" counts sums over lanes into which each lane
-fuses its own product: the lanes round differently, so the bits depend on the lane that stores the sum.
+fuses its own product. The lanes round differently, so the bits depend on the lane that stores the sum.
 
 This needs no GPU, since Triton includes the assemblers.
 

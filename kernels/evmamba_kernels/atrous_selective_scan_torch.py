@@ -109,7 +109,7 @@ def atrous_selective_scan_torch(
     device = hidden_states.device
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     length = ((height + 1) // 2) * ((width + 1) // 2)
-    # Steps after the end of a sequence change nothing before it. At least two chunks are needed: PyTorch treats a size
+    # Steps after the end of a sequence change nothing before it. At least two chunks are needed. PyTorch treats a size
     # of 1 as a constant, so an exported graph could not cover both one chunk and many.
     num_chunks = length // CHUNK_LENGTH + 2
     num_steps = num_chunks * CHUNK_LENGTH

@@ -62,10 +62,10 @@ class Config(NamedTuple):
 
 # Keys: backend of Triton, warp size, and oldest compute capability (0 except on CUDA). The first match applies.
 #
-# The rows follow the compiler's report, not measurements: the longest tiles and most channels that keep every kernel
-# in registers on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints the report, tests check it, and
-# `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU have small tiles, since their code has not been
-# examined. `make bench-gpu` measures on a device.
+# The rows follow the compiler's report, not measurements. They have the longest tiles and most channels that keep
+# every kernel in registers on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints the report, tests
+# check it, and `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU have small tiles, since their code
+# has not been examined. `make bench-gpu` measures on a device.
 CONFIGS = {
     ("cuda", 32, 90): Config(16, 8, 32, 8, 64, 64, "tf32x3", 11, 8),
     # spills with 64 channels, and with 64 projected steps, since warps then repeat each other's products

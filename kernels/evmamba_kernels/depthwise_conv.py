@@ -1,8 +1,8 @@
 """The depthwise convolutions of the blocks, fused with the activation and the mean over the feature map.
 
-As PyTorch operators, these take up to four passes over the feature map: a copy if it is half of another one, the
-convolution, the activation, and the mean. The kernel for inference on CPUs takes one pass. It supports 3 x 3 windows.
-With gradients, on other devices and in compiled graphs, PyTorch operators run instead.
+As PyTorch operators, these take up to four passes over the feature map. They are a copy if it is half of another one,
+the convolution, the activation, and the mean. The kernel for inference on CPUs takes one pass. It supports 3 x 3
+windows. With gradients, on other devices and in compiled graphs, PyTorch operators run instead.
 """
 
 from math import prod
