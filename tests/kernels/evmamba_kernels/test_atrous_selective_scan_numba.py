@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from evmamba_kernels import atrous_selective_scan_numba as kernels
 from evmamba_kernels import numba_simd as simd
 from evmamba_kernels import numba_threads as threads
 from evmamba_kernels.atrous_selective_scan_reference import random_arguments
-from kernel_cache import KERNELS
 
 
 def arguments(batch_size=2, height=17, width=14, channels=40, state_size=16, rank=3, seed=0):
@@ -349,15 +347,6 @@ def use_cache(folder: Path) -> subprocess.CompletedProcess:
     run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return run
-
-
-def test_parallel_tests_share_out_the_compilation_of_every_kernel():
-    kernels_of_sources = {
-        (path.stem, name)
-        for path in Path(threads.__file__).parent.glob("*numba*.py")
-        for name in re.findall(r"def (\w+_jobs)\(pointer\)", path.read_text(encoding="utf-8"))
-    }
-    assert {(module, name) for module, name, _ in KERNELS} == kernels_of_sources
 
 
 @pytest.mark.slow
