@@ -69,7 +69,7 @@ $(NEWEST)/.installed: PYTHON = python3.13
 	@echo "Installing the $* versions into .venv-$*. It takes minutes, and about 8 GB with PyTorch for CUDA."
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-$*/bin/uv pip install --quiet --python .venv-$* -c constraints-$*.txt -e ".[test,timm]"
+	.venv-$*/bin/uv pip install --system-certs --quiet --python .venv-$* -c constraints-$*.txt -e ".[test,timm]"
 	touch $@
 
 # Numba's cache does not tell versions of Numba apart.
@@ -112,7 +112,7 @@ digits: $(INSTALLED)  ## Retrain the bundled model of handwritten digits.
 	cp -r build/digits-run/model demo/digits
 
 # A pin stays while it fits: delete its line to renew it. The build of PyTorch chooses its own Triton.
-LOCK := $(BIN)/uv pip compile --quiet --no-annotate --custom-compile-command "make lock" --no-emit-package triton \
+LOCK := $(BIN)/uv pip compile --system-certs --quiet --no-annotate --custom-compile-command "make lock" --no-emit-package triton \
 	setup.cfg --extra test
 
 lock: $(INSTALLED)  ## Pin the versions that tests run with, after a change of setup.cfg.
