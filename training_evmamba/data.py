@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from evmamba_hub.errors import UserError
-from evmamba_hub.images.image_files import list_directories
+from evmamba_hub.images.image_files import add_ignored, list_directories, search_images
 from evmamba_hub.images.labeled_images import (
     ImageFolder,
     IndexedImages,
@@ -97,7 +97,8 @@ def find_class_names(images: LabeledImages) -> list[str]:
     if isinstance(images, ImageFolder):
         used = {images.find_class(file) for file in images.files}
         if empty := [path for path in list_directories(images.folder) if images.find_class(path) not in used]:
-            raise UserError(f"the class directory {empty[0]} holds no image: fill it, or remove it")
+            message = f"the class directory {empty[0]} holds no image: fill it, or remove it"
+            raise UserError(add_ignored(message, search_images(empty[0]).ignored))
     if images.num_images == 0:
         raise UserError(f"{images.name} holds no images")
     if isinstance(images, IndexedImages):

@@ -373,7 +373,10 @@ def test_a_dataset_without_any_readable_image(make_recipe, tmp_path):
 def test_a_class_without_images(make_recipe, stripes, tmp_path):
     shutil.copytree(stripes / "train", tmp_path / "images")
     (tmp_path / "images" / "diagonal").mkdir()
-    with pytest.raises(UserError, match=r"the class directory .*diagonal holds no image"):
+    with pytest.raises(UserError, match=r"the class directory .*diagonal holds no image: fill it, or remove it$"):
+        open_data(make_recipe(dataset=str(tmp_path / "images")))
+    (tmp_path / "images" / "diagonal" / "photo.heic").write_bytes(b"")
+    with pytest.raises(UserError, match=r"remove it\. Ignored 1 file that is hidden or no image .*photo\.heic$"):
         open_data(make_recipe(dataset=str(tmp_path / "images")))
 
 

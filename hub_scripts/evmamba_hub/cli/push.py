@@ -48,7 +48,8 @@ def push(
 
     The commit holds weights, configuration, image processor, card and the network's code. A README.md in the directory
     is the card. The repository's id replaces the placeholder in a card of `evmamba train`. Without a README.md, a card
-    is rendered. Log in with `hf auth login`, or set `HF_TOKEN`.
+    is rendered. The card replaces that on the Hub, with all changes made there. Log in with `hf auth login`, or set
+    `HF_TOKEN`.
 
     Earlier weights that `from_pretrained` would load in place of the new ones are deleted. Variants such as
     `model.fp16.safetensors` and all other files stay. An interrupted upload leaves the repository as it was. Run the

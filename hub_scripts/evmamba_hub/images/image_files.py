@@ -169,10 +169,8 @@ def find_images(paths: list[Path]) -> FoundImages:
         if os.path.isdir(path):
             files, ignored = search_images(path)
             if not files:
-                others = f". {describe_ignored(ignored)}" if ignored else ""
-                raise UserError(
-                    f"the directory {path} holds no image: give one with files of a format that Pillow reads{others}"
-                )
+                message = f"the directory {path} holds no image: give one with files of a format that Pillow reads"
+                raise UserError(add_ignored(message, ignored))
             found.files.extend(files)
             found.ignored.extend(ignored)
         elif os.path.exists(path):
@@ -186,3 +184,8 @@ def describe_ignored(ignored: list[Path]) -> str:
     """Returns a sentence about the ignored files for the user."""
     files = "1 file that is" if len(ignored) == 1 else f"{len(ignored):,} files that are"
     return f"Ignored {files} hidden or no image by name, such as {ignored[0]}"
+
+
+def add_ignored(message: str, ignored: list[Path]) -> str:
+    """Returns a message about missing images, with a sentence about the ignored files if there are any."""
+    return f"{message}. {describe_ignored(ignored)}" if ignored else message

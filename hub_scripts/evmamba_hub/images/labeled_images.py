@@ -32,6 +32,7 @@ from evmamba_hub.images.layouts import (
     is_image_folder,
     is_saved_dataset,
     list_class_folders,
+    list_metadata_files,
     read_metadata,
 )
 from evmamba_hub.wording import shorten
@@ -338,18 +339,29 @@ def open_folder(folder: Path, split: str | None, image_column: str | None, label
     A metadata file holds if it has labels, or if there are no classes.
 
     Raises:
-        UserError: If the directory holds neither, or the user names columns of classes.
+        UserError: If the directory holds neither, its metadata file names no images, or the user names columns of
+            classes.
     """
-    metadata = read_metadata(folder)
+    metadata, has_classes = read_metadata(folder), len(list_class_folders(folder)) > 1
     if metadata is not None:
         has_labels = (label_column or "label") in metadata.rows.columns
-        if has_labels or label_column is not None or len(list_class_folders(folder)) < 2:
+        if has_labels or label_column is not None or not has_classes:
             return open_metadata(metadata, image_column, label_column, split)
+        reason = f"{metadata.file} has no column label"
+    elif files := list_metadata_files(folder):
+        if not has_classes:
+            form = "in UTF-8, with commas and" if files[0].suffix == ".csv" else "with"
+            raise UserError(
+                f"{files[0]} names no images: save it {form} the columns {FILE_NAME} and label, or move it away"
+            )
+        reason = f"{files[0]} names no images"
+    else:
+        reason = None
     if (image_column, label_column) != (None, None):
         raise UserError(f"{folder} {NO_TABLE}")
     images = ImageFolder(folder, split)
-    if metadata is not None:
-        images.notes += (f"Took the directories as classes, because {metadata.file} has no column label",)
+    if reason is not None:
+        images.notes += (f"Took the directories as classes, because {reason}",)
     return images
 
 

@@ -36,6 +36,7 @@ MODEL_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".onnx", ".pt2
 ARCHIVE_SUFFIXES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 
 FILE_NAME = "file_name"  # the column of a metadata file
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # What datasets for detection and segmentation have in the place of classes, in lower case
 IMAGE_PARTS = {"images", "jpegimages"}
@@ -93,20 +94,22 @@ class Metadata(NamedTuple):
     rows: "pandas.DataFrame"
 
 
+def list_metadata_files(folder: Path) -> list[Path]:
+    """Returns the files in a directory that have the name of a metadata file."""
+    names = {entry.name for entry in list_entries(folder)}
+    return [folder / name for name in METADATA_FILES if name in names]
+
+
 def read_metadata(folder: Path) -> Metadata | None:
     """Read the metadata file of a directory as the format `imagefolder` of `datasets` has it, with `file_name`.
 
     Raises:
         UserError: If there is a metadata file, and no package that reads it.
     """
-    names = [entry.name for entry in list_entries(folder)]
-    for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
-        if name not in names:
-            continue
+    for file in list_metadata_files(folder):
         require("datasets", extra="evaluate")  # brings pandas
         import pandas
 
-        file = folder / name
         try:
             if file.suffix == ".csv":
                 rows = pandas.read_csv(file, keep_default_na=False, na_values=[""], low_memory=False)
@@ -131,7 +134,7 @@ def is_split_folder(path: Path) -> bool:
     """Returns whether a directory with the name of a split is one: images in classes, or with a metadata file."""
     if find_split_kind(path.name) is None:
         return False
-    return any(map(holds_image, list_directories(path))) or (read_metadata(path) is not None and holds_image(path))
+    return any(map(holds_image, list_directories(path))) or (bool(list_metadata_files(path)) and holds_image(path))
 
 
 def find_split_folders(folder: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:

@@ -302,6 +302,42 @@ def test_a_metadata_file_beside_classes(digit_images, tmp_path):
     assert any("Read the labels in the column label of" in note for note in opened.notes)
 
 
+TABLES = {
+    "semicolons": ("metadata.csv", b"file_name;label\nimages/0.png;zero\n"),
+    "tabs": ("metadata.csv", b"file_name\tlabel\nimages/0.png\tzero\n"),
+    "cp1252": ("metadata.csv", "file_name,label\nimages/0.png,pêche\n".encode("cp1252")),
+    "utf-16": ("metadata.csv", "file_name,label\nimages/0.png,pêche\n".encode("utf-16")),
+    "another column": ("metadata.csv", b"image,label\nimages/0.png,zero\n"),
+    "header only": ("metadata.csv", b"file_name,label\n"),
+    "empty": ("metadata.csv", b""),
+    "cut JSON": ("metadata.jsonl", b'{"file_name": "images/0.png", "lab'),
+    "damaged Parquet": ("metadata.parquet", b"PAR1"),
+}
+
+
+@pytest.mark.parametrize("name, content", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("place", [".", "images", "photos"])
+@pytest.mark.parametrize("splits", [(), ("train", "val")], ids=["one set", "splits"])
+def test_a_metadata_file_that_names_no_images(digit_images, tmp_path, name, content, place, splits):
+    for folder in [tmp_path / split for split in splits] or [tmp_path]:
+        shutil.copytree(digit_images / "3", folder / place, dirs_exist_ok=True)
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} names no images: save it .* with .*columns file_name and label, or"):
+        open_dataset(str(tmp_path))
+    with pytest.raises(UserError, match=rf"{name} names no images"):
+        open_dataset(str(tmp_path), label_column="label")
+
+
+@pytest.mark.parametrize("name, content", TABLES.values(), ids=TABLES)
+def test_a_metadata_file_that_names_no_images_beside_classes(digit_images, tmp_path, name, content):
+    for digit in "35":
+        shutil.copytree(digit_images / digit, tmp_path / digit)
+    (tmp_path / name).write_bytes(content)
+    opened = open_dataset(str(tmp_path))
+    assert opened.class_names == ["3", "5"]
+    assert f"Took the directories as classes, because {tmp_path / name} names no images" in opened.notes
+
+
 @pytest.fixture(params=["brackets", "a linked directory", "both"])
 def odd_directory(request, digits, tmp_path) -> Path:
     """A directory of Parquet files that `datasets` itself does not find."""
