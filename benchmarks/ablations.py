@@ -102,13 +102,13 @@ class Wires(Dataset):
         return {"pixel_values": 1 - pixels / 255, "labels": torch.tensor(int(self.labels[index]))}
 
     def describe(self) -> np.ndarray:
-        """Returns features that must not help, `(N, 4)`: counts of white, black and red pixels, place of the mark."""
+        """Return features that must not help, `(N, 4)`: counts of white, black and red pixels, place of the mark."""
         colors = [(255, 255, 255), (0, 0, 0), (255, 0, 0)]
         counts = [(self.images == color).all(axis=3).sum(axis=(1, 2)) for color in colors]
         return np.stack([*counts, self.marks], axis=1)
 
     def grey_pixels(self) -> np.ndarray:
-        """Returns the green channel, `(N, H * W)` in float32. Mark, bar and wires are 0 in it."""
+        """Return the green channel, `(N, H * W)` in float32. Mark, bar and wires are 0 in it."""
         return self.images[..., 1].reshape(len(self), -1) / np.float32(255)
 
 
@@ -226,7 +226,7 @@ def train(
 
 
 def measure_shortcuts(training: Wires, held_out: Wires) -> dict[str, float]:
-    """Returns the held-out accuracy, in percent, of classifiers that follow no wire."""
+    """Return the held-out accuracy, in percent, of classifiers that follow no wire."""
     of_numbers = HistGradientBoostingClassifier(random_state=0).fit(training.describe(), training.labels)
     of_pixels = RidgeClassifier().fit(training.grey_pixels(), training.labels)
     return {
@@ -236,7 +236,7 @@ def measure_shortcuts(training: Wires, held_out: Wires) -> dict[str, float]:
 
 
 def summarize(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Returns one row per network: mean over the seeds, lowest and highest."""
+    """Return one row per network: mean over the seeds, lowest and highest."""
     summary = []
     for name in dict.fromkeys(row["network"] for row in rows):
         runs = [row for row in rows if row["network"] == name]

@@ -40,7 +40,7 @@ def gather_sequences(
 
 
 def scatter_sequences(y: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Returns the feature map `(B, H, W, D)` of the sequences `(B, K, L, D)`."""
+    """Return the feature map `(B, H, W, D)` of the sequences `(B, K, L, D)`."""
     batch_size, height, width, channels = hidden_states.shape
     places = steps_of_pixels(height, width, y.shape[2], y.device)
     return y.reshape(batch_size, -1, channels)[:, places].to(hidden_states.dtype)

@@ -36,7 +36,7 @@ from modeling_evmamba import VARIANTS
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 WARM_UP_CALLS = 3
 
-# Returns the milliseconds of the network for one picture, call by call.
+# Return the milliseconds of the network for one picture, call by call.
 MEASURE = """async ([dtype, threads, calls]) => {
   const worker = new Worker("worker.js", { type: "module" });
   const ask = (message) => new Promise((resolve, reject) => {
@@ -118,7 +118,7 @@ def serve(folder: Path, headers: Mapping[str, str]) -> Iterator[str]:
 
 
 def measure(browser: Browser, url: str, dtype: str, threads: int, repeats: int) -> dict[str, object]:
-    """Returns the median and the range of a setting in milliseconds."""
+    """Return the median and the range of a setting in milliseconds."""
     page = browser.new_page(service_workers="block")
     page.goto(f"{url}runtime.json")  # a page that computes nothing itself
     times = page.evaluate(MEASURE, [dtype, threads, WARM_UP_CALLS + repeats])[WARM_UP_CALLS:]

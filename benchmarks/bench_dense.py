@@ -128,7 +128,7 @@ def create(name: str, head: str) -> nn.Module:
 
 
 def measure_memory(name: str, head: str, height: int, width: int) -> float:
-    """Returns the peak memory of one forward pass. Call it in a fresh process."""
+    """Return the peak memory of one forward pass. Call it in a fresh process."""
     model = create(name, head)
     run_model(model, torch.randn(1, 3, *SMALL))  # compiles, and starts the threads
     return_freed_memory()
@@ -136,7 +136,7 @@ def measure_memory(name: str, head: str, height: int, width: int) -> float:
 
 
 def count_rounds(size: tuple[int, int]) -> int:
-    """Returns how many rounds of images of this size take about as long as one of the largest."""
+    """Return how many rounds of images of this size take about as long as one of the largest."""
     return round(max(map(math.prod, IMAGE_SIZES)) / math.prod(size))
 
 

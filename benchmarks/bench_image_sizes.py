@@ -66,7 +66,7 @@ def create(name: str) -> nn.Module:
 
 
 def measure_memory(name: str, image_size: int, backend: str) -> float:
-    """Returns the peak memory of one forward pass. Call it in a fresh process."""
+    """Return the peak memory of one forward pass. Call it in a fresh process."""
     model = create(name)
     run_on_backend(model, torch.randn(1, 3, 32, 32), backend)  # compiles, and starts the threads
     return_freed_memory()

@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_tensors(kib: int, channels: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Returns a feature map of about `kib` KiB, its gate, weight and bias."""
+    """Return a feature map of about `kib` KiB, its gate, weight and bias."""
     rows = max(1, round(kib * 2**10 / (channels * dtype.itemsize)))
     sizes = ((rows, channels), (rows, channels), (channels,), (channels,))
     return [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
@@ -77,7 +77,7 @@ def run(method: Callable, mode: str, tensors: list[torch.Tensor], grad: torch.Te
 
 
 def measure_size(kib: int, channels: int, dtype: str, arguments: argparse.Namespace) -> list[Row]:
-    """Returns a row for each pass over a feature map."""
+    """Return a row for each pass over a feature map."""
     tensors = make_tensors(kib, channels, getattr(torch, dtype), arguments.device)
     grad = torch.randn_like(tensors[0])
     methods = {
@@ -92,7 +92,7 @@ def measure_size(kib: int, channels: int, dtype: str, arguments: argparse.Namesp
 
 
 def find_threshold(rows: list[Row]) -> int | None:
-    """Returns the size in KiB from which on the kernel is faster in all rows, or None if it never is."""
+    """Return the size in KiB from which on the kernel is faster in all rows, or None if it never is."""
     threshold = None
     for kib in sorted({row["KiB"] for row in rows}, reverse=True):
         if any(row["kernel us"] >= row["PyTorch us"] for row in rows if row["KiB"] == kib):

@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def build_calls(
     networks: dict[str, Network], runtimes: list[str], batch_size: int, folder: Path
 ) -> tuple[dict[Turn, Call], dict[Turn, str]]:
-    """Returns the calls that work, and the reasons why others fail."""
+    """Return the calls that work, and the reasons why others fail."""
     builds = {
         (name, runtime): build
         for name in networks
@@ -86,7 +86,7 @@ def build_calls(
 def create_rows(
     networks: dict[str, Network], times: dict[Turn, list[float]], failures: dict[Turn, str], batch_size: int
 ) -> list[Row]:
-    """Returns a row for each network and runtime, with NaN for those that fail."""
+    """Return a row for each network and runtime, with NaN for those that fail."""
     rows = []
     for name, network in networks.items():
         for runtime in RUNTIMES:
@@ -111,7 +111,7 @@ def create_rows(
 
 
 def find_fastest(rows: list[Row]) -> dict[str, Row]:
-    """Returns the row of each network with the lowest median."""
+    """Return the row of each network with the lowest median."""
     fastest = {}
     for row in rows:
         best = fastest.get(row["network"])
@@ -121,7 +121,7 @@ def find_fastest(rows: list[Row]) -> dict[str, Row]:
 
 
 def shorten(rows: list[Row]) -> list[Row]:
-    """Returns the columns that fit into a terminal."""
+    """Return the columns that fit into a terminal."""
     columns = "network", "runtime", "median ms", "lower quartile ms", "upper quartile ms"
     return [{name: row[name] for name in columns} for row in rows]
 

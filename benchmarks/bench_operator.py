@@ -135,7 +135,7 @@ def get_method(name: str) -> Callable:
 def make_inputs(
     shape: Shape, state_size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    """Returns random arguments with the sizes of a network. The feature map has the `dtype`."""
+    """Return random arguments with the sizes of a network. The feature map has the `dtype`."""
     rank = math.ceil(shape[-1] / 32)  # a sixteenth of the stage's channels, and D is twice the channels
     inputs = random_arguments(*shape, state_size, rank, dtype=dtype, device=device)
     return [tensor.requires_grad_() for tensor in inputs]
@@ -166,7 +166,7 @@ def check_equality(name: str, results: list[torch.Tensor], expected: list[torch.
 def measure_shape(
     shape: Shape, names: list[str], arguments: argparse.Namespace, limits=None
 ) -> list[dict[str, object]]:
-    """Returns the rows of a shape. `limits` are the `gpu_limits.Limits` of a GPU, or None on a CPU."""
+    """Return the rows of a shape. `limits` are the `gpu_limits.Limits` of a GPU, or None on a CPU."""
     inputs = make_inputs(shape, arguments.state_size, arguments.device, getattr(torch, arguments.dtype))
     grad = torch.randn_like(inputs[0])
     reference = next((name for name in names if name in BASELINES), "torch")
@@ -209,7 +209,7 @@ def measure_shape(
 
 
 def measure_memory(name: str, side: int, state_size: int, device: torch.device) -> float:
-    """Returns the peak memory of one forward pass. Call it in a fresh process."""
+    """Return the peak memory of one forward pass. Call it in a fresh process."""
     method = get_method(name)
     run_forward(method, make_inputs((1, 4, 4, 96), state_size, device))  # compiles, and starts the threads
     return peak_memory(partial(run_forward, method, make_inputs((1, side, side, 96), state_size, device)), device)

@@ -59,7 +59,7 @@ def run_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype
 
 
 def count_page_faults(model: nn.Module, *arguments) -> int:
-    """Returns the pages that the system hands out in a step."""
+    """Return the pages that the system hands out in a step."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     run_step(model, *arguments)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -64,12 +64,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def default_shapes(field: str) -> list[Shape]:
-    """Returns the feature maps on which a field matters. Few programs leave room for chunks in small batches alone."""
+    """Return the feature maps on which a field matters. Few programs leave room for chunks in small batches alone."""
     return [(batch, *size) for batch in ((1, 4) if field == "chunk_cost" else (1, 128)) for size in SIZES]
 
 
 def find_candidates(key: tuple, field: str) -> dict[str, Candidate]:
-    """Returns the committed constants, and their variations in whole warps."""
+    """Return the committed constants, and their variations in whole warps."""
     committed, (backend, warp_size, _) = Candidate(kernels.CONFIGS[key]), key
     candidates = {"committed": committed}
     for variation in VARIATIONS[field]:
@@ -95,7 +95,7 @@ def run_with(candidate: Candidate, key: tuple, function: Callable, *arguments: t
 
 
 def measure_field(field: str, shape: Shape, key: tuple, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Returns a row per candidate, with the chunks of a sequence and the times of both passes."""
+    """Return a row per candidate, with the chunks of a sequence and the times of both passes."""
     inputs = [tensor.detach() for tensor in make_inputs(shape, arguments.state_size, arguments.device)]
     grad = torch.randn_like(inputs[0])
     candidates = find_candidates(key, field)

@@ -53,7 +53,7 @@ def load_network(variant: str) -> EfficientVMambaForImageClassification:
 
 
 def create_images(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Returns images `(count, 3, 224, 224)` of noise. Each has a scale, a contrast and a mean color of its own."""
+    """Return images `(count, 3, 224, 224)` of noise. Each has a scale, a contrast and a mean color of its own."""
     images = []
     for _ in range(count):
         size = int(torch.randint(2, 225, (), generator=generator))

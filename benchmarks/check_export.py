@@ -61,7 +61,7 @@ def save_checkpoint(variant: str, folder: Path) -> None:
 
 
 def make_runtimes(checkpoint: Path, folder: Path) -> dict[str, Runtime]:
-    """Returns PyTorch with the kernels of this package (as loaded, optimized, in bfloat16) and the ONNX runtimes.
+    """Return PyTorch with the kernels of this package (as loaded, optimized, in bfloat16) and the ONNX runtimes.
 
     The ONNX files go to `folder`.
     """

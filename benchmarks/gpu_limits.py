@@ -27,7 +27,7 @@ class Limits(NamedTuple):
     exponentials_per_second: float
 
     def find_floor(self, shape: Sequence[int], state_size: int, element_size: int, is_training: bool) -> Floor:
-        """Returns the lower bound of a scan's time: the maximum of its time for bytes and for exponentials.
+        """Return the lower bound of a scan's time: the maximum of its time for bytes and for exponentials.
 
         A forward pass reads u and writes y, and takes one exponential per state. A backward pass takes as many, since
         decays are not kept. It reads u and the gradient of y, and writes that of u. Intermediates, parameters and the

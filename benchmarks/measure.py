@@ -72,7 +72,7 @@ def times_in_turns(
     untimed_calls: int = 1,
     pause: float = PAUSE,
 ) -> dict[Hashable, list[float]]:
-    """Returns the times of the calls of each method in steady state, in seconds.
+    """Return the times of the calls of each method in steady state, in seconds.
 
     Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods. Kernels
     of a GPU leave no threads that spin, so they need no pause.
@@ -91,7 +91,7 @@ def times_in_turns(
 def median_times(
     methods: dict[Hashable, Callable[[], object]], repeats: int, description: str, **rounds: float
 ) -> dict[Hashable, float]:
-    """Returns the medians of `times_in_turns`, which describes the arguments."""
+    """Return the medians of `times_in_turns`, which describes the arguments."""
     times = times_in_turns(methods, repeats, description, **rounds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
@@ -108,7 +108,7 @@ def return_freed_memory() -> None:
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
-    """Returns the peak memory of one call in bytes, beyond the memory before it. NaN if the system does not report it.
+    """Return the peak memory of one call in bytes, beyond the memory before it. NaN if the system does not report it.
 
     Call it in a fresh process: a call reuses memory that earlier work has freed, which does not count. On a CPU, this
     is Linux's high-water mark of the resident memory, reset before the call. `ru_maxrss` cannot be reset, and a child
@@ -136,14 +136,14 @@ def read_process_status(field: str) -> int:
 
 
 def describe_environment() -> dict[str, str]:
-    """Returns the date, the commit, the machine and the versions, the packages of baselines among them."""
+    """Return the date, the commit, the machine and the versions, the packages of baselines among them."""
     environment = info.describe_environment((*info.PACKAGES, "mambapy", "mamba_ssm"))
     backend, _, _ = environment["scan"].partition(":")  # without the reason, whose words change with the code
     return {"date": date.today().isoformat(), "commit": read_commit(), **environment, "scan": backend}
 
 
 def read_commit(folder: Path = Path(__file__).parent) -> str:
-    """Returns the commit of the sources around a directory, and whether sources differ from it."""
+    """Return the commit of the sources around a directory, and whether sources differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

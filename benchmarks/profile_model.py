@@ -88,7 +88,7 @@ class Part(NamedTuple):
 
 
 def make_parts(variant: str, image_size: int, device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Returns the network, and the first EVSS block of its first stage."""
+    """Return the network, and the first EVSS block of its first stage."""
     config = EfficientVMambaConfig(**VARIANTS[variant], num_labels=1000)
     model = EfficientVMambaForImageClassification(config).to(device, dtype)
     model.to(memory_format=torch.channels_last)
@@ -118,7 +118,7 @@ def run_within(context: Callable[[], AbstractContextManager], run: Callable[[], 
 
 
 def list_operators(run: Callable[[], None], device: torch.device) -> list[dict[str, object]]:
-    """Returns the most expensive operators or kernels of one call, by their own time."""
+    """Return the most expensive operators or kernels of one call, by their own time."""
     activities = [ProfilerActivity.CPU]
     if device.type != "cpu":
         activities.append(getattr(ProfilerActivity, device.type.upper()))

@@ -175,7 +175,7 @@ def compile_kernel(name: str, target: str, dtype: str = "fp32", state_size: int 
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, list[Instruction]]:
-    """Returns registers, bytes of stack (spills), and code."""
+    """Return registers, bytes of stack (spills), and code."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -192,7 +192,7 @@ def read_cubin(cubin: bytes) -> tuple[int, int, list[Instruction]]:
 
 
 def read_amdgcn(text: str) -> tuple[int, int, list[Instruction]]:
-    """Returns the same as `read_cubin`, with line numbers as addresses.
+    """Return the same as `read_cubin`, with line numbers as addresses.
 
     Scalar registers spill into vector registers, which count.
     """
@@ -210,7 +210,7 @@ def read_amdgcn(text: str) -> tuple[int, int, list[Instruction]]:
 
 
 def count_unequal_sums(code: list[Instruction]) -> int:
-    """Returns the number of sums of two lanes in which each lane fuses its own product: fma(a, b, value of the other).
+    """Return the number of sums of two lanes in which each lane fuses its own product: fma(a, b, value of the other).
 
     The lanes of the pair round differently. A sum over lanes is a butterfly of SHFL.BFLY in the code of CUDA.
     """
@@ -236,7 +236,7 @@ def count_unequal_sums(code: list[Instruction]) -> int:
 
 
 def count_tile(code: list[Instruction], num_loops: int, states: int, repeats: int) -> Counter:
-    """Returns the instructions of a tile by class, from the innermost loops with an exponential per state.
+    """Return the instructions of a tile by class, from the innermost loops with an exponential per state.
 
     A loop that repeats for a tile counts `repeats` times, plus the code around it in the loop over tiles. In that
     code, loops over the rank count once. The result is empty if there are not `num_loops` such loops.
@@ -272,7 +272,7 @@ def count_tile(code: list[Instruction], num_loops: int, states: int, repeats: in
 
 
 def describe(report: Report) -> dict[str, object]:
-    """Returns the columns of a report. Instructions are per state."""
+    """Return the columns of a report. Instructions are per state."""
     counts = {
         "registers": report.registers,
         "shared": report.shared_bytes,

@@ -206,14 +206,14 @@ class SegmentationRun(DenseRun):
 def prepare_training(
     read_pair: MaskedImageReader, transform: MaskTransform, image: LabeledImage, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the pixels (3, S, S) and the class indices (S, S) of an augmented image."""
+    """Return the pixels (3, S, S) and the class indices (S, S) of an augmented image."""
     return transform(*read_pair(image), rng)
 
 
 def prepare_evaluation(
     read_pair: MaskedImageReader, image_processor: SegformerImageProcessorPil, image: LabeledImage
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the pixels (3, h, w) of a scaled image, and the class indices (H, W) in its own size."""
+    """Return the pixels (3, h, w) of a scaled image, and the class indices (H, W) in its own size."""
     pixels: Image.Image
     pixels, classes = read_pair(image)
     pixel_values = image_processor(pixels, return_tensors="pt").pixel_values[0]

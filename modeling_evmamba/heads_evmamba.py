@@ -17,7 +17,7 @@ if EfficientVMambaConfig.model_type not in CONFIG_MAPPING:  # else the package i
 
 
 def __getattr__(name: str) -> type:
-    """Returns the configuration of transformers with this name, as a subclass.
+    """Return the configuration of transformers with this name, as a subclass.
 
     transformers marks the class that it loads as remote code, and saves the files of its module with a model.
     """

@@ -69,7 +69,7 @@ BATCH_NORMS = {
 
 
 def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Returns an optimized copy of a model for inference. Its outputs are the same up to rounding.
+    """Return an optimized copy of a model for inference. Its outputs are the same up to rounding.
 
     In a head of transformers around an `EfficientVMambaBackbone`, the backbone is optimized. The head has the dtype of
     the copy. On CPUs, it computes in float32 if that dtype is `torch.bfloat16` or `torch.int8`.
@@ -104,7 +104,7 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | None = None) -> Mo
 
 
 def optimize_network(model: Network, dtype: torch.dtype) -> Network:
-    """Returns an optimized copy of a model of this package. `optimize_for_inference` has the errors."""
+    """Return an optimized copy of a model of this package. `optimize_for_inference` has the errors."""
     refuse_dtype(dtype, model)
     refuse_tensor_subclasses(model)
     is_on_cpu = model.device.type == "cpu"
@@ -124,7 +124,7 @@ def optimize_network(model: Network, dtype: torch.dtype) -> Network:
 
 
 def optimize_head(model: Model, dtype: torch.dtype | None) -> Model:
-    """Returns a copy of a head of transformers with an optimized backbone. `optimize_for_inference` has the errors."""
+    """Return a copy of a head of transformers with an optimized backbone. `optimize_for_inference` has the errors."""
     backbones = ((name, each) for name, each in model.named_modules() if isinstance(each, EfficientVMambaBackbone))
     name, backbone = next(backbones, (None, None))
     if name is None or backbone is None:
@@ -142,7 +142,7 @@ def optimize_head(model: Model, dtype: torch.dtype | None) -> Model:
 
 
 def thaw_batch_norms(model: EfficientVMambaBackbone) -> EfficientVMambaBackbone:
-    """Returns a copy with batch norms in place of the frozen ones that detectors put into their backbone."""
+    """Return a copy with batch norms in place of the frozen ones that detectors put into their backbone."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -180,13 +180,13 @@ def refuse_dtype(dtype: torch.dtype, model: EfficientVMambaPreTrainedModel) -> N
 
 
 def multiplies_in_float16() -> bool:
-    """Returns whether oneDNN multiplies in float16 on this processor. Some builds of PyTorch lack oneDNN."""
+    """Return whether oneDNN multiplies in float16 on this processor. Some builds of PyTorch lack oneDNN."""
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
     return is_supported is not None and is_supported()
 
 
 def has_packed_operators() -> bool:
-    """Returns whether this PyTorch multiplies with packed weights. Warns if a release has dropped the operators."""
+    """Return whether this PyTorch multiplies with packed weights. Warns if a release has dropped the operators."""
     if not torch.backends.mkldnn.is_available():
         return False
     missing = [name for name in PACKED_OPERATORS if not hasattr(torch.ops.mkldnn, name)]
@@ -329,7 +329,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         )
 
     def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns `residual` plus the layer's output, without the activation."""
+        """Return `residual` plus the layer's output, without the activation."""
         if torch.compiler.is_compiling():  # the operator below has no form for fake tensors
             return residual + self(hidden_states)
         self.check_dtype(hidden_states)
@@ -414,7 +414,7 @@ class FusedInvertedResidualLayer(nn.Module):
 
 
 def affine(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the weight and the bias of a layer."""
+    """Return the weight and the bias of a layer."""
     bias = getattr(layer, "bias", None)
     return layer.get_parameter("weight").detach(), None if bias is None else bias.detach()
 

@@ -77,7 +77,7 @@ class EfficientVMambaMeanLayerNorm(nn.LayerNorm):
 
 
 def pointwise_conv(in_channels: int, out_channels: int, bias: bool = True) -> nn.Linear:
-    """Returns a 1 x 1 convolution of channels-last feature maps: a linear layer, initialized as a convolution."""
+    """Return a 1 x 1 convolution of channels-last feature maps: a linear layer, initialized as a convolution."""
     layer = nn.Linear(in_channels, out_channels, bias=bias)
     layer.is_pointwise_conv = True  # type: ignore[assignment]  # for `_init_weights`: tools want no subclass of nn.Linear
     return layer
@@ -89,7 +89,7 @@ def apply_to_pixels(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tens
 
 
 def is_ordinary(layer: nn.Linear) -> bool:
-    """Returns whether calling a layer computes `F.linear` of its plain parameters, and nothing else.
+    """Return whether calling a layer computes `F.linear` of its plain parameters, and nothing else.
 
     Adapters and quantizers change the class of a layer, its `forward`, or the class of its weight. Others add hooks.
     """
@@ -275,7 +275,7 @@ class EfficientVMambaLocalBranch(nn.Module):
 
 
 class EfficientVMambaChannelGate(nn.Module):
-    """Returns factors in (0, 1) for the channels of each feature map, from the mean of the normalized feature map."""
+    """Return factors in (0, 1) for the channels of each feature map, from the mean of the normalized feature map."""
 
     def __init__(self, config: EfficientVMambaConfig, hidden_size: int):
         super().__init__()
@@ -439,7 +439,7 @@ class EfficientVMambaPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the names of parameters without weight decay, besides biases and norms: `A_log` and `D` of Mamba."""
+        """Return the names of parameters without weight decay, besides biases and norms: `A_log` and `D` of Mamba."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D")}
 
 

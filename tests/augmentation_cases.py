@@ -35,7 +35,7 @@ MIXING = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "switch_prob": 0.5, "label_sm
 
 
 def picture(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
-    """Returns an image with color gradients and noise, which every operation changes."""
+    """Return an image with color gradients and noise, which every operation changes."""
     noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3))
     across = np.linspace(0, 150, width)[None, :, None] * np.array([1, 0.6, 0.3])
     down = np.linspace(40, 0, height)[:, None, None]

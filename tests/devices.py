@@ -21,5 +21,5 @@ BACKENDS = ["torch", *(name for name, backend in ALL_BACKENDS.items() if DEVICE.
 
 
 def sized(usual: Size, interpreted: Size) -> Size:
-    """Returns a smaller size in Triton's interpreter, which takes about a millisecond for a step of a state."""
+    """Return a smaller size in Triton's interpreter, which takes about a millisecond for a step of a state."""
     return interpreted if IS_INTERPRETED else usual

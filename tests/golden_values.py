@@ -52,7 +52,7 @@ def original_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def original_state_dict(variant: str, seed: int) -> dict[str, torch.Tensor]:
-    """Returns a checkpoint of `variant` ("tiny", "small", "base", "micro") with the authors' names."""
+    """Return a checkpoint of `variant` ("tiny", "small", "base", "micro") with the authors' names."""
     return {
         name: torch.from_numpy(original_tensor(name, tuple(shape), seed)) for name, shape in SHAPES[variant].items()
     }
@@ -63,6 +63,6 @@ def image(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Returns |actual - expected| / max(|expected|, floor) in the Euclidean norm, or NaN if `actual` holds a NaN."""
+    """Return |actual - expected| / max(|expected|, floor) in the Euclidean norm, or NaN if `actual` holds a NaN."""
     assert actual.shape == expected.shape
     return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()

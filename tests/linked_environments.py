@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 
 def find_requirements(name: str, found: set[str]) -> set[str]:
-    """Returns a distribution and its requirements, recursively."""
+    """Return a distribution and its requirements, recursively."""
     if name not in found:
         found.add(name)
         for line in distribution(name).requires or []:

@@ -27,7 +27,7 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
 
 
 def older_names() -> dict[str, torch.Tensor]:
-    """Returns the state dict with the names of the authors' older runs."""
+    """Return the state dict with the names of the authors' older runs."""
     spellings = [
         (r"^patch_embed\.0\.", "patch_embed.proj."),
         (r"^patch_embed\.2\.", "patch_embed.norm."),
@@ -46,7 +46,7 @@ def older_names() -> dict[str, torch.Tensor]:
 
 
 def training_state() -> dict:
-    """Returns the entries of a checkpoint beside the weights."""
+    """Return the entries of a checkpoint beside the weights."""
     return {
         "epoch": 299,
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},

@@ -343,7 +343,7 @@ def collate(samples: list[Sample], collate_labels: Callable[[list], Any] = torch
 
 
 class LabelReader:
-    """Returns the class index of an image's label, or raises `LabelError`."""
+    """Return the class index of an image's label, or raises `LabelError`."""
 
     def __init__(self, class_names: list[str]):
         self.num_classes = len(class_names)

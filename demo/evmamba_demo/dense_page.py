@@ -61,7 +61,7 @@ class DenseDemonstration:
         self.is_detector = model.task is DETECTION
 
     def find(self, picture: str | None) -> tuple[Findings | None, str]:
-        """Returns what the model finds in a picture, and a sentence about the time."""
+        """Return what the model finds in a picture, and a sentence about the time."""
         if picture is None:
             return None, NO_PICTURE
         findings = find(self.model, read_picture(picture, warn).convert("RGB"))
@@ -97,12 +97,12 @@ class DenseDemonstration:
         return view, [each.as_json() for each in findings.select(threshold / 100)], described
 
     def measure(self) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-        """Yields the latency by image size as the measurements come in."""
+        """Yield the latency by image size as the measurements come in."""
         yield from tabulate(measure_sides(self.model.forward, 3, DENSE_LATENCY_SIDES))
 
 
 def list_findings(items: list[Finding]) -> str:
-    """Returns a list in HTML: the color of each item, its label, and its score or its share of the pixels."""
+    """Return a list in HTML: the color of each item, its label, and its score or its share of the pixels."""
     entries = []
     for number, each in enumerate(items[:MAX_LISTED], start=1):
         chip = f"{CHIP_STYLE}; background: {each.color.css}" if each.color else CHIP_STYLE
@@ -117,7 +117,7 @@ def list_findings(items: list[Finding]) -> str:
 
 
 def describe_regions(items: list[Finding]) -> str:
-    """Returns how to read the regions of a picture."""
+    """Return how to read the regions of a picture."""
     if not items:
         return "The model finds nothing in this picture."
     shown = f"The list shows the {MAX_LISTED} largest of {len(items)}. " if len(items) > MAX_LISTED else ""
@@ -125,7 +125,7 @@ def describe_regions(items: list[Finding]) -> str:
 
 
 def describe_boxes(items: list[Finding], boxes: list[Finding]) -> str:
-    """Returns how many boxes reach the threshold, and what to do if none does."""
+    """Return how many boxes reach the threshold, and what to do if none does."""
     if not items:
         return "The model finds nothing in this picture."
     if not boxes:

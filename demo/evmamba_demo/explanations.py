@@ -12,7 +12,7 @@ from modeling_evmamba import EfficientVMambaForImageClassification
 def run_stages(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Returns logits (1, labels) and the outputs (1, C, H, W) of the patch embedding and every stage, in one graph."""
+    """Return logits (1, labels) and the outputs (1, C, H, W) of the patch embedding and every stage, in one graph."""
     with torch.enable_grad():
         outputs = model(pixel_values, output_hidden_states=True)
     return outputs.logits, outputs.hidden_states
@@ -22,7 +22,7 @@ def run_stages(
 def class_activation_map(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, label: int
 ) -> torch.Tensor:
-    """Returns what every cell of the last stage adds to a class's logit (CAM, Zhou et al., arXiv 1512.04150), (H, W).
+    """Return what every cell of the last stage adds to a class's logit (CAM, Zhou et al., arXiv 1512.04150), (H, W).
 
     The head is a norm per cell, a mean over the cells and a linear layer. So the map is exact: its sum is the logit
     without its bias.
@@ -49,14 +49,14 @@ def grad_cam(
 def activation_map(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, label: int, stage: int
 ) -> torch.Tensor:
-    """Returns the exact map for the last stage, Grad-CAM for the earlier ones: (H, W)."""
+    """Return the exact map for the last stage, Grad-CAM for the earlier ones: (H, W)."""
     if stage == model.config.num_stages:
         return class_activation_map(model, pixel_values, label)
     return grad_cam(model, pixel_values, label, stage)
 
 
 def scan_paths(height: int, width: int) -> list[torch.Tensor]:
-    """Returns the (row, column) pairs (N, 2) of the four groups of the atrous scan, in the scan's order.
+    """Return the (row, column) pairs (N, 2) of the four groups of the atrous scan, in the scan's order.
 
     The kernel's own table of steps names them. Steps beyond an odd side visit no cell and are left out.
     """
@@ -71,7 +71,7 @@ def scan_paths(height: int, width: int) -> list[torch.Tensor]:
 def effective_receptive_field(
     model: EfficientVMambaForImageClassification, pixel_values: torch.Tensor, stage: int, row: int, column: int
 ) -> torch.Tensor:
-    """Returns how strongly each pixel of the image changes one cell of a stage's output, (H, W) of the image, >= 0.
+    """Return how strongly each pixel of the image changes one cell of a stage's output, (H, W) of the image, >= 0.
 
     This is the gradient of the sum over the cell's channels (Luo et al., arXiv 1701.04128). Its magnitudes are summed
     over the colors.

@@ -48,7 +48,7 @@ class Finding:
     box: tuple[int, int, int, int] | None = None  # left, top, right, bottom, in pixels of the picture
 
     def as_json(self) -> dict:
-        """Returns the label and what else is known."""
+        """Return the label and what else is known."""
         known = {"score": self.score, "share": self.share, "box": self.box}
         return {"label": self.label, **{name: value for name, value in known.items() if value is not None}}
 
@@ -71,12 +71,12 @@ class Findings:
         return self.picture.resize((self.picture.width * self.scale, self.picture.height * self.scale))
 
     def select(self, threshold: float) -> list[Finding]:
-        """Returns the items with at least this score, and those without a score."""
+        """Return the items with at least this score, and those without a score."""
         return [each for each in self.items if each.score is None or each.score >= threshold]
 
 
 def choose_color(index: int) -> Color:
-    """Returns the color of a class."""
+    """Return the color of a class."""
     if index < len(PALETTE):
         return Color(*PALETTE[index])
     lightness = 0.4 if index % 2 else 0.65
@@ -93,7 +93,7 @@ def find(model: DenseModel, image: Image.Image) -> Findings:
 
 
 def find_objects(model: DenseModel, picture: Image.Image) -> Findings:
-    """Returns the boxes, the best first."""
+    """Return the boxes, the best first."""
     results, seconds = model.run(picture, threshold=0.0)
     label2id = model.network.config.label2id
     boxes = []
@@ -105,7 +105,7 @@ def find_objects(model: DenseModel, picture: Image.Image) -> Findings:
 
 
 def find_regions(model: DenseModel, picture: Image.Image) -> Findings:
-    """Returns the classes or segments, the largest first."""
+    """Return the classes or segments, the largest first."""
     results, seconds = model.run(picture)
     label2id = model.network.config.label2id
     masks = [np.asarray(each["mask"]) > 0 for each in results]

@@ -71,7 +71,7 @@ class Demonstration:
         self.scanning_stages = [stage for stage, kind in enumerate(config.block_types, start=1) if kind == "evss"]
 
     def look(self, picture: str) -> tuple[torch.Tensor, Image.Image]:
-        """Returns what the network sees of a file: (1, C, H, W) on its device, and as a picture."""
+        """Return what the network sees of a file: (1, C, H, W) on its device, and as a picture."""
         pixel_values = self.models.shown.preprocess(read_picture(picture))["pixel_values"]
         return pixel_values.to(self.model.device), self.to_picture(pixel_values)
 
@@ -80,7 +80,7 @@ class Demonstration:
         return drawings.to_picture(pixel_values, processor.image_mean, processor.image_std)
 
     def find_label(self, label: str | None, pixel_values: torch.Tensor) -> int:
-        """Returns the index of a label, or of the most likely label by default."""
+        """Return the index of a label, or of the most likely label by default."""
         config = self.model.config
         if not label:
             with torch.no_grad():
@@ -95,7 +95,7 @@ class Demonstration:
         return int(stage)
 
     def classify(self, picture: str | None) -> tuple:
-        """Returns labels with scores, what the network saw, and the latency."""
+        """Return labels with scores, what the network saw, and the latency."""
         if picture is None:
             return None, None, NO_PICTURE
         found = predict(self.models.shown, read_picture(picture, warn))
@@ -160,7 +160,7 @@ class Demonstration:
         return own_file(view), how
 
     def compare(self, picture: str | None, first_model: str, second_model: str) -> tuple:
-        """Returns labels with scores of two models, and whether the models agree."""
+        """Return labels with scores of two models, and whether the models agree."""
         if picture is None:
             return None, None, NO_PICTURE
         image = read_picture(picture)
@@ -171,14 +171,14 @@ class Demonstration:
         return found[0].scores, found[1].scores, f"{verdict}. They took {times}."
 
     def measure(self) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-        """Yields the latency by image size as the measurements come in."""
+        """Yield the latency by image size as the measurements come in."""
         shown = self.models.shown
         forward = lambda pixel_values: shown.forward({"pixel_values": pixel_values})  # noqa: E731
         yield from tabulate(measure_sides(forward, shown.model.config.num_channels, LATENCY_SIDES))
 
 
 def offer_labels(scores: dict | None) -> gr.Dropdown:
-    """Returns the labels of a classification, the most likely first, as the choices of "Look inside"."""
+    """Return the labels of a classification, the most likely first, as the choices of "Look inside"."""
     labels = list(scores or {})
     return gr.Dropdown(choices=labels, value=labels[0] if labels else None)
 
@@ -188,7 +188,7 @@ def take_drawing(drawing: dict) -> Image.Image:
 
 
 def pick_place(view: str, event: gr.SelectData) -> tuple[float, float, str]:
-    """Returns the place of a click in percent of the sides, and a name of the click."""
+    """Return the place of a click in percent of the sides, and a name of the click."""
     with Image.open(view) as image:
         across, down = 100 * event.index[0] / image.width, 100 * event.index[1] / image.height
     return round(across, 1), round(down, 1), uuid4().hex

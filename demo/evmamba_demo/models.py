@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
 
 
 def name_models(models: list[str]) -> dict[str, str]:
-    """Returns models by the names that visitors see. A directory that is given twice is one model.
+    """Return models by the names that visitors see. A directory that is given twice is one model.
 
     The name is the Hub id, or the last part of a directory's path: visitors need not know the layout of the disk. If
     several models have this name, it is as many last parts as tell them apart.
@@ -60,7 +60,7 @@ def name_models(models: list[str]) -> dict[str, str]:
 
 
 def shorten_place(place: str | Path, num_parts: int) -> str:
-    """Returns the last parts of a directory's path. Hub ids stay whole."""
+    """Return the last parts of a directory's path. Hub ids stay whole."""
     return place if isinstance(place, str) else Path(*place.parts[-num_parts:]).as_posix()
 
 
@@ -91,7 +91,7 @@ class Models:
         self.shown = shown.optimize() if optimize else shown
 
     def load(self, name: str) -> Classifier:
-        """Returns the classifier of a name.
+        """Return the classifier of a name.
 
         Raises:
             UserError: If the name is not allowed or the model cannot be loaded.
@@ -129,7 +129,7 @@ def read_picture(path: str, announce: Callable[[str], None] = ignore_notice) -> 
 
 
 def predict(classifier: Classifier, image: Image.Image) -> Prediction:
-    """Returns the most likely labels of an image and the time of the forward pass, without reading and scaling."""
+    """Return the most likely labels of an image and the time of the forward pass, without reading and scaling."""
     inputs = classifier.preprocess(image)
     start = time.perf_counter()
     outputs = classifier.forward(inputs)  # the copy to the CPU waits for the device
@@ -153,7 +153,7 @@ def describe_backend(classifier: Classifier) -> str:
 def measure_sides(
     forward: Callable[[torch.Tensor], object], num_channels: int, sides: Sequence[int]
 ) -> Iterator[tuple[int, float]]:
-    """Yields sides of square images in pixels with the latency in milliseconds, the best of a few runs."""
+    """Yield sides of square images in pixels with the latency in milliseconds, the best of a few runs."""
     for side in sides:
         call = partial(forward, torch.zeros(1, num_channels, side, side))
         yield side, 1000 * min(measure_latency(call, LATENCY_ROUNDS))

@@ -73,7 +73,7 @@ def warn(notice: str) -> None:
 
 
 def find_upload(payload: ImageData | None, folder: str) -> str | None:
-    """Returns the path of a file in Gradio's cache of uploads. A request may name any file: others are rejected."""
+    """Return the path of a file in Gradio's cache of uploads. A request may name any file: others are rejected."""
     if payload is None or payload.path is None:
         return None
     path = Path(payload.path).resolve()
@@ -152,7 +152,7 @@ def offer_examples(picture: gr.Image, examples: list[Path]) -> None:
 
 
 def tabulate(measurements: Iterable[tuple[int, float]]) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-    """Yields a table for the plot and for the list of "Measure" as measurements of `measure_sides` come in."""
+    """Yield a table for the plot and for the list of "Measure" as measurements of `measure_sides` come in."""
     rows = []
     for side, milliseconds in measurements:
         rows.append({"side": side, "pixels": side * side, "milliseconds": round(milliseconds, 2)})

@@ -82,7 +82,7 @@ def translate_hub_errors(repo_id: str, *, may_be_path: bool = False) -> Iterator
 
 
 def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str:
-    """Returns the message for an error of the Hub's client: what is wrong, and what to do."""
+    """Return the message for an error of the Hub's client: what is wrong, and what to do."""
     similar = ask_for_similar(repo_id) if may_be_path else ""
     if isinstance(error, HFValidationError):
         kind = f"neither a path{similar} nor" if may_be_path else "not"
@@ -121,7 +121,7 @@ def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str
 
 
 def ask_for_similar(path: str) -> str:
-    """Returns a question for a message about a missing path: whether the directory of a similar name is meant."""
+    """Return a question for a message about a missing path: whether the directory of a similar name is meant."""
     try:
         names = [each.name for each in Path(path).parent.iterdir() if each.is_dir()]
     except OSError:
@@ -131,7 +131,7 @@ def ask_for_similar(path: str) -> str:
 
 
 def redact_token(text: str) -> str:
-    """Returns a message of the Hub without the access token, in case the message repeats it."""
+    """Return a message of the Hub without the access token, in case the message repeats it."""
     token = get_token()
     return text if token is None else text.replace(token, "(the access token)")
 
@@ -171,12 +171,12 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether one of the patterns matches the name of a file."""
+    """Return whether one of the patterns matches the name of a file."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def list_files(hub: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
-    """Returns the files of a repository. Large ones have a hash of their content."""
+    """Return the files of a repository. Large ones have a hash of their content."""
     tree = hub.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
     return [entry for entry in tree if isinstance(entry, RepoFile)]
 
@@ -280,7 +280,7 @@ def upload(
 
 
 def fetch_model(model: str, revision: str | None = None) -> Path:
-    """Returns the directory of a model: `model` itself, or the verified download of the repository with this id.
+    """Return the directory of a model: `model` itself, or the verified download of the repository with this id.
 
     Raises:
         UserError: If neither exists, the Hub cannot be reached, or a file was damaged during the download. Also if

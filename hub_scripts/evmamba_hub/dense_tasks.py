@@ -52,12 +52,12 @@ DETECTION = DenseTask(
 
 
 def find_dense_task(names: Iterable[str]) -> DenseTask | None:
-    """Returns the dense task of the architectures in a configuration, or None."""
+    """Return the dense task of the architectures in a configuration, or None."""
     return next((task for task in (SEGMENTATION, DETECTION) if not task.architectures.isdisjoint(names)), None)
 
 
 def describe_other_network(config: PreTrainedConfig, model: str) -> str:
-    """Returns the message for a network of another type. `model` is what messages call it."""
+    """Return the message for a network of another type. `model` is what messages call it."""
     return (
         f"the model {model!r} is of the type {config.model_type!r}, not {EfficientVMambaConfig.model_type!r}: "
         "give an EfficientVMamba"
@@ -65,7 +65,7 @@ def describe_other_network(config: PreTrainedConfig, model: str) -> str:
 
 
 def find_head_class(config: PreTrainedConfig, model: str) -> type[PreTrainedModel]:
-    """Returns the class of a segmentation model or detector around an EfficientVMamba backbone.
+    """Return the class of a segmentation model or detector around an EfficientVMamba backbone.
 
     Args:
         config: Its configuration.

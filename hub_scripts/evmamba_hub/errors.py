@@ -80,7 +80,7 @@ def check_versions(extra: str = "") -> None:
 
 
 def escape_unprintable(text: str) -> str:
-    r"""Returns a text without characters that a terminal would act on or cannot show, which become `\n` or `\xff`."""
+    r"""Return a text without characters that a terminal would act on or cannot show, which become `\n` or `\xff`."""
 
     def escape_one(match: re.Match[str]) -> str:
         character = match[0]
@@ -92,12 +92,12 @@ def escape_unprintable(text: str) -> str:
 
 
 def literal(text: object, style: str = "") -> Text:
-    """Returns a text that Rich shows as it is, apart from what `escape_unprintable` escapes."""
+    """Return a text that Rich shows as it is, apart from what `escape_unprintable` escapes."""
     return Text(escape_unprintable(str(text)), style)
 
 
 def to_line(error: UserError) -> str:
-    """Returns the message of an error without line breaks that messages of other libraries bring.
+    """Return the message of an error without line breaks that messages of other libraries bring.
 
     Line breaks in names stay: they are escaped when the message is shown.
     """

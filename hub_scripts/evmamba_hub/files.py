@@ -12,7 +12,7 @@ from evmamba_hub.errors import UserError
 
 
 def partial_name(path: Path) -> str:
-    """Returns the name of a file or directory while it is being written."""
+    """Return the name of a file or directory while it is being written."""
     return f".{path.name}.partial"
 
 
@@ -81,7 +81,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def read_content(source: Path | bytes) -> bytes:
-    """Returns the content of a file that is on the disk or in memory."""
+    """Return the content of a file that is on the disk or in memory."""
     return source if isinstance(source, bytes) else source.read_bytes()
 
 

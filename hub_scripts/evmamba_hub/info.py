@@ -95,7 +95,7 @@ def synchronize() -> None:
 
 
 def find_variant(config: EfficientVMambaConfig) -> str | None:
-    """Returns the name of the published network that has these sizes, or None."""
+    """Return the name of the published network that has these sizes, or None."""
     for name, fields in VARIANTS.items():
         if all(getattr(config, field) == value for field, value in fields.items()):
             return name
@@ -103,7 +103,7 @@ def find_variant(config: EfficientVMambaConfig) -> str | None:
 
 
 def load_auto_config(model: str) -> PreTrainedConfig:
-    """Returns the configuration of a directory or Hub id.
+    """Return the configuration of a directory or Hub id.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -120,7 +120,7 @@ def load_auto_config(model: str) -> PreTrainedConfig:
 
 
 def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
-    """Returns the configuration of a directory or Hub id by its name, or those of the published networks.
+    """Return the configuration of a directory or Hub id by its name, or those of the published networks.
 
     Raises:
         UserError: If the model cannot be loaded, or is another network.
@@ -138,7 +138,7 @@ def find_configs(model: str | None) -> dict[str, EfficientVMambaConfig]:
 
 
 def find_networks(model: str | None) -> dict[str, tuple[PreTrainedConfig, type[PreTrainedModel]]]:
-    """Returns the configuration and the class of a network by its name. Heads around the backbone are networks too.
+    """Return the configuration and the class of a network by its name. Heads around the backbone are networks too.
 
     Args:
         model: Directory or Hub id, or None for the published networks.
@@ -152,7 +152,7 @@ def find_networks(model: str | None) -> dict[str, tuple[PreTrainedConfig, type[P
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of a name.
+    """Return the device of a name.
 
     Args:
         name: A device of PyTorch ("cpu", "cuda:1", "mps"), or "auto" for the first accelerator, else the CPU.
@@ -185,7 +185,7 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Returns what determines the speed on this machine: system, devices, versions and the active backend.
+    """Return what determines the speed on this machine: system, devices, versions and the active backend.
 
     Args:
         packages: Names of distributions whose versions to include.
@@ -203,7 +203,7 @@ def describe_environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def describe_scan(device: torch.device) -> str:
-    """Returns the active backend and the reason for it, or why the one that the environment requests cannot run."""
+    """Return the active backend and the reason for it, or why the one that the environment requests cannot run."""
     try:
         scan = choose_backend(device.type, torch.float32)
     except (ValueError, ImportError) as error:
@@ -223,7 +223,7 @@ def find_version(package: str) -> str:
 
 
 def read_cpu_name() -> str:
-    """Returns the name of the processor on Linux, and its architecture on other systems."""
+    """Return the name of the processor on Linux, and its architecture on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -64,7 +64,7 @@ def check_is_converted(model: str) -> None:
 
 
 def describe_lack(model_dir: Path) -> str:
-    """Returns what is wrong with a directory without a configuration, and which one may be meant."""
+    """Return what is wrong with a directory without a configuration, and which one may be meant."""
     inside = sorted(file.parent for file in model_dir.glob(f"*/{CONFIG_NAME}"))
     if inside:
         return f"holds no {CONFIG_NAME}: give a directory in it, {' or '.join(map(str, inside))}"
@@ -73,7 +73,7 @@ def describe_lack(model_dir: Path) -> str:
 
 
 def describe_way_out(file: Path) -> str:
-    """Returns what to do with a file that was given as a model."""
+    """Return what to do with a file that was given as a model."""
     if (file.parent / CONFIG_NAME).is_file():
         return f"give the directory of the file, {file.parent}"
     for suffixes, advice in ADVICE.items():
@@ -83,7 +83,7 @@ def describe_way_out(file: Path) -> str:
 
 
 def read_fields(model_dir: Path) -> dict[str, Any]:
-    """Returns the fields of the configuration of a model of any architecture, as they are in the file.
+    """Return the fields of the configuration of a model of any architecture, as they are in the file.
 
     Raises:
         UserError: If the configuration is missing or damaged.
@@ -133,7 +133,7 @@ def check_is_classifier(model_dir: Path, model: str) -> None:
 
 
 def find_model_class(model_dir: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Returns the class that `architectures` in the configuration names.
+    """Return the class that `architectures` in the configuration names.
 
     Raises:
         UserError: If neither this package nor transformers has such a class for this configuration.
@@ -150,7 +150,7 @@ def find_model_class(model_dir: Path, config: PreTrainedConfig) -> type[PreTrain
 
 
 def load_config(model_dir: Path) -> EfficientVMambaConfig:
-    """Returns the configuration of a model.
+    """Return the configuration of a model.
 
     Raises:
         UserError: If the configuration is missing, damaged, or that of another network.
@@ -170,7 +170,7 @@ def load_config(model_dir: Path) -> EfficientVMambaConfig:
 
 
 def load_any_config(model_dir: Path) -> PreTrainedConfig:
-    """Returns the configuration of a model of this package, or of a head of transformers around its backbone.
+    """Return the configuration of a model of this package, or of a head of transformers around its backbone.
 
     Raises:
         UserError: If the configuration is missing, damaged, or that of another network.
@@ -186,7 +186,7 @@ def load_any_config(model_dir: Path) -> PreTrainedConfig:
 
 
 def find_weights(model_dir: Path) -> list[Path]:
-    """Returns the safetensors files of a model: one file, or the index and its shards.
+    """Return the safetensors files of a model: one file, or the index and its shards.
 
     Raises:
         UserError: If a file is missing, or the index is damaged.
@@ -209,7 +209,7 @@ def find_weights(model_dir: Path) -> list[Path]:
 
 
 def find_image_processor(model_dir: Path) -> Path:
-    """Returns the file of a model's image processor.
+    """Return the file of a model's image processor.
 
     Raises:
         UserError: If there is none.
@@ -238,7 +238,7 @@ def hide_load_report() -> Iterator[None]:
 
 
 def load_head(model_dir: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """Returns a head of transformers around the backbone in float32, with all its weights from the directory.
+    """Return a head of transformers around the backbone in float32, with all its weights from the directory.
 
     Raises:
         UserError: If a file is missing or damaged, or does not fit the network.

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def gather_problem(problem: str | None) -> str | None:
-    """Returns the first problem of any process, on all processes. Call it on all processes."""
+    """Return the first problem of any process, on all processes. Call it on all processes."""
     from accelerate.utils import gather_object
 
     return next(filter(None, gather_object([problem])), None)

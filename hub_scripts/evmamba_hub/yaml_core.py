@@ -58,7 +58,7 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def describe_yaml_error(error: Exception) -> str:
-    """Returns one line on an error of `YAML_ERRORS`, with the place if PyYAML knows it."""
+    """Return one line on an error of `YAML_ERRORS`, with the place if PyYAML knows it."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         problem = ", ".join(filter(None, [error.context, error.problem]))
@@ -69,5 +69,5 @@ def describe_yaml_error(error: Exception) -> str:
 
 
 def dump_yaml(data: Any, **options) -> str:
-    """Returns plain data as YAML, in their order and without line wrapping. `options` go to `yaml.dump`."""
+    """Return plain data as YAML, in their order and without line wrapping. `options` go to `yaml.dump`."""
     return yaml.dump(data, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=float("inf"), **options)

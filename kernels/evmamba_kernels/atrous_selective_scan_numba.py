@@ -114,7 +114,7 @@ class Gradients(NamedTuple):
 
 
 def work_dtype(*fields: str) -> np.dtype:
-    """Returns the record type that a kernel takes. Its fields are integers, some of them addresses."""
+    """Return the record type that a kernel takes. Its fields are integers, some of them addresses."""
     sizes = (*Strides._fields, *Sizes._fields, "num_splits")
     return np.dtype([(field, np.int64) for field in (*COUNTERS, "u", *sizes, *Parameters._fields, *fields)])
 
@@ -151,7 +151,7 @@ class Chunk(NamedTuple):
 
 @compiled
 def new_floats(count):
-    """Returns zeros, aligned to 64 bytes to keep vectors from spanning two cache lines."""
+    """Return zeros, aligned to 64 bytes to keep vectors from spanning two cache lines."""
     memory = np.zeros(count + LANES, np.float32)
     skipped = -(memory.ctypes.data // 4) % LANES
     return memory[skipped : skipped + count]
@@ -559,7 +559,7 @@ def scan_bwd_jobs(pointer):
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Returns the feature map with dense channels, in a dtype that kernels read. All other strides are kept."""
+    """Return the feature map with dense channels, in a dtype that kernels read. All other strides are kept."""
     u = readable(hidden_states.detach())
     return u if u.stride(-1) == 1 else u.contiguous()
 
@@ -609,7 +609,7 @@ def forward(
 
 
 def shape_of_states(hidden_states: torch.Tensor, A_log: torch.Tensor) -> tuple[int, ...]:
-    """Returns the shape of the states before each chunk: (B, K, chunks, blocks, N, 16)."""
+    """Return the shape of the states before each chunk: (B, K, chunks, blocks, N, 16)."""
     batch_size, height, width, channels = hidden_states.shape
     length = (height + 1) // 2 * ((width + 1) // 2)
     num_chunks, num_blocks = -(-length // CHUNK_LENGTH), -(-channels // LANES)  # without floats, for traced sizes
@@ -624,7 +624,7 @@ def forward_keeping_states(
     A_log: torch.Tensor,
     D: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output of `forward`, and the states before each chunk in float32 for `backward_from_states`."""
+    """Return the output of `forward`, and the states before each chunk in float32 for `backward_from_states`."""
     call = prepare_call((hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D))
     y = call.u.new_empty(call.u.shape)
     starts = y.new_empty(shape_of_states(hidden_states, A_log), dtype=torch.float32)
@@ -633,7 +633,7 @@ def forward_keeping_states(
 
 
 def backward(grad: torch.Tensor, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
+    """Return the gradients of the six arguments of `forward`, each in the dtype of its argument."""
     return backward_from_states(grad, None, *arguments)
 
 
@@ -647,7 +647,7 @@ def backward_from_states(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the same as `backward`. Computes the states of `forward_keeping_states` if they are not given."""
+    """Return the same as `backward`. Computes the states of `forward_keeping_states` if they are not given."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     u, parameters, work = prepare_call(arguments)
     batch_size, height, width, _ = u.shape

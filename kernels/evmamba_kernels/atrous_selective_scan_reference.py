@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def group_pixels(height: int, width: int, group: int) -> list[tuple[int, int]]:
-    """Returns the pixels (row, column) of one scan group, in the order of its sequence."""
+    """Return the pixels (row, column) of one scan group, in the order of its sequence."""
     rows = range(group % 2, height, 2)
     columns = range(group // 2, width, 2)
     if group % 2 == 0:
@@ -57,7 +57,7 @@ def random_arguments(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """Returns random arguments of the operator for tests and benchmarks, with magnitudes as in a network.
+    """Return random arguments of the operator for tests and benchmarks, with magnitudes as in a network.
 
     Args:
         dtype: Dtype of the feature map. The parameters are float64 if it is float64, else float32.

@@ -36,7 +36,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def pixels_of_steps(
     height: int, width: int, num_steps: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the pixel of the flattened feature map that each step visits, and whether the step is inside: `(4, L)`.
+    """Return the pixel of the flattened feature map that each step visits, and whether the step is inside: `(4, L)`.
 
     Steps of the padding, and steps after the end of the sequence, are outside. Their pixel is 0.
     """
@@ -52,7 +52,7 @@ def pixels_of_steps(
 
 
 def steps_of_pixels(height: int, width: int, num_steps: int, device: torch.device) -> torch.Tensor:
-    """Returns the step of each pixel in the four concatenated sequences of `num_steps` steps, `(H, W)`."""
+    """Return the step of each pixel in the four concatenated sequences of `num_steps` steps, `(H, W)`."""
     rows, columns = (height + 1) // 2, (width + 1) // 2
     row = torch.arange(height, device=device)[:, None]
     column = torch.arange(width, device=device)
@@ -73,7 +73,7 @@ def advance(
 
 
 def carry_between_chunks(added: torch.Tensor, time: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Returns the state at the start of each chunk, `(B, K, G, D, N)`, with a Hillis-Steele scan over the chunks.
+    """Return the state at the start of each chunk, `(B, K, G, D, N)`, with a Hillis-Steele scan over the chunks.
 
     After the round with shift s, each place accounts for the 2s chunks before it.
 

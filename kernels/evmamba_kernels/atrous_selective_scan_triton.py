@@ -93,7 +93,7 @@ CHUNK_COST = 1 / 16
 
 
 def find_config(device: Device) -> Config:
-    """Returns the configuration of a device.
+    """Return the configuration of a device.
 
     Raises:
         ValueError: If `CONFIGS` has none for the device.
@@ -121,12 +121,12 @@ class Plan(NamedTuple):
     is_wide: bool  # an image spans 2^31 elements or more
 
     def index_options(self, num_steps: int) -> dict[str, bool]:
-        """Returns the compile-time options of `find_steps`."""
+        """Return the compile-time options of `find_steps`."""
         return {"LONG_LINES": self.shortest_line >= num_steps, "WIDE": self.is_wide}
 
 
 def span(hidden_states: torch.Tensor) -> int:
-    """Returns the distance from the first element of an image to its last, in elements."""
+    """Return the distance from the first element of an image to its last, in elements."""
     sizes, strides = hidden_states.shape[1:], hidden_states.stride()[1:]
     return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
@@ -173,12 +173,12 @@ def make_plan(hidden_states: torch.Tensor, is_backward: bool = False) -> Plan:
 
 
 def with_dense_channels(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Returns the feature map with dense channels. All other strides are kept."""
+    """Return the feature map with dense channels. All other strides are kept."""
     return hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
 
 
 def project_fwd(plan: Plan, hidden_states: torch.Tensor, x_proj_weight: torch.Tensor) -> torch.Tensor:
-    """Returns dt, B and C of all steps, `(B, K, tiles, R + 2N, T)`."""
+    """Return dt, B and C of all steps, `(B, K, tiles, R + 2N, T)`."""
     batch_size, height, width, channels = hidden_states.shape
     outputs = x_proj_weight.shape[1]
     projected = new_buffer(hidden_states, batch_size, NUM_GROUPS, plan.num_tiles, outputs, plan.tile)
@@ -274,7 +274,7 @@ def run_chunk_states(
     parameters: Recurrence,
     segment_tiles: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, segments, N, D), (B, K, chunks, segments, D)
-    """Returns states and times after each segment of chunks that start from zero."""
+    """Return states and times after each segment of chunks that start from zero."""
     batch_size, *_, channels = hidden_states.shape
     segments = (batch_size, NUM_GROUPS, plan.num_chunks, cdiv(plan.chunk_tiles, segment_tiles))
     states = new_buffer(projected, *segments, parameters.state_size, channels)
@@ -374,7 +374,7 @@ def backward(
     A_log: torch.Tensor,  # (K, D, N)
     D: torch.Tensor,  # (K, D)
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of the six arguments of `forward`, each in the dtype of its argument."""
+    """Return the gradients of the six arguments of `forward`, each in the dtype of its argument."""
     arguments = (hidden_states, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     x_proj_weight, D = x_proj_weight.contiguous(), D.contiguous()
     parameters = Recurrence(dt_proj_weight.contiguous(), dt_proj_bias.contiguous(), A_log.contiguous())
@@ -411,7 +411,7 @@ def pass_states_both_ways(
     parameters: Recurrence,
     kept: KeptStates,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, K, chunks, N, D) each
-    """Returns the states before each chunk except the first, and the adjoints after each chunk except the last."""
+    """Return the states before each chunk except the first, and the adjoints after each chunk except the last."""
     carried = kept.states.new_empty(*kept.states.shape[:3], *kept.states.shape[4:])
     adjoints = torch.empty_like(carried)
     if plan.num_chunks > 1:
@@ -444,7 +444,7 @@ def run_scan_bwd(
     carried: torch.Tensor,  # (B, K, chunks, N, D)
     adjoints: torch.Tensor,  # (B, K, chunks, N, D), overwritten
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of u without the projection `(B, H, W, D)`, of the projections, and of four parameters."""
+    """Return the gradients of u without the projection `(B, H, W, D)`, of the projections, and of four parameters."""
     batch_size, height, width, channels = hidden_states.shape
     rank, state_size = parameters.rank, parameters.state_size
     num_blocks = cdiv(channels, plan.config.backward_channels)
@@ -501,7 +501,7 @@ def project_bwd(
     x_proj_weight: torch.Tensor,  # (K, R + 2N, D)
     partial_u: torch.Tensor,  # (B, H, W, D)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D), (K, R + 2N, D)
-    """Returns the gradients of u and of `x_proj_weight`."""
+    """Return the gradients of u and of `x_proj_weight`."""
     batch_size, height, width, channels = hidden_states.shape
     outputs = x_proj_weight.shape[1]
     steps = plan.num_tiles * plan.tile

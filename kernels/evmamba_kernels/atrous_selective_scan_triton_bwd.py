@@ -21,7 +21,7 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def run_kept(b_decay, b_added, b_state):
-    """Returns the decayed part of the state before each step, `(T, channels)`.
+    """Return the decayed part of the state before each step, `(T, channels)`.
 
     Subtracting the added part from the output of `run_states` would lose it to cancellation.
 
@@ -62,7 +62,7 @@ def run_adjoints(b_decay, b_reached, b_adjoint):
 
 @triton.jit
 def sum_products(b_1, b_2, LANE_CHANNELS: tl.constexpr):
-    """Returns the sum over channels of b_1 * b_2, `(T)`, with the same bits in all lanes.
+    """Return the sum over channels of b_1 * b_2, `(T)`, with the same bits in all lanes.
 
     Lanes add their values in pairs. If a lane has one channel, the compiler would fuse its product into this sum,
     fma(b_1, b_2, other), and the two lanes would round differently. It fuses nothing into the result of `tl.fma`. If a

@@ -13,7 +13,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softplus(x):
-    """Returns log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|).
+    """Return log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|).
 
     It uses log(1 + e) = 2 atanh(s), s = e / (2 + e), with a minimax polynomial in s^2, which is accurate for small e.
     """
@@ -29,20 +29,20 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    """Returns 1 / (1 + exp(-x)), the derivative of softplus."""
+    """Return 1 / (1 + exp(-x)), the derivative of softplus."""
     e = tl.exp2(tl.abs(x) * -LOG2_E)
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
 def load_A(p_A_log, m_d):
-    """Returns A in units of log 2, in which a decay is exp2(delta A)."""
+    """Return A in units of log 2, in which a decay is exp2(delta A)."""
     return -tl.exp2(tl.load(p_A_log, mask=m_d, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
 
 
 @triton.jit
 def mask_if(condition, o_d, channels):
-    """Returns the mask of the existing channels if a scalar condition holds, else of none.
+    """Return the mask of the existing channels if a scalar condition holds, else of none.
 
     In the interpreter of Triton 3.9, `mask & scalar` is not a mask.
     """
@@ -87,7 +87,7 @@ def find_steps(
 
 @triton.jit
 def load_time_steps(p_projected, p_weight, stride_r, b_bias, m_d, R, T: tl.constexpr):
-    """Returns softplus^-1(delta) of a tile, `(T, channels)`.
+    """Return softplus^-1(delta) of a tile, `(T, channels)`.
 
     Args:
         p_projected: Pointers to the tile's first row, which is dt, `(T)`.

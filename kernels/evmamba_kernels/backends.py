@@ -90,7 +90,7 @@ class Choice(NamedTuple):
 
 @cache
 def missing_requirement(backend: str) -> str | None:
-    """Returns the reason why a backend cannot be imported, or None if it can."""
+    """Return the reason why a backend cannot be imported, or None if it can."""
     try:
         BACKENDS[backend].load()
     except ImportError as error:
@@ -129,7 +129,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, backend: str | None = N
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Returns the reason why a backend does not compute on a device in a dtype, or None if it does."""
+    """Return the reason why a backend does not compute on a device in a dtype, or None if it does."""
     candidate = BACKENDS[backend]
     if device_type not in candidate.device_types:
         return f"{backend} computes on {' and '.join(candidate.device_types)}"
@@ -180,7 +180,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def is_transformed() -> bool:
-    """Returns whether PyTorch differentiates in forward mode, or applies a transform of `torch.func`.
+    """Return whether PyTorch differentiates in forward mode, or applies a transform of `torch.func`.
 
     Both need PyTorch operators. Forward mode would treat custom operators as constants, and most of them do not
     support the transforms. Under `vmap`, `requires_grad` is unreliable.
@@ -191,12 +191,12 @@ def is_transformed() -> bool:
 
 
 def is_plain_call() -> bool:
-    """Returns whether PyTorch neither traces nor transforms the call. Otherwise it must see PyTorch operators."""
+    """Return whether PyTorch neither traces nor transforms the call. Otherwise it must see PyTorch operators."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
 
 
 def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
-    """Returns whether the kernels of a backend may replace PyTorch operators.
+    """Return whether the kernels of a backend may replace PyTorch operators.
 
     A requested backend decides for the scan and all other operators. Without a request, the backend only needs to
     support the feature map. So a new backend of the scan leaves the other kernels as they are.
@@ -210,7 +210,7 @@ def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
 
 
 def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
-    """Returns whether CPU kernels can replace PyTorch operators: they are not overridden, and support the dtypes.
+    """Return whether CPU kernels can replace PyTorch operators: they are not overridden, and support the dtypes.
 
     Args:
         maps: The feature map, followed by others that the kernel reads with it.
@@ -229,14 +229,14 @@ def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Te
 
 
 def is_for_cpu_inference_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
-    """Returns whether CPU kernels without gradients can replace PyTorch operators, as in `is_for_cpu_kernel`."""
+    """Return whether CPU kernels without gradients can replace PyTorch operators, as in `is_for_cpu_kernel`."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *parameters)):
         return False
     return is_for_cpu_kernel(maps, parameters)
 
 
 def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Returns whether GPU kernels should replace PyTorch operators: they are not overridden, and the map is large.
+    """Return whether GPU kernels should replace PyTorch operators: they are not overridden, and the map is large.
 
     Args:
         tensors: The feature map, followed by the other tensors.
@@ -251,7 +251,7 @@ def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor as `(rows, D)` with dense channels.
+    """Return the tensor as `(rows, D)` with dense channels.
 
     It is a view if the rows are evenly spaced, as in half of the channels of another feature map.
     """

@@ -44,7 +44,7 @@ def depthwise_conv(
 def depthwise_conv_and_mean(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output of `depthwise_conv`, `(B, H, W, D)`, and its mean over the feature map, `(B, D)`.
+    """Return the output of `depthwise_conv`, `(B, H, W, D)`, and its mean over the feature map, `(B, D)`.
 
     Arguments and errors are those of `depthwise_conv`.
     """

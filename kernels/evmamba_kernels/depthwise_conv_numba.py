@@ -206,7 +206,7 @@ def convolve(
     bias: torch.Tensor | None,  # (D)
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, W, D) and (B, D)
-    """Returns the output and its mean over the feature map, in the dtype of the feature map."""
+    """Return the output and its mean over the feature map, in the dtype of the feature map."""
     batch_size, height, width, channels = hidden_states.shape
     rows_per_band = max(1, round(NUMBERS_PER_JOB / (width * channels)))
     num_bands = math.ceil(height / rows_per_band)

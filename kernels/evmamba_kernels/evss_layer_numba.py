@@ -211,7 +211,7 @@ def vector_at(table, i):
 
 @compiled
 def band_of_job(job, work):
-    """Returns the first pixel of a band in the batch, and its number of pixels."""
+    """Return the first pixel of a band in the batch, and its number of pixels."""
     image, band = job // work.num_bands, job % work.num_bands
     num_pixels = work.height * work.width
     first = band * work.pixels_per_band
@@ -296,7 +296,7 @@ def sizes_in(work):
 
 @compiled
 def parameters_of_group(table, k, sizes):
-    """Returns the parameters of the recurrence of group k. The projection is a linear layer of its own."""
+    """Return the parameters of the recurrence of group k. The projection is a linear layer of its own."""
     padded = (sizes.channels + LANES - 1) // LANES * LANES
     bytes_of_row = 4 * k * padded
     return PackedParameters(
@@ -486,7 +486,7 @@ class EVSSLayer:
 
 
 def by_blocks(parameter: torch.Tensor) -> torch.Tensor:  # (K, D, N) -> (K, blocks, N, 16)
-    """Returns a parameter of the scan in blocks of 16 channels. Zeros fill up the last one."""
+    """Return a parameter of the scan in blocks of 16 channels. Zeros fill up the last one."""
     padded = F.pad(parameter, (0, 0, 0, -parameter.shape[1] % LANES))
     return aligned(padded.unflatten(1, (-1, LANES)).transpose(2, 3).contiguous())
 

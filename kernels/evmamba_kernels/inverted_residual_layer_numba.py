@@ -133,7 +133,7 @@ def maps_in(work):
 
 @compiled
 def band_of_job(job, work):
-    """Returns the image of a job, the first pixel of its band in the batch, the number of pixels, and its part."""
+    """Return the image of a job, the first pixel of its band in the batch, the number of pixels, and its part."""
     part, band = job % work.num_parts, job // work.num_parts % work.num_bands
     image, num_pixels = job // work.num_parts // work.num_bands, work.height * work.width
     first = band * work.pixels_per_band

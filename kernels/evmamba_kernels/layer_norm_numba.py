@@ -78,7 +78,7 @@ STATISTICS_BYTES = 4 * LANES * (LANES + 2)
 
 @compiled
 def statistics_at(address):
-    """Returns statistics in the memory at an address."""
+    """Return statistics in the memory at an address."""
     lanes = 4 * LANES  # bytes of a vector
     return Statistics(float_pointer(address), float_pointer(address + lanes), float_pointer(address + 2 * lanes))
 

@@ -218,7 +218,7 @@ def gated_bwd(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of the four tensors of `gated`, each in the dtype of its tensor."""
+    """Return the gradients of the four tensors of `gated`, each in the dtype of its tensor."""
     grad_y, x, z = (readable(as_rows(each)) for each in (grad.to(hidden_states.dtype), hidden_states, gate))
     num_rows, channels = x.shape
     num_jobs = math.ceil(num_rows / ROWS_PER_GATED_BWD_JOB)
@@ -261,7 +261,7 @@ def mean_bwd(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of the three tensors of `mean`, each in the dtype of its tensor."""
+    """Return the gradients of the three tensors of `mean`, each in the dtype of its tensor."""
     x, grad_mean = readable(as_rows(hidden_states)), as_float32(grad)
     num_images, height, width, channels = hidden_states.shape
     num_rows = height * width

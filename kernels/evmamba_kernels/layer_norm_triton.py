@@ -26,7 +26,7 @@ FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @triton.jit
 def normalize(b_x, m_d, channels, eps):
-    """Returns the normalized rows, without a meaning beyond their channels, and the inverse of the standard deviation.
+    """Return the normalized rows, without a meaning beyond their channels, and the inverse of the standard deviation.
 
     Lanes add their values in pairs. The compiler would fuse a product into this sum, fma(a, b, other), and the two
     lanes would round differently. It fuses nothing into the results of `tl.where` and `tl.fma`, so each sum takes one.
@@ -158,7 +158,7 @@ def layer_norm_gated_bwd(
     bias: torch.Tensor,  # (D)
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of the four tensors of `layer_norm_gated_fwd`, each in the dtype of its tensor."""
+    """Return the gradients of the four tensors of `layer_norm_gated_fwd`, each in the dtype of its tensor."""
     with current_device(hidden_states):
         grad_y, x, z = as_rows(grad), as_rows(hidden_states), as_rows(gate)
         num_rows, channels = x.shape

@@ -5,7 +5,7 @@ from .numba_simd import add, compiled, divide, exp2, float32, minimum, multiply,
 
 @compiled
 def silu_and_derivative(x):
-    """Returns x s and s (1 + x (1 - s)), where s is the sigmoid of x. The exponential e gives 1 - s as e s."""
+    """Return x s and s (1 + x (1 - s)), where s is the sigmoid of x. The exponential e gives 1 - s as e s."""
     exponential = exp2(minimum(splat(float32(126.0)), multiply(x, splat(float32(-1.4426950409)))))
     sigmoid = divide(splat(float32(1.0)), add(exponential, splat(float32(1.0))))
     silu = multiply(x, sigmoid)

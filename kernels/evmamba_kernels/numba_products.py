@@ -101,7 +101,7 @@ class Tile(NamedTuple):
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor | int]:
-    """Returns the fields of a `Linear`.
+    """Return the fields of a `Linear`.
 
     Args:
         weight: `(out_features, in_features)`, float32.
@@ -139,7 +139,7 @@ class Table:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a copy at an address that is a multiple of 64 bytes, so no vector spans two cache lines."""
+    """Return a copy at an address that is a multiple of 64 bytes, so no vector spans two cache lines."""
     memory = torch.empty(tensor.numel() + 64 // tensor.itemsize, dtype=tensor.dtype)
     skipped = -memory.data_ptr() % 64 // tensor.itemsize
     return memory[skipped : skipped + tensor.numel()].view(tensor.shape).copy_(tensor)
@@ -147,13 +147,13 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 @compiled
 def number_of_blocks(num_vectors):
-    """Returns the number of blocks of columns of a product."""
+    """Return the number of blocks of columns of a product."""
     return (num_vectors + VECTORS - 1) // VECTORS
 
 
 @compiled
 def first_vector(block, num_vectors):
-    """Returns the first vector of a block. The last block has at least two vectors, if there are two."""
+    """Return the first vector of a block. The last block has at least two vectors, if there are two."""
     start = block * VECTORS
     if VECTORS == 3 and num_vectors % 3 == 1 and num_vectors > 1 and start == num_vectors - 1:
         return start - 1
@@ -165,7 +165,7 @@ LINEAR_FIELDS = len(Linear._fields)
 
 @compiled
 def linear_at(table, i):
-    """Returns the linear layer that starts at field i of a table."""
+    """Return the linear layer that starts at field i of a table."""
     return Linear(
         integer_pointer(table[i]),
         float_pointer(table[i + 1]),
@@ -178,14 +178,14 @@ def linear_at(table, i):
 
 
 def tile_bytes(num_rows: int, in_features: int) -> int:
-    """Returns the bytes of a tile with its sums."""
+    """Return the bytes of a tile with its sums."""
     row_words = math.ceil(in_features / LANES) * LANES // 2
     return 4 * num_rows * (row_words + 2 + RESULT_COLUMNS)
 
 
 @compiled
 def tile_at(address, num_rows, in_features):
-    """Returns a tile in the memory at an address."""
+    """Return a tile in the memory at an address."""
     row_words = (in_features + LANES - 1) // LANES * LANES // 2
     scales = address + 4 * num_rows * row_words
     minima, sums = scales + 4 * num_rows, scales + 8 * num_rows
@@ -254,7 +254,7 @@ def shift_left(builder, words, count):
 
 
 def add_bfloat16_products(builder, total, numbers, weights):
-    """Returns the sums plus the products of both numbers of each word."""
+    """Return the sums plus the products of both numbers of each word."""
     if HAS_AVX512_BF16:
         return call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, total, numbers, weights)
     high = ir.Constant(INTEGERS, [0xFFFF0000] * LANES)
@@ -265,7 +265,7 @@ def add_bfloat16_products(builder, total, numbers, weights):
 
 
 def add_integer_products(builder, total, numbers, weights):
-    """Returns the sums plus the products of the four bytes of each word. Those of `numbers` are unsigned."""
+    """Return the sums plus the products of the four bytes of each word. Those of `numbers` are unsigned."""
     if HAS_VNNI:
         return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", INTEGERS, total, numbers, weights)
     if HAS_AVX512BW or HAS_AVX2:
@@ -285,7 +285,7 @@ def add_integer_products(builder, total, numbers, weights):
 
 
 def sums_of_pairs(builder, a, b):
-    """Returns the products of 32 16-bit integers, summed in pairs."""
+    """Return the products of 32 16-bit integers, summed in pairs."""
     if HAS_AVX512BW:
         return call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", INTEGERS, a, b)
     sums = []
@@ -388,7 +388,7 @@ def multiply_block(tile, num_rows, linear, block):
 
 @compiled
 def output_of_row(tile, row, i, linear, column):
-    """Returns 16 outputs of the linear layer: from the sums of vector i of a block, which starts at `column`."""
+    """Return 16 outputs of the linear layer: from the sums of vector i of a block, which starts at `column`."""
     total = load(tile.sums, row * RESULT_COLUMNS + i * LANES)
     if linear.is_integer:
         minimum_of_row = load_splat(tile.minima, row)
@@ -442,24 +442,24 @@ def all_blocks(linear):
 
 @compiled
 def blocks_of_part(linear, part, num_parts):
-    """Returns the blocks of columns of one of several parts of a product."""
+    """Return the blocks of columns of one of several parts of a product."""
     num_blocks = number_of_blocks((linear.out_features + LANES - 1) // LANES)
     return num_blocks * part // num_parts, num_blocks * (part + 1) // num_parts
 
 
 def pack_vector_product(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the weight `(out_features, in_features)` for `multiply_vector`, as `(vectors, in_features, 16)`."""
+    """Return the weight `(out_features, in_features)` for `multiply_vector`, as `(vectors, in_features, 16)`."""
     padded = F.pad(weight, (0, 0, 0, -len(weight) % LANES))
     return aligned(padded.unflatten(0, (-1, LANES)).transpose(1, 2).to(dtype).contiguous())
 
 
 def pack_bias(bias: torch.Tensor) -> torch.Tensor:
-    """Returns the bias of a linear layer for `multiply_vector`, with zeros up to a multiple of 16."""
+    """Return the bias of a linear layer for `multiply_vector`, with zeros up to a multiple of 16."""
     return F.pad(bias, (0, -len(bias) % LANES))
 
 
 def pack_convolution(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the weight `(D, 1, 3, 3)` of a depthwise convolution as `(9, D)`, and its bias `(D)`."""
+    """Return the weight `(D, 1, 3, 3)` of a depthwise convolution as `(9, D)`, and its bias `(D)`."""
     return weight.flatten(1).t().contiguous(), weight.new_zeros(len(weight)) if bias is None else bias
 
 

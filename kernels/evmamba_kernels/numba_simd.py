@@ -68,14 +68,14 @@ class HalfModel(models.PrimitiveModel):
 
 
 def element_pointer(context, builder, array_type, array, index, pointee):
-    """Returns the address of an element of a 1D array, or of the memory that a pointer points to."""
+    """Return the address of an element of a 1D array, or of the memory that a pointer points to."""
     if isinstance(array_type, types.Array):
         array = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(array, [index]), pointee.as_pointer())
 
 
 def in_memory(element, numbers):
-    """Returns the LLVM type in memory of `numbers`, a float or a vector of floats, as elements of a Numba type."""
+    """Return the LLVM type in memory of `numbers`, a float or a vector of floats, as elements of a Numba type."""
     if element == types.float32:
         return numbers
     return ir.VectorType(ir.IntType(16), numbers.count) if isinstance(numbers, ir.VectorType) else ir.IntType(16)
@@ -128,18 +128,18 @@ def load_number(context, builder, array_type, array, index):
 
 
 def masked_type(element):
-    """Returns the suffix of LLVM's functions for masked vectors, and the alignment of elements."""
+    """Return the suffix of LLVM's functions for masked vectors, and the alignment of elements."""
     return (f"v{LANES}f32.p0", 4) if element == types.float32 else (f"v{LANES}i16.p0", 2)
 
 
 def lane_mask(builder, count):
-    """Returns the mask of the first `count` lanes."""
+    """Return the mask of the first `count` lanes."""
     lanes = ir.Constant(INTEGERS, list(range(LANES)))
     return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, ir.IntType(32)), INTEGERS))
 
 
 def is_full(builder, count):
-    """Returns whether all lanes count. Without AVX-512BW, masks of two-byte elements take a branch per lane."""
+    """Return whether all lanes count. Without AVX-512BW, masks of two-byte elements take a branch per lane."""
     return builder.icmp_signed(">=", count, ir.Constant(count.type, LANES))
 
 
@@ -171,7 +171,7 @@ def broadcast(builder, scalar, vector_type):
 
 
 def shuffle(builder, a, b, lanes):
-    """Returns the given lanes. Lanes of a count from 0, those of b from 16."""
+    """Return the given lanes. Lanes of a count from 0, those of b from 16."""
     lanes = list(lanes)
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
 
@@ -184,7 +184,7 @@ def call_llvm(builder, name, result, *arguments):
 def pointer_to(element, llvm_type):
     @intrinsic
     def pointer(typing_context, address):
-        """Returns a pointer from an integer address. It can replace the array of other functions."""
+        """Return a pointer from an integer address. It can replace the array of other functions."""
 
         def generate(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], llvm_type.as_pointer())
@@ -201,7 +201,7 @@ integer_pointer = pointer_to(types.int32, ir.IntType(32))
 
 @intrinsic
 def map_pointer(typing_context, work, address):
-    """Returns a pointer from an integer address, to numbers of the type that `work` points to.
+    """Return a pointer from an integer address, to numbers of the type that `work` points to.
 
     A kernel is compiled for each dtype of a feature map. The type of its argument names the dtype.
     """
@@ -214,7 +214,7 @@ def map_pointer(typing_context, work, address):
 
 @intrinsic
 def untyped(typing_context, pointer):
-    """Returns a pointer without the type of its target."""
+    """Return a pointer without the type of its target."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(types.voidptr))
@@ -224,7 +224,7 @@ def untyped(typing_context, pointer):
 
 @intrinsic
 def load(typing_context, array, index):
-    """Returns 16 numbers of a 1D array from `index`."""
+    """Return 16 numbers of a 1D array from `index`."""
 
     def generate(context, builder, signature, arguments):
         return load_vector(context, builder, signature.args[0], *arguments)
@@ -247,7 +247,7 @@ def store(typing_context, array, index, vector):
 
 @intrinsic
 def load_first(typing_context, array, index, count):
-    """Returns the first `count` of the 16 numbers from `index`, and zeros for the others, without reading them."""
+    """Return the first `count` of the 16 numbers from `index`, and zeros for the others, without reading them."""
 
     def generate(context, builder, signature, arguments):
         return load_first_lanes(context, builder, array, *arguments)
@@ -285,7 +285,7 @@ def store_first(typing_context, array, index, vector, count):
 
 @intrinsic
 def keep_first(typing_context, vector, count):
-    """Returns the first `count` lanes, and zeros for the others."""
+    """Return the first `count` lanes, and zeros for the others."""
 
     def generate(context, builder, signature, arguments):
         vector, count = arguments
@@ -296,7 +296,7 @@ def keep_first(typing_context, vector, count):
 
 @intrinsic
 def keep_last(typing_context, vector, count):
-    """Returns the last `count` lanes, and zeros for the others."""
+    """Return the last `count` lanes, and zeros for the others."""
 
     def generate(context, builder, signature, arguments):
         vector, count = arguments
@@ -308,7 +308,7 @@ def keep_last(typing_context, vector, count):
 
 @intrinsic
 def load_splat(typing_context, array, index):
-    """Returns one number of a 1D array in all lanes, without the check for negative indices of Numba's indexing."""
+    """Return one number of a 1D array in all lanes, without the check for negative indices of Numba's indexing."""
 
     def generate(context, builder, signature, arguments):
         return broadcast(builder, load_number(context, builder, signature.args[0], *arguments), VECTOR)
@@ -318,7 +318,7 @@ def load_splat(typing_context, array, index):
 
 @intrinsic
 def splat(typing_context, number):
-    """Returns a float32 number in all lanes."""
+    """Return a float32 number in all lanes."""
 
     def generate(context, builder, signature, arguments):
         return broadcast(builder, arguments[0], VECTOR)
@@ -345,7 +345,7 @@ divide = binary_operator("fdiv")
 
 @intrinsic
 def multiply_add(typing_context, a, b, c):
-    """Returns a b + c, rounded once if the processor has a fused multiply-add."""
+    """Return a b + c, rounded once if the processor has a fused multiply-add."""
 
     def generate(context, builder, signature, arguments):
         return call_llvm(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, *arguments)
@@ -486,7 +486,7 @@ def products_of_2_columns(typing_context, u, pixels, channels, weight, columns, 
 
 
 def sums_of_lanes(builder, vectors):
-    """Returns the lane sums of 16 vectors as one vector.
+    """Return the lane sums of 16 vectors as one vector.
 
     It merges vectors in pairs. A merged vector holds half as many partial sums of twice as many vectors.
     """
@@ -505,7 +505,7 @@ def sums_of_lanes(builder, vectors):
 def combined_lanes(combine):
     @intrinsic
     def function(typing_context, vector):
-        """Returns the combination of all lanes, in all lanes."""
+        """Return the combination of all lanes, in all lanes."""
 
         def generate(context, builder, signature, arguments):
             (vector,) = arguments
@@ -526,7 +526,7 @@ lane_maximum = combined_lanes(lambda builder, a, b: builder.select(builder.fcmp_
 
 @intrinsic
 def lane_sums(typing_context, array, index):
-    """Returns the lane sums of 16 consecutive vectors as one vector."""
+    """Return the lane sums of 16 consecutive vectors as one vector."""
 
     def generate(context, builder, signature, arguments):
         pointer = element_pointer(context, builder, signature.args[0], *arguments, VECTOR)
@@ -538,7 +538,7 @@ def lane_sums(typing_context, array, index):
 
 @intrinsic
 def add_to_exponent(typing_context, a, integers):
-    """Returns a 2^n, where n is in the low bits of `integers`. a and the result must be normal numbers."""
+    """Return a 2^n, where n is in the low bits of `integers`. a and the result must be normal numbers."""
 
     def generate(context, builder, signature, arguments):
         bits, shift = (builder.bitcast(argument, INTEGERS) for argument in arguments)
@@ -550,7 +550,7 @@ def add_to_exponent(typing_context, a, integers):
 
 @compiled
 def exp2_of_fraction(f, n):
-    """Returns 2^(n + f) for |f| <= 1/2, where n is in the low bits of its argument.
+    """Return 2^(n + f) for |f| <= 1/2, where n is in the low bits of its argument.
 
     A minimax polynomial of 2^f with the value 1 at 0 (Lawson's iteration). Its relative error is 0.8 ulp.
     """
@@ -565,7 +565,7 @@ def exp2_of_fraction(f, n):
 
 @compiled
 def exp2_by_polynomial(x):
-    """Returns 2^x for x <= 126, within 3 ulp, and 2^-126 for x < -126.
+    """Return 2^x for x <= 126, within 3 ulp, and 2^-126 for x < -126.
 
     Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
     """
@@ -576,7 +576,7 @@ def exp2_by_polynomial(x):
 
 @intrinsic
 def power_of_fraction(typing_context, n):
-    """Returns 2^(j/16), where j is the low four bits of the argument. One instruction of AVX-512."""
+    """Return 2^(j/16), where j is the low four bits of the argument. One instruction of AVX-512."""
 
     def generate(context, builder, signature, arguments):
         powers = ir.Constant(VECTOR, [2 ** (j / LANES) for j in range(LANES)])
@@ -588,7 +588,7 @@ def power_of_fraction(typing_context, n):
 
 @intrinsic
 def multiply_by_power(typing_context, a, x):
-    """Returns a 2^floor(x), or zero if that underflows. One instruction of AVX-512."""
+    """Return a 2^floor(x), or zero if that underflows. One instruction of AVX-512."""
 
     def generate(context, builder, signature, arguments):
         a, x = arguments
@@ -600,7 +600,7 @@ def multiply_by_power(typing_context, a, x):
 
 @compiled
 def exp2_by_table(x):
-    """Returns 2^x for finite x, within 2 ulp.
+    """Return 2^x for finite x, within 2 ulp.
 
     Adding 1.5 * 2^19 leaves the nearest multiple of 1/16 in the low bits of the sum. The remainder f is at most 1/32,
     where the Taylor polynomial of degree 3 is exact to rounding. So is 1 - 2^x for small x, the loss of a slow state.
@@ -620,7 +620,7 @@ exp2 = exp2_by_table if HAS_AVX512 else exp2_by_polynomial
 
 @compiled
 def exp(x):
-    """Returns e^x for x <= 87, within 4 ulp, and 2^-126 for x < -87.3. Subtracts log 2 in two parts."""
+    """Return e^x for x <= 87, within 4 ulp, and 2^-126 for x < -87.3. Subtracts log 2 in two parts."""
     x = maximum(splat(float32(-87.33654)), x)
     n = multiply_add(x, splat(float32(1.4426950409)), splat(float32(12582912.0)))
     rounded = subtract(n, splat(float32(12582912.0)))
@@ -631,7 +631,7 @@ def exp(x):
 
 @compiled
 def log1p(x):
-    """Returns log(1 + x) = 2 atanh(s), s = x / (2 + x), for 0 <= x <= 1, within 3 ulp: a minimax polynomial in s^2."""
+    """Return log(1 + x) = 2 atanh(s), s = x / (2 + x), for 0 <= x <= 1, within 3 ulp: a minimax polynomial in s^2."""
     s = divide(x, add(x, splat(float32(2.0))))
     q = multiply(s, s)
     p = splat(float32(1.400599368e-01))
@@ -644,7 +644,7 @@ def log1p(x):
 
 @intrinsic
 def select_by_sign(typing_context, x, positive, negative):
-    """Returns `negative` in the lanes with x < 0, and `positive` in the others."""
+    """Return `negative` in the lanes with x < 0, and `positive` in the others."""
 
     def generate(context, builder, signature, arguments):
         x, positive, negative = arguments
@@ -656,14 +656,14 @@ def select_by_sign(typing_context, x, positive, negative):
 
 @compiled
 def softplus(x):
-    """Returns log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), within 5 ulp."""
+    """Return log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), within 5 ulp."""
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
     return add(maximum(splat(float32(0.0)), x), log1p(small))
 
 
 @compiled
 def sigmoid(x):
-    """Returns 1 / (1 + exp(-x)), the derivative of softplus, within 5 ulp."""
+    """Return 1 / (1 + exp(-x)), the derivative of softplus, within 5 ulp."""
     small = exp(subtract(splat(float32(0.0)), absolute(x)))
     of_absolute = divide(splat(float32(1.0)), add(small, splat(float32(1.0))))
     return select_by_sign(x, of_absolute, multiply(small, of_absolute))
@@ -671,14 +671,14 @@ def sigmoid(x):
 
 @compiled
 def silu(x):
-    """Returns x / (1 + exp(-x)), within 4 ulp for x > -1. Below, the error is within 4 ulp of x exp(x / 2)."""
+    """Return x / (1 + exp(-x)), within 4 ulp for x > -1. Below, the error is within 4 ulp of x exp(x / 2)."""
     exponent = minimum(splat(float32(126.0)), multiply(x, splat(float32(-1.4426950409))))
     return divide(x, add(exp2(exponent), splat(float32(1.0))))
 
 
 @compiled
 def gelu(x):
-    """Returns x Phi(x) with the normal distribution function Phi, within 5 ulp plus 1e-7.
+    """Return x Phi(x) with the normal distribution function Phi, within 5 ulp plus 1e-7.
 
     Phi(-|x|) is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.29 |x|), as in Abramowitz and Stegun, 7.1.26, with six
     terms (Lawson's iteration).
@@ -731,7 +731,7 @@ def add_to_sums(sums, at, total, count):
 
 @compiled
 def sum_of_parts(sums, first_part, num_parts, channels, d, count):
-    """Returns the sums of `count` channels from `d` over `num_parts` rows of `sums` `(parts, channels)`."""
+    """Return the sums of `count` channels from `d` over `num_parts` rows of `sums` `(parts, channels)`."""
     total = splat(float32(0.0))
     for part in range(first_part, first_part + num_parts):
         total = add(total, load_first(sums, part * channels + d, count))

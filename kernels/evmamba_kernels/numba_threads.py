@@ -53,7 +53,7 @@ CFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def find_openmp() -> ctypes.CDLL | None:
-    """Returns the OpenMP runtime of this process, or None if it lacks the interface of GNU's."""
+    """Return the OpenMP runtime of this process, or None if it lacks the interface of GNU's."""
     try:
         library = ctypes.CDLL(None)  # importing torch made its symbols global
         library.GOMP_parallel.argtypes = [CFunction, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -82,7 +82,7 @@ if hasattr(os, "register_at_fork"):
 
 @intrinsic
 def claim_job(typing_context, work):
-    """Returns the number of the next job from the record that `work` points to. No two threads get the same one."""
+    """Return the number of the next job from the record that `work` points to. No two threads get the same one."""
 
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], COUNTERS.index("next_job"))
@@ -102,7 +102,7 @@ def finish_job(typing_context, work):
 
 @intrinsic
 def claim_thread(typing_context, work):
-    """Returns a number for the calling thread, from 0. The record has `THREAD_COUNTERS`."""
+    """Return a number for the calling thread, from 0. The record has `THREAD_COUNTERS`."""
 
     def generate(context, builder, signature, arguments):
         return add_atomically(builder, arguments[0], THREAD_COUNTERS.index("next_thread"))
@@ -112,7 +112,7 @@ def claim_thread(typing_context, work):
 
 @intrinsic
 def num_jobs_done(typing_context, work):
-    """Returns the number of finished jobs. What they wrote is visible to the caller."""
+    """Return the number of finished jobs. What they wrote is visible to the caller."""
 
     def generate(context, builder, signature, arguments):
         place = counter_pointer(builder, arguments[0], COUNTERS.index("jobs_done"))
@@ -157,13 +157,13 @@ def wait_for_jobs(pointer, count):
 
 
 def place(sizes: list[int]) -> tuple[list[int], int]:
-    """Returns the offsets of parts of memory with the given sizes in bytes, multiples of 64, and their total size."""
+    """Return the offsets of parts of memory with the given sizes in bytes, multiples of 64, and their total size."""
     offsets = list(accumulate((math.ceil(size / 64) * 64 for size in sizes), initial=0))
     return offsets[:-1], offsets[-1]
 
 
 def allocate(sizes: list[int]) -> list[torch.Tensor]:
-    """Returns parts of new memory with the given sizes in bytes, at addresses that are multiples of 64."""
+    """Return parts of new memory with the given sizes in bytes, at addresses that are multiples of 64."""
     offsets, total = place(sizes)
     memory = torch.empty(total + 64, dtype=torch.uint8)
     skipped = -memory.data_ptr() % 64
@@ -171,7 +171,7 @@ def allocate(sizes: list[int]) -> list[torch.Tensor]:
 
 
 def split_evenly(count: int, most: int, multiple: int) -> tuple[int, int]:
-    """Returns the number of parts of `count` things, and the size of all parts but the last one.
+    """Return the number of parts of `count` things, and the size of all parts but the last one.
 
     Args:
         count: Number of things.
@@ -194,7 +194,7 @@ def add_atomically(builder, pointer, field):
 
 @cache
 def digest_of_sources() -> str:
-    """Returns a digest of all sources of the kernels. Numba's cache only checks the file of a kernel itself."""
+    """Return a digest of all sources of the kernels. Numba's cache only checks the file of a kernel itself."""
     digest = blake2b(digest_size=8)
     for path in sorted(Path(__file__).parent.glob("*numba*.py")):
         digest.update(path.read_bytes())
@@ -203,7 +203,7 @@ def digest_of_sources() -> str:
 
 @cache
 def compiled_kernel(do_jobs: Callable, dtype: torch.dtype) -> CFunction:
-    """Returns a C function that claims jobs until none is left, so no Python runs between threads and jobs.
+    """Return a C function that claims jobs until none is left, so no Python runs between threads and jobs.
 
     Args:
         do_jobs: Takes a pointer to a work record. The type of the pointer names the dtype of feature maps.
@@ -224,20 +224,20 @@ def compiled_kernel(do_jobs: Callable, dtype: torch.dtype) -> CFunction:
 
 
 def callable_from_python(kernel: CFunc) -> CFunction:
-    """Returns the kernel as a function that takes the address of its work record."""
+    """Return the kernel as a function that takes the address of its work record."""
     function = CFunction(kernel.address)
     function.kernel = kernel  # keeps the machine code alive
     return function
 
 
 def readable(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Returns the feature map, in float32 if the processor cannot convert its dtype."""
+    """Return the feature map, in float32 if the processor cannot convert its dtype."""
     return hidden_states if hidden_states.dtype != torch.float16 or CONVERTS_FLOAT16 else hidden_states.float()
 
 
 @cache
 def structure_of(record_type: np.dtype) -> type[ctypes.Structure]:
-    """Returns the record type as a C structure, which takes half the time to create."""
+    """Return the record type as a C structure, which takes half the time to create."""
     fields = [(name, np.ctypeslib.as_ctypes_type(record_type[name])) for name in record_type.names]
     return type("Work", (ctypes.Structure,), {"_fields_": fields})
 

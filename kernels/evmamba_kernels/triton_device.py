@@ -48,7 +48,7 @@ class Device(NamedTuple):
 
 @cache
 def describe_device(device: torch.device) -> Device:
-    """Returns the description of a device, which must be the current one."""
+    """Return the description of a device, which must be the current one."""
     if INTERPRETED:
         return Device("interpreter", 1, 0, 1)
     driver = triton.runtime.driver.active
@@ -59,7 +59,7 @@ def describe_device(device: torch.device) -> Device:
 
 
 def cdiv(dividend: int, divisor: int) -> int:
-    """Returns the quotient, rounded up. `triton.cdiv` does the same, but takes 2 us to check its arguments."""
+    """Return the quotient, rounded up. `triton.cdiv` does the same, but takes 2 us to check its arguments."""
     return -(-dividend // divisor)
 
 

@@ -442,7 +442,7 @@ def test_everything_is_reached_by_keyboard(open_page):
 
 
 def find_slider(page: Page):
-    """Returns the opacity of a segmentation model, or the threshold of a detector."""
+    """Return the opacity of a segmentation model, or the threshold of a detector."""
     return page.locator("#opacity input[type=range], #threshold input[type=range]")
 
 

@@ -27,7 +27,7 @@ METHODS = ["gradient_checkpointing_enable", "activation_checkpointing_enable"]
 
 
 def create_model(model_class: type[Model] = EfficientVMambaForImageClassification) -> Model:
-    """Returns a network with stochastic depth, which must draw the same numbers in both computations."""
+    """Return a network with stochastic depth, which must draw the same numbers in both computations."""
     torch.manual_seed(0)
     fields = {"patch_size": 2, "hidden_sizes": [8, 16], "depths": [2, 2], "block_types": ["evss", "inverted_residual"]}
     return model_class(EfficientVMambaConfig(**fields, drop_path_rate=0.5, num_labels=3))
@@ -70,7 +70,7 @@ def batch_norms_of(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def enable_checkpointing(model: nn.Module, use_reentrant: bool = True) -> nn.Module:
-    """Returns the model, with checkpoints by the newest method that it has."""
+    """Return the model, with checkpoints by the newest method that it has."""
     name = [name for name in METHODS if hasattr(model, name)][-1]
     getattr(model, name)({"use_reentrant": use_reentrant})
     return model

@@ -61,7 +61,7 @@ QUANTIZERS = {
 
 
 def quantized_weights(model: nn.Module) -> int:
-    """Returns the number of weights that are no plain floating-point tensors any more."""
+    """Return the number of weights that are no plain floating-point tensors any more."""
     weights = [getattr(module, "weight", None) for module in model.modules()]
     return sum(
         weight.numel()

@@ -39,7 +39,7 @@ BOUND = 3e-6  # relative norm, float32
 def create_model(
     model_class: type[EfficientVMambaPreTrainedModel] = EfficientVMambaForImageClassification, **fields
 ) -> EfficientVMambaPreTrainedModel:
-    """Returns a small network in evaluation mode. Its batch norms are not the identity."""
+    """Return a small network in evaluation mode. Its batch norms are not the identity."""
     torch.manual_seed(0)
     model = model_class(EfficientVMambaConfig(**{**SMALL, "num_labels": 3, "drop_path_rate": 0.0, **fields})).eval()
     for module in model.modules():
@@ -89,7 +89,7 @@ def test_gradients_per_image(prepare):
 
 
 def logits_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the logits as a function that leaves the statistics of batch norms as they are."""
+    """Return the logits as a function that leaves the statistics of batch norms as they are."""
 
     def compute(images: torch.Tensor) -> torch.Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -286,7 +286,7 @@ def test_encoder_of_a_captioner():
 
 
 def count_flops(compute: Callable) -> dict[str, int]:
-    """Returns the FLOPs of each operator that PyTorch counts."""
+    """Return the FLOPs of each operator that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
         compute()
     return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}

@@ -42,7 +42,7 @@ def image_processor():
 
 @pytest.fixture(scope="module")
 def splits(image_processor) -> tuple[Dataset, Dataset]:
-    """Returns patterns for training, and others for evaluation. No batch size divides their number."""
+    """Return patterns for training, and others for evaluation. No batch size divides their number."""
     generator = np.random.default_rng(0)
 
     def to_tensors(batch: dict) -> dict:

@@ -80,7 +80,7 @@ class MaskLabels:
 
 
 def to_code(color: Any) -> int:
-    """Returns the number of a color [red, green, blue]."""
+    """Return the number of a color [red, green, blue]."""
     red, green, blue = (int(band) for band in color)
     if not all(0 <= band < 256 for band in (red, green, blue)):
         raise ValueError(f"{color} is no color")
@@ -88,7 +88,7 @@ def to_code(color: Any) -> int:
 
 
 def parse_label_text(text: str) -> dict[int, str]:
-    """Returns names by value from a file of one name a line, or from a table with a column `Name`, as ADE20K has."""
+    """Return names by value from a file of one name a line, or from a table with a column `Name`, as ADE20K has."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     heading = lines[0].split("\t") if lines else []
     if "Name" in heading:
@@ -119,7 +119,7 @@ def read_labels(file: Path) -> MaskLabels:
 
 
 def parse_labels(content: Any, source: str) -> MaskLabels:
-    """Returns the labels in the content of a file. `read_labels` describes it.
+    """Return the labels in the content of a file. `read_labels` describes it.
 
     Raises:
         UserError: If there are fewer than two classes, or two with the same name.
@@ -148,7 +148,7 @@ def parse_labels(content: Any, source: str) -> MaskLabels:
 
 
 def find_label_file(dataset: str, revision: str | None) -> Path:
-    """Returns the file that names the labels of a dataset: in its directory, or in its repository on the Hub.
+    """Return the file that names the labels of a dataset: in its directory, or in its repository on the Hub.
 
     Raises:
         UserError: If there is none.
@@ -186,7 +186,7 @@ class MaskReader:
             self.table[value + shift] = index
 
     def __call__(self, image: LabeledImage) -> np.ndarray:
-        """Returns the class indices (H, W) of an image's mask, int16. Pixels without label are `ignored`.
+        """Return the class indices (H, W) of an image's mask, int16. Pixels without label are `ignored`.
 
         Raises:
             UserError: If the mask cannot be read.
@@ -230,7 +230,7 @@ class MaskedImageReader:
         self.labels, self.read_classes = labels, MaskReader(labels, reduce_labels)
 
     def __call__(self, image: LabeledImage) -> tuple[Image.Image, np.ndarray]:
-        """Returns an image in RGB, and its class indices (H, W).
+        """Return an image in RGB, and its class indices (H, W).
 
         Raises:
             UserError: If image or mask cannot be read.
@@ -274,7 +274,7 @@ def check_some_masks(images: LabeledImages, read_pair: MaskedImageReader) -> lis
 
 
 def describe_mask(image: LabeledImage) -> str:
-    """Returns what messages call the mask of an image."""
+    """Return what messages call the mask of an image."""
     return str(image.label) if isinstance(image.label, Path) else f"the mask of {image.name}"
 
 
@@ -305,7 +305,7 @@ class MaskFolder(IndexedImages):
 
 
 def index_by_stem(files: list[Path], folder: Path) -> dict[Path, Path]:
-    """Returns files by their path in a directory without ending.
+    """Return files by their path in a directory without ending.
 
     Raises:
         UserError: If two differ in the ending only.
@@ -319,13 +319,13 @@ def index_by_stem(files: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 def find_part(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """Returns the directory in a directory that has the first of the names and holds images."""
+    """Return the directory in a directory that has the first of the names and holds images."""
     folders = {path.name.lower(): path for path in list_directories(folder)}
     return next((folders[name] for name in names if name in folders and holds_image(folders[name])), None)
 
 
 def find_parts(folder: Path) -> tuple[Path, Path] | None:
-    """Returns the directories of images and of masks in a directory, or None if there are no two of them."""
+    """Return the directories of images and of masks in a directory, or None if there are no two of them."""
     images, masks = find_part(folder, IMAGE_FOLDERS), find_part(folder, MASK_FOLDERS)
     return None if images is None or masks is None else (images, masks)
 

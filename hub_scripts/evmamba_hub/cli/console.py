@@ -60,7 +60,7 @@ def leave_notices_to_main_process(is_main_process: bool) -> None:
 
 
 def create_app(help: str | None = None) -> typer.Typer:
-    """Returns a command line without commands."""
+    """Return a command line without commands."""
     return typer.Typer(
         help=help,
         no_args_is_help=True,

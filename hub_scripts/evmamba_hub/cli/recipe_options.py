@@ -23,7 +23,7 @@ def parse_fields(text: str) -> dict[str, Any]:
 
 
 def number_or_none(kind: type) -> Callable[[str], Any]:
-    """Returns a function that parses a number or the word `none`."""
+    """Return a function that parses a number or the word `none`."""
 
     def parse(text: str) -> Any:
         try:
@@ -35,7 +35,7 @@ def number_or_none(kind: type) -> Callable[[str], Any]:
 
 
 def show_value(value: Any) -> str:
-    """Returns a value, rounded, as the command line takes it. It is empty if the value sets nothing."""
+    """Return a value, rounded, as the command line takes it. It is empty if the value sets nothing."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(show_value, value))
     if isinstance(value, float):
@@ -44,7 +44,7 @@ def show_value(value: Any) -> str:
 
 
 def to_parameter(field: dataclasses.Field, default: str) -> inspect.Parameter:
-    """Returns the option for a field of the recipe. An option that is not given is None.
+    """Return the option for a field of the recipe. An option that is not given is None.
 
     If the field may be None, the option takes the word `none`, which `coerce` converts.
 
@@ -77,7 +77,7 @@ def to_parameter(field: dataclasses.Field, default: str) -> inspect.Parameter:
 
 
 def create_preset_option(recipe_class: type[BaseRecipe]) -> Any:
-    """Returns the option that takes a preset or a YAML file. Its help lists the presets of the class."""
+    """Return the option that takes a preset or a YAML file. Its help lists the presets of the class."""
     presets = ", ".join(f"`{name}`" for name in list_presets(recipe_class))
     return typer.Option(help=f"Preset ({presets}), or YAML file of the options below.")
 
@@ -102,5 +102,5 @@ def with_recipe_options(recipe_class: type[BaseRecipe], default: str) -> Callabl
 
 
 def find_overrides(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the recipe that the command line overrides."""
+    """Return the fields of the recipe that the command line overrides."""
     return {name: value for name, value in values.items() if value is not None and value != []}

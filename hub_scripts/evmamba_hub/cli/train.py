@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "finetune"
 
 
 def describe_result(run: "TrainingRun", results: dict[str, float | int] | None) -> str:
-    """Returns the directory of the model, its accuracy, and the number of skipped images."""
+    """Return the directory of the model, its accuracy, and the number of skipped images."""
     parts = [str(run.folder.model_dir)]
     if results is not None:
         parts.append(f"top-1 {results['top1']:.2%} on {to_count(results['images'], 'held-out image')}")

@@ -62,13 +62,13 @@ def train_with_progress(run: Run, console: Console) -> Results:
 
 
 def describe_skipped(run: "TrainingRun | DenseRun") -> list[str]:
-    """Returns what to show of the skipped images of a run, if there are any."""
+    """Return what to show of the skipped images of a run, if there are any."""
     num_unreadable = run.progress.num_unreadable
     return [f"skipped {to_count(num_unreadable, 'unreadable image')}"] if num_unreadable else []
 
 
 def describe_measures(run: "DenseRun", results: Results) -> str:
-    """Returns the directory of a model for a dense task, its measures, and the number of skipped images."""
+    """Return the directory of a model for a dense task, its measures, and the number of skipped images."""
     parts = [str(run.folder.model_dir)]
     if results is not None:
         measured = [f"{label} {results[name]:.2%}" for name, label in run.measures.items()]

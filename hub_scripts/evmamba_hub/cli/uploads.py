@@ -37,7 +37,7 @@ def show_files(repo_id: str, files: "Files", replaced: Sequence[str] = ()) -> No
 
 
 def get_card(files: "Files") -> str:
-    """Returns the text of the card among the files to upload."""
+    """Return the text of the card among the files to upload."""
     return read_content(files["README.md"]).decode()
 
 

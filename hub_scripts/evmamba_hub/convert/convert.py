@@ -33,7 +33,7 @@ class Conversion:
 
 
 def choose_checkpoint(repo_id: str, file_names: list[str], wanted: str | None) -> str:
-    """Returns the name of the checkpoint among the files of a repository: the wanted one, or the only one.
+    """Return the name of the checkpoint among the files of a repository: the wanted one, or the only one.
 
     Raises:
         UserError: If there is no such file, no checkpoint, or no unique one.
@@ -51,7 +51,7 @@ def choose_checkpoint(repo_id: str, file_names: list[str], wanted: str | None) -
 
 
 def download(repo_id: str, file_name: str | None) -> Path:
-    """Returns the path of the downloaded checkpoint. `file_name` chooses one of several in the repository."""
+    """Return the path of the downloaded checkpoint. `file_name` chooses one of several in the repository."""
     with translate_hub_errors(repo_id, may_be_path=True):
         hub = HfApi()
         files = hub.model_info(repo_id).siblings  # unlike `list_repo_files`, fails at once without a connection
@@ -62,7 +62,7 @@ def download(repo_id: str, file_name: str | None) -> Path:
 
 
 def resolve_source(source: str, file_name: str | None) -> Path:
-    """Returns the local file of a source, which is a path or the id of a repository on the Hub.
+    """Return the local file of a source, which is a path or the id of a repository on the Hub.
 
     Raises:
         UserError: If the source is neither, or cannot be downloaded.

@@ -165,7 +165,7 @@ class OriginalCheckpoint:
 
 
 def read_file(path: Path):
-    """Returns the content of a file. `weights_only` rejects pickles that would execute code.
+    """Return the content of a file. `weights_only` rejects pickles that would execute code.
 
     Raises:
         UserError: If the file would execute code, or cannot be read.
@@ -185,7 +185,7 @@ def read_file(path: Path):
 
 
 def find_dictionaries(content: Any, entries: str = "") -> Iterator[tuple[str, dict]]:
-    """Yields the dictionaries in a checkpoint, with the entries that lead to them."""
+    """Yield the dictionaries in a checkpoint, with the entries that lead to them."""
     if isinstance(content, dict) and entries.count(".") < MAX_DEPTH:
         yield entries, content
         for name, value in content.items():
@@ -193,7 +193,7 @@ def find_dictionaries(content: Any, entries: str = "") -> Iterator[tuple[str, di
 
 
 def find_networks(content: Any) -> list[StoredNetwork]:
-    """Returns the networks in a checkpoint, in the order of the file.
+    """Return the networks in a checkpoint, in the order of the file.
 
     Raises:
         UserError: If there is none.
@@ -220,7 +220,7 @@ def find_networks(content: Any) -> list[StoredNetwork]:
 
 
 def is_averaged(content: dict, entries: str, prefix: str) -> bool:
-    """Returns whether averaged weights stand below these entries, behind this prefix of a checkpoint."""
+    """Return whether averaged weights stand below these entries, behind this prefix of a checkpoint."""
     if any(swapped <= content.keys() for swapped in SWAPPED_ENTRIES):
         return entries == "state_dict."
     return EMA_NAME.search(entries + prefix) is not None
@@ -231,14 +231,14 @@ def is_named_tensor(name: Any, value: Any) -> bool:
 
 
 def count_modules(keys: list[str], prefix: str) -> dict[str, int]:
-    """Returns the modules beside a network, such as the neck beside a backbone, with their numbers of tensors."""
+    """Return the modules beside a network, such as the neck beside a backbone, with their numbers of tensors."""
     parent = re.sub(r"[^.]+\.$", "", prefix)
     names = [(parent if key.startswith(parent) else "", key) for key in keys]
     return dict(Counter(start + key.removeprefix(start).partition(".")[0] for start, key in names))
 
 
 def explain_absence(content: Any) -> UserError:
-    """Returns the error for a checkpoint without the network."""
+    """Return the error for a checkpoint without the network."""
     if not isinstance(content, dict):
         return UserError(f"the checkpoint must hold a dictionary of tensors, got a {type(content).__name__}")
     weights = max((each for _, each in find_dictionaries(content)), key=count_tensors)
@@ -258,7 +258,7 @@ def count_tensors(dictionary: dict) -> int:
 
 
 def select_networks(networks: list[StoredNetwork], weights: str | None, prefix: str | None) -> list[StoredNetwork]:
-    """Returns the networks that are asked for.
+    """Return the networks that are asked for.
 
     Args:
         networks: Those of the checkpoint.
@@ -285,14 +285,14 @@ def select_networks(networks: list[StoredNetwork], weights: str | None, prefix: 
 
 
 def modern_name(name: str) -> str:
-    """Returns a key of any generation in the newer generation of names."""
+    """Return a key of any generation in the newer generation of names."""
     for pattern, replacement in SPELLINGS:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def original_name(name: str, config: EfficientVMambaConfig) -> str:
-    """Returns the authors' name (newer generation) of a tensor of our network."""
+    """Return the authors' name (newer generation) of a tensor of our network."""
 
     def translate(name: str, table: dict[str, str]) -> str:
         ours, theirs = next((pair for pair in table.items() if name.startswith(pair[0])), ("", ""))
@@ -315,7 +315,7 @@ def original_name(name: str, config: EfficientVMambaConfig) -> str:
 
 
 def infer_config(state_dict: dict[str, torch.Tensor]) -> EfficientVMambaConfig:
-    """Returns the configuration of the network with these tensors.
+    """Return the configuration of the network with these tensors.
 
     Args:
         state_dict: The tensors under the authors' names (newer generation).
@@ -374,7 +374,7 @@ def load_original_checkpoint(path: Path, weights: str | None = None, prefix: str
 
 
 def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict[str, torch.Tensor]]:
-    """Returns the class, the configuration and the tensors under our names of a network.
+    """Return the class, the configuration and the tensors under our names of a network.
 
     Raises:
         Misfit: If the tensors are not exactly those of an EfficientVMamba.
@@ -425,5 +425,5 @@ def translate(network: StoredNetwork) -> tuple[type, EfficientVMambaConfig, dict
 
 
 def list_problems(problems: dict[str, list[str]]) -> list[str]:
-    """Returns one phrase per kind of problem."""
+    """Return one phrase per kind of problem."""
     return [f"{kind}: {shorten(names)}" for kind, names in problems.items() if names]

@@ -10,7 +10,7 @@ NUM_FILTER_AXES = 4  # labels, channels, and a kernel of 1 x 1
 
 
 def add_activation_maps(file: Path) -> bytes:
-    """Returns an ONNX file with the output `activation_maps` (B, labels, H, W). Other outputs stay as they are.
+    """Return an ONNX file with the output `activation_maps` (B, labels, H, W). Other outputs stay as they are.
 
     The head is a mean over the cells of the last stage and a linear layer. So the mean of a class's map is its logit
     without the bias. No weights are added. A file whose linear layer is quantized stays as it is.

@@ -83,7 +83,7 @@ def load_exportable(model: str, dtype: str, revision: str | None = None) -> Expo
 
 
 def smallest_side(config: EfficientVMambaConfig) -> int:
-    """Returns the smallest side in pixels for a graph of any size.
+    """Return the smallest side in pixels for a graph of any size.
 
     PyTorch traces sizes of 1 as constants, so each side of the last stage needs at least two positions.
     """
@@ -91,7 +91,7 @@ def smallest_side(config: EfficientVMambaConfig) -> int:
 
 
 def choose_check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int] | None) -> Sizes:
-    """Returns the sizes on which an export is checked.
+    """Return the sizes on which an export is checked.
 
     If the size is not fixed, they are the model's own size, odd sides that no patch divides, and small images.
     """
@@ -105,7 +105,7 @@ def choose_check_sizes(config: EfficientVMambaConfig, image_size: tuple[int, int
 
 
 def create_check_images(config: EfficientVMambaConfig, size: tuple[int, int, int]) -> torch.Tensor:
-    """Returns noise `(B, C, H, W)` on a different color for every image, because their logits must differ."""
+    """Return noise `(B, C, H, W)` on a different color for every image, because their logits must differ."""
     batch_size, height, width = size
     generator = torch.Generator().manual_seed(0)
     colors = torch.randn(batch_size, config.num_channels, 1, 1, generator=generator)
@@ -266,7 +266,7 @@ def trace(classifier: Exportable, image_size: tuple[int, int] | None, backend: s
 
 
 def describe_inputs(classifier: Exportable) -> dict[str, str]:
-    """Returns the labels and the preprocessing as JSON, which a user of the file needs."""
+    """Return the labels and the preprocessing as JSON, which a user of the file needs."""
     id2label = classifier.model.config.id2label or {}
     return {
         "labels": json.dumps([label for _, label in sorted(id2label.items())], ensure_ascii=False),

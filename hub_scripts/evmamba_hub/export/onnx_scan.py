@@ -20,18 +20,18 @@ GROUP_ORDER = [0, 2, 1, 3]
 
 
 def to_shape(*sizes):
-    """Returns a shape from sizes, each of which is a number or a value of the graph."""
+    """Return a shape from sizes, each of which is a number or a value of the graph."""
     return op.Concat(*(op.Constant(value_ints=[size]) if isinstance(size, int) else size for size in sizes), axis=0)
 
 
 def halved_sides(hidden_states):
-    """Returns B, H, W and D of a map, ceil(H / 2) and ceil(W / 2)."""
+    """Return B, H, W and D of a map, ceil(H / 2) and ceil(W / 2)."""
     batch_size, height, width, channels = (op.Shape(hidden_states, start=i, end=i + 1) for i in range(4))
     return batch_size, height, width, channels, op.Div(op.Add(height, [1]), [2]), op.Div(op.Add(width, [1]), [2])
 
 
 def to_sequences(hidden_states):
-    """Returns the four sequences (B, K, L, D) of a map (B, H, W, D). Odd sides are padded with zeros."""
+    """Return the four sequences (B, K, L, D) of a map (B, H, W, D). Odd sides are padded with zeros."""
     batch_size, height, width, channels, rows, columns = halved_sides(hidden_states)
     row_pad, column_pad = op.Sub(op.Mul(rows, [2]), height), op.Sub(op.Mul(columns, [2]), width)
     padded = op.Pad(hidden_states, to_shape(0, 0, 0, 0, 0, row_pad, column_pad, 0))
@@ -58,7 +58,7 @@ def to_map(sequences, hidden_states):
 
 @script()
 def softplus(x) -> FLOAT[...]:
-    """Returns log(1 + exp(x)) to rounding. The operator of onnxruntime is three times slower (benchmarks/NOTES.md)."""
+    """Return log(1 + exp(x)) to rounding. The operator of onnxruntime is three times slower (benchmarks/NOTES.md)."""
     one = op.Constant(value_float=1.0)
     z = op.Exp(op.Neg(op.Abs(x)))
     w = one + z
@@ -67,7 +67,7 @@ def softplus(x) -> FLOAT[...]:
 
 @script()
 def recur(h_0, delta, delta_u, B, C, A) -> FLOAT[...]:
-    """Returns h_t C_t of all steps, (B, K, L, 1, D).
+    """Return h_t C_t of all steps, (B, K, L, 1, D).
 
     Args:
         h_0: The state before the first step, (B, K, N, D).

@@ -188,5 +188,5 @@ def compare_runtimes(
 
 @torch.inference_mode()
 def find_largest_difference(runtime: Runtime, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Returns the largest difference over all logits. It is NaN if a logit is NaN."""
+    """Return the largest difference over all logits. It is NaN if a logit is NaN."""
     return torch.stack([(runtime(images) - expected).abs().max() for images, expected in batches]).max().item()

@@ -37,12 +37,12 @@ class FoundImages(NamedTuple):
 
 
 def is_ignored(name: str) -> bool:
-    """Returns whether a name in a directory is hidden, or that of a system's directory."""
+    """Return whether a name in a directory is hidden, or that of a system's directory."""
     return name.startswith(".") or name.lower() in SYSTEM_DIRECTORIES
 
 
 def list_decodable_suffixes() -> set[str]:
-    """Returns the endings of the formats that Pillow decodes here, such as ".jpg"."""
+    """Return the endings of the formats that Pillow decodes here, such as ".jpg"."""
     return {suffix for suffix, name in Image.registered_extensions().items() if is_decodable(name)}
 
 
@@ -55,7 +55,7 @@ def is_decodable(format_name: str) -> bool:
 
 
 def list_entries(directory: str | Path) -> list[os.DirEntry[str]]:
-    """Returns the entries of a directory, sorted by name.
+    """Return the entries of a directory, sorted by name.
 
     Raises:
         UserError: If the directory cannot be read.
@@ -68,19 +68,19 @@ def list_entries(directory: str | Path) -> list[os.DirEntry[str]]:
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Returns whether an entry is a directory, or a link to one."""
+    """Return whether an entry is a directory, or a link to one."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def is_special(entry: os.DirEntry[str]) -> bool:
-    """Returns whether an entry is a pipe, a socket or a device. A broken link is a file that cannot be read."""
+    """Return whether an entry is a pipe, a socket or a device. A broken link is a file that cannot be read."""
     if entry.is_symlink():
         return os.path.exists(entry.path) and not os.path.isfile(entry.path) and not os.path.isdir(entry.path)
     return not entry.is_file() and not entry.is_dir()
 
 
 def list_directories(directory: Path) -> list[Path]:
-    """Returns the directories in a directory, and the links to directories, without ignored ones.
+    """Return the directories in a directory, and the links to directories, without ignored ones.
 
     Raises:
         UserError: If the directory cannot be read, or a link leads nowhere that may be one to a directory.
@@ -127,7 +127,7 @@ def walk_files(directory: Path) -> Iterator[Path]:
 
 
 def list_files(entry: os.DirEntry[str]) -> list[Path]:
-    """Returns the entry itself, or the files below it if it is a directory. Skip what cannot be read."""
+    """Return the entry itself, or the files below it if it is a directory. Skip what cannot be read."""
     if not entry.is_dir(follow_symlinks=False):
         return [Path(entry.path)]
     return [Path(folder, name) for folder, _, names in os.walk(entry.path) for name in names]
@@ -153,7 +153,7 @@ def search_images(directory: Path) -> FoundImages:
 
 
 def holds_image(directory: Path) -> bool:
-    """Returns whether there is an image below a directory."""
+    """Return whether there is an image below a directory."""
     suffixes = list_decodable_suffixes()
     return any(file.suffix.lower() in suffixes for file in walk_files(directory))
 
@@ -181,11 +181,11 @@ def find_images(paths: list[Path]) -> FoundImages:
 
 
 def describe_ignored(ignored: list[Path]) -> str:
-    """Returns a sentence about the ignored files for the user."""
+    """Return a sentence about the ignored files for the user."""
     files = "1 file that is" if len(ignored) == 1 else f"{len(ignored):,} files that are"
     return f"Ignored {files} hidden or no image by name, such as {ignored[0]}"
 
 
 def add_ignored(message: str, ignored: list[Path]) -> str:
-    """Returns a message about missing images, with a sentence about the ignored files if there are any."""
+    """Return a message about missing images, with a sentence about the ignored files if there are any."""
     return f"{message}. {describe_ignored(ignored)}" if ignored else message

@@ -6,13 +6,13 @@ from pathlib import Path
 
 @cache
 def load_labels() -> list[str]:
-    """Returns the 1000 names, such as "tench, Tinca tinca"."""
+    """Return the 1000 names, such as "tench, Tinca tinca"."""
     return read_lines("imagenet1k_labels.txt")
 
 
 @cache
 def load_synsets() -> list[str]:
-    """Returns the 1000 WordNet ids, such as "n01440764", which are also the names of ImageNet's directories."""
+    """Return the 1000 WordNet ids, such as "n01440764", which are also the names of ImageNet's directories."""
     return read_lines("imagenet1k_synsets.txt")
 
 

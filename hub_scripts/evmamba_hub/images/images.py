@@ -193,7 +193,7 @@ def decode_mask(file: BinaryIO) -> np.ndarray:
 
 
 def find_turn(image: Image.Image) -> Image.Transpose | None:
-    """Returns what turns an image upright by its EXIF or XMP orientation, or None if nothing does.
+    """Return what turns an image upright by its EXIF or XMP orientation, or None if nothing does.
 
     Pillow's `exif_transpose` also writes the EXIF data anew, which fails if an entry is damaged.
     """
@@ -207,7 +207,7 @@ def find_turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def search_orientation(exif: bytes) -> int | None:
-    """Returns the orientation in the first directory of EXIF data. Pillow gives up at the first damaged entry."""
+    """Return the orientation in the first directory of EXIF data. Pillow gives up at the first damaged entry."""
     order = {b"II": "<", b"MM": ">"}[exif[:2]]
     (start,) = struct.unpack_from(f"{order}L", exif, 4)
     (num_entries,) = struct.unpack_from(f"{order}H", exif, start)
@@ -219,7 +219,7 @@ def search_orientation(exif: bytes) -> int | None:
 
 
 def has_16_bit_colors(image: ImageFile.ImageFile) -> bool:
-    """Returns whether an image that is not decoded yet has colors of 16 bits, of which Pillow keeps the upper 8."""
+    """Return whether an image that is not decoded yet has colors of 16 bits, of which Pillow keeps the upper 8."""
     return any(
         isinstance(each, str) and RAW_MODE_OF_16_BITS.fullmatch(each)
         for _, _, _, arguments in image.tile
@@ -228,7 +228,7 @@ def has_16_bit_colors(image: ImageFile.ImageFile) -> bool:
 
 
 def find_wide_values(image: Image.Image) -> np.ndarray | None:
-    """Returns the values (H, W) of a gray image of more than 8 bits or with a sign, or None for other images."""
+    """Return the values (H, W) of a gray image of more than 8 bits or with a sign, or None for other images."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         is_signed = find_tag(image, TiffImagePlugin.SAMPLEFORMAT) == SIGNED
         if image.mode == "L" and is_signed:  # Pillow takes the sign for a bit of the value
@@ -273,7 +273,7 @@ def to_8_bits(image: Image.Image, announce: Callable[[str], None]) -> Image.Imag
 
 
 def find_ranges(image: Image.Image) -> list[tuple[int, int]]:
-    """Returns the values of black and white in a gray image of integers: those in its file, and those of its type."""
+    """Return the values of black and white in a gray image of integers: those in its file, and those of its type."""
     ranges = []
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         smallest, largest = find_tag(image, *SMALLEST_VALUE_TAGS) or 0, find_tag(image, *LARGEST_VALUE_TAGS)
@@ -289,7 +289,7 @@ def find_ranges(image: Image.Image) -> list[tuple[int, int]]:
 
 
 def find_tag(image: TiffImagePlugin.TiffImageFile, *tags: int) -> int | None:
-    """Returns the first integer of the first of the tags that an image has."""
+    """Return the first integer of the first of the tags that an image has."""
     for tag in tags:
         with suppress(Exception):  # parsers of damaged data raise errors of any type
             value = image.tag_v2[tag]

@@ -47,7 +47,7 @@ SHUFFLE_BUFFER = 4096  # encoded images in the shuffle buffer of a stream, about
 
 
 def normalize(label: Any) -> Any:
-    """Returns a label in NFC if it is a name. Systems differ in the Unicode form of the same name."""
+    """Return a label in NFC if it is a name. Systems differ in the Unicode form of the same name."""
     return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
 
 
@@ -71,11 +71,11 @@ class Share(NamedTuple):
     num_processes: int
 
     def indices(self, num_images: int) -> range:
-        """Returns the indices of this share. The shares of all processes together are the dataset."""
+        """Return the indices of this share. The shares of all processes together are the dataset."""
         return range(self.process_index, num_images, self.num_processes)
 
     def divide(self, worker_index: int, num_workers: int) -> "Share":
-        """Returns the share of one of the process's workers."""
+        """Return the share of one of the process's workers."""
         return Share(self.process_index * num_workers + worker_index, self.num_processes * num_workers)
 
 
@@ -158,7 +158,7 @@ class ImageFolder(IndexedImages):
         self.class_indices = [indices[name] for name in names]
 
     def find_class(self, file: Path) -> str:
-        """Returns the class of a file."""
+        """Return the class of a file."""
         return normalize(file.relative_to(self.folder).parts[0])
 
     def __getitem__(self, index: int) -> LabeledImage:
@@ -171,7 +171,7 @@ class ImageFolder(IndexedImages):
 
 
 def describe_folder(class_names: list[str], ignored: list[Path]) -> tuple[str, ...]:
-    """Returns what the user should know about an image folder: names taken as classes, and ignored files."""
+    """Return what the user should know about an image folder: names taken as classes, and ignored files."""
     notes = []
     if all(find_split_kind(name) for name in class_names):
         notes.append(f"Took {shorten(class_names)} as classes, not as splits, because images lie directly in them")
@@ -191,7 +191,7 @@ class Columns:
     class_names: list[str] | None
 
     def select(self, rows: Any) -> Any:
-        """Returns the columns of a table or stream, with the images as they are stored."""
+        """Return the columns of a table or stream, with the images as they are stored."""
         import datasets
 
         return rows.select_columns([self.image, self.label]).cast_column(self.image, datasets.Image(decode=False))
@@ -201,7 +201,7 @@ class Columns:
 
 
 def find_source(image: dict | None) -> Path | bytes:
-    """Returns the file or the content of an image, as `datasets.Image` stores it. A missing image becomes empty."""
+    """Return the file or the content of an image, as `datasets.Image` stores it. A missing image becomes empty."""
     image = image or {"bytes": b"", "path": None}
     return Path(image["path"]) if image["bytes"] is None else image["bytes"]
 
@@ -245,7 +245,7 @@ class StreamedImages(LabeledImages):
                 yield self.columns.to_labeled_image(row, f"image {number} of {name}")
 
     def shuffle(self, seed: int, epoch: int) -> "StreamedImages":
-        """Returns the images in an order that seed and epoch determine. A buffer limits its randomness."""
+        """Return the images in an order that seed and epoch determine. A buffer limits its randomness."""
         rng = np.random.default_rng((seed, epoch))
         return replace(self, stream=self.stream.shuffle(rng.integers(2**32).item(), buffer_size=SHUFFLE_BUFFER))
 
@@ -281,7 +281,7 @@ def choose_columns(features: dict, image_column: str | None, label_column: str |
 
 
 def resolve_file_names(file: Path, names: list[str | None]) -> list[dict | None]:
-    """Returns the images that a metadata file names, as `datasets.Image` stores them.
+    """Return the images that a metadata file names, as `datasets.Image` stores them.
 
     Raises:
         UserError: If an image lies outside of the directory.
@@ -366,7 +366,7 @@ def open_folder(folder: Path, split: str | None, image_column: str | None, label
 
 
 def link_for_datasets(directory: Path) -> Path:
-    """Returns a directory that `datasets` reads as the given one.
+    """Return a directory that `datasets` reads as the given one.
 
     `datasets` expands wildcards in the path of a directory, and enters no link to a directory. So such a directory
     gets a twin of links to its files, in the cache of `datasets`.

@@ -44,12 +44,12 @@ ANNOTATION_PARTS = {"annotations", "imagesets", "labels", "masks", "segmentation
 
 
 def find_split_kind(name: str) -> str | None:
-    """Returns what the split of a usual name is for: "train", "validation" or "test"."""
+    """Return what the split of a usual name is for: "train", "validation" or "test"."""
     return next((kind for kind, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def match_splits(names: Collection[str], wanted: str) -> list[str]:
-    """Returns the splits of a name: the same name, else that in another case, else usual names for the same."""
+    """Return the splits of a name: the same name, else that in another case, else usual names for the same."""
     if wanted in names:
         return [wanted]
     kind = find_split_kind(wanted)
@@ -58,7 +58,7 @@ def match_splits(names: Collection[str], wanted: str) -> list[str]:
 
 
 def choose_split(names: Collection[str], wanted: str, dataset: str, option: str) -> str:
-    """Returns the split of a name.
+    """Return the split of a name.
 
     Raises:
         UserError: If there is none, or several. The message names the option.
@@ -70,7 +70,7 @@ def choose_split(names: Collection[str], wanted: str, dataset: str, option: str)
 
 
 def choose_evaluation_split(names: Collection[str], dataset: str, option: str) -> str | None:
-    """Returns the split to evaluate on by its usual name: that for validation, else that for tests, else None.
+    """Return the split to evaluate on by its usual name: that for validation, else that for tests, else None.
 
     Raises:
         UserError: If there are several. The message names the option.
@@ -95,7 +95,7 @@ class Metadata(NamedTuple):
 
 
 def list_metadata_files(folder: Path) -> list[Path]:
-    """Returns the files in a directory that have the name of a metadata file."""
+    """Return the files in a directory that have the name of a metadata file."""
     names = {entry.name for entry in list_entries(folder)}
     return [folder / name for name in METADATA_FILES if name in names]
 
@@ -126,19 +126,19 @@ def read_metadata(folder: Path) -> Metadata | None:
 
 
 def list_class_folders(folder: Path) -> list[Path]:
-    """Returns the directories in a directory that hold images."""
+    """Return the directories in a directory that hold images."""
     return [path for path in list_directories(folder) if holds_image(path)]
 
 
 def is_split_folder(path: Path) -> bool:
-    """Returns whether a directory with the name of a split is one: images in classes, or with a metadata file."""
+    """Return whether a directory with the name of a split is one: images in classes, or with a metadata file."""
     if find_split_kind(path.name) is None:
         return False
     return any(map(holds_image, list_directories(path))) or (bool(list_metadata_files(path)) and holds_image(path))
 
 
 def find_split_folders(folder: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
-    """Returns the directories of the splits by name, or nothing if the directories are classes.
+    """Return the directories of the splits by name, or nothing if the directories are classes.
 
     A directory with a usual name of splits is a split if it holds classes. If it holds images only, it is a class.
 
@@ -189,7 +189,7 @@ def check_class_folders(folder: Path) -> None:
 
 
 def is_image_folder(directory: Path, has_columns: bool) -> bool:
-    """Returns whether a directory holds image files, rather than a dataset that `datasets` reads.
+    """Return whether a directory holds image files, rather than a dataset that `datasets` reads.
 
     Classes and metadata files decide. Other tables beside or inside the classes change nothing.
 
@@ -211,12 +211,12 @@ def is_image_folder(directory: Path, has_columns: bool) -> bool:
 
 
 def is_saved_dataset(directory: Path) -> bool:
-    """Returns whether `save_to_disk` of `datasets` wrote a directory."""
+    """Return whether `save_to_disk` of `datasets` wrote a directory."""
     return any(all((directory / name).is_file() for name in names) for names in SAVED_DATASET_FILES)
 
 
 def describe_file(path: Path) -> str:
-    """Returns what a file is that was given as a dataset, and what to do."""
+    """Return what a file is that was given as a dataset, and what to do."""
     suffix = path.suffix.lower()
     classes = "a directory with a directory of images per class"
     if suffix in ARCHIVE_SUFFIXES:

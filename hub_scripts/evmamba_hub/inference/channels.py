@@ -12,7 +12,7 @@ COLOR_MODES = {1: "L", 3: "RGB"}  # Pillow's modes by number of channels
 
 
 def find_color_mode(config: PreTrainedConfig) -> str:
-    """Returns the mode of the images that a network takes. Networks of other packages may not name their channels.
+    """Return the mode of the images that a network takes. Networks of other packages may not name their channels.
 
     Raises:
         UserError: If the network takes neither gray nor color images.

@@ -39,7 +39,7 @@ class ClassifiedFile:
     error: str | None = None
 
     def as_json(self, execution: Execution) -> dict:
-        """Returns the predictions and how the network computed them, or the error."""
+        """Return the predictions and how the network computed them, or the error."""
         if self.error is not None:
             return {"image": str(self.path), "error": self.error}
         return {"image": str(self.path), "predictions": self.predictions, **execution.as_json()}
@@ -54,7 +54,7 @@ class Classifier(ImageClassificationPipeline):
         self.execution = execution
 
     def optimize(self) -> "Classifier":
-        """Returns a classifier with an optimized copy of the network, or itself if there is none."""
+        """Return a classifier with an optimized copy of the network, or itself if there is none."""
         copy = None if self.device.type != "cpu" else optimize_if_possible(self.model, self.execution.dtype)
         if copy is None:
             return self
@@ -136,7 +136,7 @@ def classify_files(
 
 
 def classify_batch(classifier: ImageClassificationPipeline, images: list[Image.Image], top_k: int) -> list[list[dict]]:
-    """Returns the predictions for each image, which the network computes as one batch."""
+    """Return the predictions for each image, which the network computes as one batch."""
     if not images:
         return []
     try:

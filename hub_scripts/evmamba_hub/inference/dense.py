@@ -52,11 +52,11 @@ class DenseModel:
 
     @torch.inference_mode()
     def forward(self, pixel_values: torch.Tensor) -> Any:  # (B, 3, H, W)
-        """Returns the outputs of the network."""
+        """Return the outputs of the network."""
         return self.network(pixel_values.to(self.pipeline.device))
 
     def run(self, image: Image.Image, **settings: Any) -> tuple[list[dict], float]:
-        """Returns what the pipeline finds in an RGB image, and the seconds of the forward pass.
+        """Return what the pipeline finds in an RGB image, and the seconds of the forward pass.
 
         Args:
             image: The image.

@@ -135,13 +135,13 @@ class Counts:
             self.merge()
 
     def add_up(self) -> "Counts":
-        """Returns the sum of the counts of all processes. Call it on all processes."""
+        """Return the sum of the counts of all processes. Call it on all processes."""
         from accelerate.utils import gather_object
 
         return Counts(self.num_classes, gather_object([self.merge()]))
 
     def summarize(self) -> dict[str, int | float]:
-        """Returns the number of images, top-1 and top-5 accuracy, and the mean loss. There must be an image.
+        """Return the number of images, top-1 and top-5 accuracy, and the mean loss. There must be an image.
 
         Up to five classes have no top-5 accuracy, which would always be 1.
         """
@@ -156,7 +156,7 @@ class Counts:
         }
 
     def summarize_confusion(self, id2label: dict[int, str]) -> dict[str, list[dict]]:
-        """Returns the most frequent confusions, and the classes with the lowest accuracy among those with errors."""
+        """Return the most frequent confusions, and the classes with the lowest accuracy among those with errors."""
         confusion = self.confusion
         labels, predictions, images = confusion.unbind(dim=1)
         is_right = labels == predictions
@@ -179,14 +179,14 @@ class Counts:
 
 
 def computes_on_cpu() -> bool:
-    """Returns whether accelerate must use CPUs. Without this setting, CPU processes would not find each other."""
+    """Return whether accelerate must use CPUs. Without this setting, CPU processes would not find each other."""
     from accelerate.utils import parse_flag_from_env
 
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def join_processes(device: str = "auto"):
-    """Returns accelerate's `PartialState` of this process, which may be the only one.
+    """Return accelerate's `PartialState` of this process, which may be the only one.
 
     Args:
         device: A device of PyTorch, or "auto" to let accelerate choose one for each process.
@@ -205,7 +205,7 @@ def join_processes(device: str = "auto"):
 
 
 def choose_process_device(processes, device: str) -> torch.device:
-    """Returns the device of this process.
+    """Return the device of this process.
 
     Args:
         processes: The result of `join_processes`.
@@ -341,7 +341,7 @@ class Evaluation:
             write_atomic(self.progress_file, save(part, metadata={"settings": self.settings}))
 
     def find_index(self, image: LabeledImage) -> int:
-        """Returns the model's index of an image's label."""
+        """Return the model's index of an image's label."""
         label = image.label
         if (name := to_name(label)) is None or (label not in self.indices and self.dataset.class_names is not None):
             num_known = len(self.dataset.class_names or self.id2label)
@@ -366,7 +366,7 @@ class Evaluation:
                 batch = following
 
     def collect(self, prepared: list[tuple[Future, int]]) -> Batch:
-        """Returns a batch of prepared images with the model's indices of their labels."""
+        """Return a batch of prepared images with the model's indices of their labels."""
         pixel_values, labels = [], []
         for future, index in prepared:
             try:
@@ -413,7 +413,7 @@ class Evaluation:
                 self.save_progress()
 
     def finish(self) -> dict:
-        """Returns the results of all processes. Call it on all processes.
+        """Return the results of all processes. Call it on all processes.
 
         Raises:
             UserError: If the dataset holds no images, or none that can be read.
@@ -463,7 +463,7 @@ def no_images(dataset: LabeledImages) -> UserError:
 
 
 def find_labels(dataset: LabeledImages) -> dict[int | str, str]:
-    """Returns the names of a dataset's labels by the labels, or nothing for a stream that does not name them."""
+    """Return the names of a dataset's labels by the labels, or nothing for a stream that does not name them."""
     if dataset.class_names is not None:
         return dict(enumerate(dataset.class_names))
     if not isinstance(dataset, IndexedImages):
@@ -473,7 +473,7 @@ def find_labels(dataset: LabeledImages) -> dict[int | str, str]:
 
 
 def to_name(label: int | str | None) -> str | None:
-    """Returns the name of a label of an image, or None if it is no label: missing, or below 0."""
+    """Return the name of a label of an image, or None if it is no label: missing, or below 0."""
     if isinstance(label, int) and label >= 0:
         return str(int(label))
     return label if isinstance(label, str) else None

@@ -74,7 +74,7 @@ class LabelMatcher:
         self.label_map = {to_nfc(name): Match(target.label, BY_MAP) for name, target in targets.items() if target}
 
     def index_imagenet(self) -> dict[str, int]:
-        """Returns the model's indices by the other names of ImageNet's classes, if the model has these classes."""
+        """Return the model's indices by the other names of ImageNet's classes, if the model has these classes."""
         synsets = imagenet.load_synsets()
         if self.labels == synsets:
             return index_names(imagenet.load_labels())
@@ -124,7 +124,7 @@ class LabelMatcher:
             )
 
     def find(self, name: str) -> Match | None:
-        """Returns the match of a name by label map, name or WordNet id."""
+        """Return the match of a name by label map, name or WordNet id."""
         normalized = to_nfc(name)
         return self.label_map.get(normalized) or self.known.get(name) or self.known.get(normalized)
 
@@ -133,12 +133,12 @@ class LabelMatcher:
         return None if index is None else Match(index, BY_NUMBER if self.are_numbered else BY_INDEX)
 
     def have_numbers(self, names: Sequence[str]) -> bool:
-        """Returns whether all names are numbers, and none is also the name of a label that has no number."""
+        """Return whether all names are numbers, and none is also the name of a label that has no number."""
         are_numbers = all(NUMBER.fullmatch(name) for name in names)
         return are_numbers and (self.are_numbered or not any(name in self.known for name in names))
 
     def accept(self, names: Sequence[str], matches: Sequence[Match | None]) -> list[int]:
-        """Returns the indices of matches, and counts their ways."""
+        """Return the indices of matches, and counts their ways."""
         found = [match for match in matches if match]
         if unknown := [name for name, match in zip(names, matches, strict=True) if not match]:
             raise UserError(
@@ -149,7 +149,7 @@ class LabelMatcher:
         return [match.label for match in found]
 
     def describe_unknown(self, names: Sequence[str]) -> str:
-        """Returns the first of the unknown names, a hint on the first one, and examples of known labels."""
+        """Return the first of the unknown names, a hint on the first one, and examples of known labels."""
         hint, first = "", names[0]
         if NUMBER.fullmatch(first) and int(first) in self.numbers:
             hint = " Numbers match only if all labels of the dataset are numbers."
@@ -165,7 +165,7 @@ class LabelMatcher:
 
 
 def index_names(labels: Sequence[str]) -> dict[str, int]:
-    """Returns the indices by labels and synonyms, as they are and in NFC, if they belong to one label alone.
+    """Return the indices by labels and synonyms, as they are and in NFC, if they belong to one label alone.
 
     A label may be a list of synonyms, separated by commas. A whole label precedes a synonym.
     """
@@ -179,14 +179,14 @@ def index_names(labels: Sequence[str]) -> dict[str, int]:
 
 
 def describe_ways(ways: Mapping[str, int]) -> str:
-    """Returns the ways in which labels matched, such as "by name". If there are several, each has its number."""
+    """Return the ways in which labels matched, such as "by name". If there are several, each has its number."""
     if len(ways) == 1:
         return f"by {next(iter(ways))}"
     return ", ".join(f"{count:,} by {way}" for way, count in ways.items())
 
 
 def read_numbers(labels: Sequence[str]) -> list[int] | None:
-    """Returns the numbers of labels such as "3" or "LABEL_3", or None if a label has none."""
+    """Return the numbers of labels such as "3" or "LABEL_3", or None if a label has none."""
     numbers = [int(match[1]) for label in labels if (match := NUMBERED_LABEL.fullmatch(label))]
     return numbers if len(numbers) == len(labels) else None
 

@@ -94,7 +94,7 @@ def load_network(
 
 
 def optimize_if_possible(network: Any, dtype: str) -> Any:
-    """Returns an optimized copy of a network on a CPU. If there is none, returns None, and a `Notice` says why.
+    """Return an optimized copy of a network on a CPU. If there is none, returns None, and a `Notice` says why.
 
     Args:
         network: The network in float32, which stays as it is.

@@ -33,32 +33,32 @@ HEADS_MODULE = "heads_evmamba"
 
 
 def find_auto_map(config: PreTrainedConfig) -> dict[str, str]:
-    """Returns the `auto_map` for a model: that of the network, or that of a head around the backbone."""
+    """Return the `auto_map` for a model: that of the network, or that of a head around the backbone."""
     if isinstance(config, EfficientVMambaConfig):
         return AUTO_MAP
     return {"AutoConfig": f"{HEADS_MODULE}.{type(config).__name__}"}
 
 
 def find_package_folder(package: ModuleType) -> Path:
-    """Returns the directory of a package."""
+    """Return the directory of a package."""
     return Path(package.__path__[0])
 
 
 def find_modules(package: ModuleType) -> dict[str, Path]:
-    """Returns the modules of a package by file name, without `__init__.py`."""
+    """Return the modules of a package by file name, without `__init__.py`."""
     return {
         path.name: path for path in sorted(find_package_folder(package).glob("*.py")) if path.name != "__init__.py"
     }
 
 
 def find_remote_code(auto_map: Mapping[str, str] = AUTO_MAP) -> dict[str, Path]:
-    """Returns the files that transformers loads for the classes of an `auto_map`, by file name in a bundle."""
+    """Return the files that transformers loads for the classes of an `auto_map`, by file name in a bundle."""
     return find_imported_files(frozenset(f"{place.partition('.')[0]}.py" for place in auto_map.values()))
 
 
 @cache
 def find_imported_files(entries: frozenset[str]) -> dict[str, Path]:
-    """Returns files of the bundle and those that they import. A function of transformers follows the imports."""
+    """Return files of the bundle and those that they import. A function of transformers follows the imports."""
     modules = find_modules(modeling_evmamba) | find_modules(evmamba_kernels)
     with TemporaryDirectory() as folder:
         for name, path in modules.items():

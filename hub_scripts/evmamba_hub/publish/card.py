@@ -74,7 +74,7 @@ class CardDetails:
 
 
 def describe_network(config: EfficientVMambaConfig, is_classifier: bool) -> str:
-    """Returns a sentence on the purpose and the size of the network."""
+    """Return a sentence on the purpose and the size of the network."""
     if variant := find_variant(config):
         size = f"of the published variant {variant}"
     else:
@@ -84,7 +84,7 @@ def describe_network(config: EfficientVMambaConfig, is_classifier: bool) -> str:
 
 
 def describe_head(config: PreTrainedConfig, model_class: type[PreTrainedModel], task: DenseTask) -> str:
-    """Returns a sentence on the classes and the size of a model around the backbone."""
+    """Return a sentence on the classes and the size of a model around the backbone."""
     variant = find_variant(config.backbone_config)
     backbone = f"the published variant {variant}" if variant else "an EfficientVMamba of another size"
     return (
@@ -94,14 +94,14 @@ def describe_head(config: PreTrainedConfig, model_class: type[PreTrainedModel], 
 
 
 def choose_image_size(config: PreTrainedConfig, task: DenseTask | None) -> tuple[int, int]:
-    """Returns the height and width for which a card counts GMACs: those of the network, or usual ones of the task."""
+    """Return the height and width for which a card counts GMACs: those of the network, or usual ones of the task."""
     sides: Any = getattr(config, "image_size", None) or (task and task.image_size)
     height, width = (sides, sides) if isinstance(sides, int) else sides
     return height, width
 
 
 def list_out_features(config: EfficientVMambaConfig, is_classifier: bool) -> list[str]:
-    """Returns the stages of the feature maps in the example of a card: all, or those of a backbone."""
+    """Return the stages of the feature maps in the example of a card: all, or those of a backbone."""
     return [stage for stage in config.stage_names if stage != "stem"] if is_classifier else config.out_features
 
 
@@ -171,7 +171,7 @@ def load_card(model_dir: str) -> ModelCard:
 
 
 def read_text(model: str, name: str) -> str | None:
-    """Returns a text file of a model with its line breaks, from its directory or the Hub. None if it does not exist.
+    """Return a text file of a model with its line breaks, from its directory or the Hub. None if it does not exist.
 
     Raises:
         UserError: If the file is not UTF-8, or cannot be downloaded.
@@ -194,7 +194,7 @@ def read_text(model: str, name: str) -> str | None:
 
 
 def read_card(model: str) -> str:
-    """Returns the text of a model's card, from its directory or its repository on the Hub.
+    """Return the text of a model's card, from its directory or its repository on the Hub.
 
     Raises:
         UserError: If there is no card, or its metadata are damaged.
@@ -210,13 +210,13 @@ def read_card(model: str) -> str:
 
 
 def find_card(folder: Path) -> str:
-    """Returns the text of the card in the directory of a model. It is empty if there is none."""
+    """Return the text of the card in the directory of a model. It is empty if there is none."""
     path = folder / constants.REPOCARD_NAME
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def read_recipe(card: str) -> dict[str, Any]:
-    """Returns the recipe in a card that `evmamba train` wrote. It is empty in other cards."""
+    """Return the recipe in a card that `evmamba train` wrote. It is empty in other cards."""
     for block in re.findall(r"^```yaml\s*?\n(.*?)^```", card, re.DOTALL | re.MULTILINE):
         try:
             recipe = yaml.load(block, CoreLoader)
@@ -228,7 +228,7 @@ def read_recipe(card: str) -> dict[str, Any]:
 
 
 def is_training_data(card: str, images: LabeledImages, dataset: str) -> bool:
-    """Returns whether a model was trained on the images, by the recipe in its card.
+    """Return whether a model was trained on the images, by the recipe in its card.
 
     Args:
         card: The text of the card.
@@ -248,7 +248,7 @@ def is_training_data(card: str, images: LabeledImages, dataset: str) -> bool:
 
 
 def separate_split(dataset: str, split: str | None) -> tuple[Path, str | None]:
-    """Returns the directory of a dataset and the split. The directory of a split, such as `imagenet/val`, has both.
+    """Return the directory of a dataset and the split. The directory of a split, such as `imagenet/val`, has both.
 
     Args:
         dataset: The directory of the dataset, or of its split.
@@ -274,7 +274,7 @@ def to_eval_results(results: dict) -> list[EvalResult]:
 
 
 def create_eval_results(results: dict, task: str, metrics: dict[str, tuple[str, str]]) -> list[EvalResult]:
-    """Returns the entries of a card.
+    """Return the entries of a card.
 
     Args:
         results: The values by key, and the dataset as `dataset` and `dataset_id`, `_config`, `_split`, `_revision`.
@@ -333,7 +333,7 @@ def read_results(path: Path, model_dir: Path, repo_id: str) -> list[EvalResult]:
 
 
 def list_entries(results: Iterable[EvalResult]) -> dict[str, list[dict]]:
-    """Returns top-1 accuracies in float32 on datasets of the Hub in its newer format, by their file in the repository.
+    """Return top-1 accuracies in float32 on datasets of the Hub in its newer format, by their file in the repository.
 
     Values are percentages, as on the leaderboards of the Hub. The metadata of the card hold fractions.
     """
@@ -356,7 +356,7 @@ def list_entries(results: Iterable[EvalResult]) -> dict[str, list[dict]]:
 
 
 def result_entries(results: Iterable[EvalResult]) -> dict[str, bytes]:
-    """Returns the files of `list_entries`, as content by path in the repository."""
+    """Return the files of `list_entries`, as content by path in the repository."""
     return {path: dump_yaml(entries).encode() for path, entries in list_entries(results).items()}
 
 

@@ -26,7 +26,7 @@ HOW_TO_USE = re.compile(r"^## How to use\s*?$.*?(?=^## |\Z)", re.DOTALL | re.MUL
 
 
 def split_card(card: str) -> tuple[str, str, str]:
-    """Returns the metadata with the line `---` before them, the line `---` behind them, and the text of a card.
+    """Return the metadata with the line `---` before them, the line `---` behind them, and the text of a card.
 
     Raises:
         UserError: If nothing ends the metadata.
@@ -41,7 +41,7 @@ def split_card(card: str) -> tuple[str, str, str]:
 
 
 def read_metadata(card: str) -> EditableYaml:
-    """Returns the metadata of a card.
+    """Return the metadata of a card.
 
     Raises:
         UserError: If they are damaged, or are no mapping.
@@ -81,13 +81,13 @@ def add_results(card: str, names: Sequence[str], results: Iterable[EvalResult]) 
 
 
 def create_placeholder_id(name: str) -> str:
-    """Returns the id that a card gives to a model that is not on the Hub yet. `replace_placeholder` finds it."""
+    """Return the id that a card gives to a model that is not on the Hub yet. `replace_placeholder` finds it."""
     words = re.findall(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*", name)
     return f"{PLACEHOLDER_OWNER}/{'-'.join(words) or 'model'}"
 
 
 def find_placeholder(card: str) -> str | None:
-    """Returns the placeholder in the code of a card, without its owner. None if there is none."""
+    """Return the placeholder in the code of a card, without its owner. None if there is none."""
     match = PLACEHOLDER_ID.search(split_card(card)[2])
     return match and match[1]
 
@@ -124,7 +124,7 @@ def add_usage(card: str, section: str) -> str:
 
 
 def find_other_id(card: str, repo_id: str) -> str | None:
-    """Returns the id that the examples of a card load, if none loads `repo_id`."""
+    """Return the id that the examples of a card load, if none loads `repo_id`."""
     ids = LOADED_ID.findall(split_card(card)[2])
     return ids[0] if ids and repo_id not in ids else None
 
@@ -145,13 +145,13 @@ def add_model(card: str, model: str) -> str:
 
 
 def join_card(metadata: EditableYaml, card: str) -> str:
-    """Returns a card with changed metadata."""
+    """Return a card with changed metadata."""
     _, fence, text = split_card(card)
     return metadata.text + fence + text
 
 
 def render_row(result: dict, metric: dict, value: float) -> str:
-    """Returns a row of the table in a card of this package."""
+    """Return a row of the table in a card of this package."""
     return f"| {result['dataset']['name']} | {metric.get('name')} | {value} | {MEASURED} |"
 
 
@@ -182,7 +182,7 @@ def add_to_model(metadata: EditableYaml, place: Place, results: list[dict]) -> d
 
 
 def read_mappings(metadata: EditableYaml, place: Place) -> list[dict]:
-    """Returns the list of mappings at a place, empty if nothing is there.
+    """Return the list of mappings at a place, empty if nothing is there.
 
     Raises:
         UserError: If something else is there.
@@ -194,7 +194,7 @@ def read_mappings(metadata: EditableYaml, place: Place) -> list[dict]:
 
 
 def describe_measurement(result: dict[str, Any]) -> tuple | None:
-    """Returns what was measured by whom: the task, the dataset but for its title, and the source."""
+    """Return what was measured by whom: the task, the dataset but for its title, and the source."""
     task, dataset = result.get("task"), result.get("dataset")
     if not (isinstance(task, dict) and isinstance(dataset, dict)):
         return None
@@ -203,7 +203,7 @@ def describe_measurement(result: dict[str, Any]) -> tuple | None:
 
 
 def describe_metric(metric: dict[str, Any]) -> dict[str, Any]:
-    """Returns everything but the value. A value that somebody has verified belongs to its token."""
+    """Return everything but the value. A value that somebody has verified belongs to its token."""
     return {name: value for name, value in metric.items() if name != "value" and value not in (None, False)}
 
 

@@ -23,7 +23,7 @@ TEMPLATES = Path(__file__).parent / "data"
 
 
 def render_usage(repo_id: str) -> str:
-    """Returns the section of a card that shows how to use the ONNX files of a repository."""
+    """Return the section of a card that shows how to use the ONNX files of a repository."""
     template = (TEMPLATES / "onnx_usage.md").read_text(encoding="utf-8")
     return Template(template, keep_trailing_newline=True).render(repo_id=repo_id)
 
@@ -59,7 +59,7 @@ def render_onnx_card(
 
 
 def read_license(model_dir: Path) -> dict:
-    """Returns the metadata of the license in the card of a model. It is empty without a card.
+    """Return the metadata of the license in the card of a model. It is empty without a card.
 
     Raises:
         UserError: If the metadata of the card are damaged.
@@ -69,7 +69,7 @@ def read_license(model_dir: Path) -> dict:
 
 
 def describe_image_processor(classifier: Exportable) -> bytes:
-    """Returns a `preprocessor_config.json` with all settings, because transformers.js has other defaults."""
+    """Return a `preprocessor_config.json` with all settings, because transformers.js has other defaults."""
     return classifier.image_processor.to_json_string().encode()
 
 

@@ -107,7 +107,7 @@ def collect_model_files(model_dir: Path, repo_id: str, details: CardDetails | No
 
 
 def choose_stale_patterns(files: Files) -> list[str]:
-    """Returns the names of files of an earlier upload that programs might load in place of the files to upload."""
+    """Return the names of files of an earlier upload that programs might load in place of the files to upload."""
     has_onnx = any(matches(name, ONNX_PATTERNS) for name in files)
     return WEIGHTS_PATTERNS + (ONNX_PATTERNS if has_onnx else [])
 

@@ -40,7 +40,7 @@ OLDEST_CLIENT = "2.3"  # the first huggingface_hub that commits to kernels
 
 
 def describe_build(backend: str, hashes: dict[str, str]) -> bytes:
-    """Returns `metadata.json` of a build.
+    """Return `metadata.json` of a build.
 
     Its id names the module that `kernels` creates, and so the namespace of its operators in PyTorch. A digest of the
     files makes it unique, so that several versions work in one process.

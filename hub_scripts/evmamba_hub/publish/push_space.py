@@ -24,7 +24,7 @@ COMMAND_LINE = "evmamba_hub/cli/"  # a Space has no command line, nor the packag
 
 
 def find_files(folder: Path, prefix: str = "") -> dict[str, Path]:
-    """Returns all files of a directory by path in it."""
+    """Return all files of a directory by path in it."""
     return {
         prefix + path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -33,7 +33,7 @@ def find_files(folder: Path, prefix: str = "") -> dict[str, Path]:
 
 
 def find_packages() -> Files:
-    """Returns the files of the packages that the app imports, by path in the Space."""
+    """Return the files of the packages that the app imports, by path in the Space."""
     files: Files = {}
     for package in PACKAGES:
         files |= find_files(find_package_folder(package), f"{package.__name__}/")

@@ -65,7 +65,7 @@ def load_manifest() -> list[PublishedCheckpoint]:
 
 
 def find_published(source: str) -> PublishedCheckpoint | None:
-    """Returns the manifest's entry for a repository, or None."""
+    """Return the manifest's entry for a repository, or None."""
     return next((checkpoint for checkpoint in load_manifest() if checkpoint.source == source), None)
 
 

@@ -46,7 +46,7 @@ class OnnxModel:
 
 
 def find_onnx_model(model: str) -> OnnxModel:
-    """Returns a directory of ONNX files: `model` itself, or the download of the repository with this id.
+    """Return a directory of ONNX files: `model` itself, or the download of the repository with this id.
 
     Raises:
         UserError: If neither exists, the Hub cannot be reached, or files are missing or were damaged on their way.
@@ -117,7 +117,7 @@ def collect_static_files(
 
 
 def find_runtime(folder: Path, settings: Path) -> Files:
-    """Returns the files of onnxruntime-web by path in the Space.
+    """Return the files of onnxruntime-web by path in the Space.
 
     Raises:
         UserError: If a file is missing, or is that of another version.

@@ -28,7 +28,7 @@ class TreeLoader(CoreLoader):
 
 
 def find_nodes(root: Node, place: Place) -> list[Any]:
-    """Returns the nodes from the root to a place. The key of a mapping precedes its value."""
+    """Return the nodes from the root to a place. The key of a mapping precedes its value."""
     nodes: list[Any] = [root]
     for step in place:
         parent = nodes[-1]
@@ -44,14 +44,14 @@ def find_last_child(node: CollectionNode) -> Node:
 
 
 def find_end(node: Node) -> int:
-    """Returns the index behind the text of a node. PyYAML's mark of a block lies behind the comments that follow."""
+    """Return the index behind the text of a node. PyYAML's mark of a block lies behind the comments that follow."""
     while isinstance(node, CollectionNode) and not node.flow_style:
         node = find_last_child(node)
     return node.end_mark.index
 
 
 def render_inline(data: list | dict) -> str:
-    """Returns a list or a mapping in one line, without its brackets."""
+    """Return a list or a mapping in one line, without its brackets."""
     return dump_yaml(data, default_flow_style=True).removesuffix("\n")[1:-1]
 
 
@@ -84,7 +84,7 @@ class EditableYaml:
         self.data: Any = None if self.root is None else loader.construct_document(self.root)
 
     def get(self, place: Place) -> Any:
-        """Returns the data at a place. A key may be missing: then it returns None."""
+        """Return the data at a place. A key may be missing: then it returns None."""
         data = self.data
         for step in place:
             data = data[step] if isinstance(step, int) else data.get(step)
@@ -140,7 +140,7 @@ class EditableYaml:
             self.splice(start, line, self.text[end:line] + self.render_lines(items, key.start_mark.column))
 
     def find_next_line(self, index: int) -> int:
-        """Returns the index of the first line that begins at an index or behind it."""
+        """Return the index of the first line that begins at an index or behind it."""
         if LINE_BREAK.fullmatch(self.text[index - 1]):
             return index
         line_break = LINE_BREAK.search(self.text, index)

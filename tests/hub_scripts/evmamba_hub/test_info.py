@@ -49,7 +49,7 @@ def test_requested_backends_change_no_sizes(backend, monkeypatch):
 
 
 def choose_backends() -> list[str]:
-    """Returns the backends that compute on the device of the environment."""
+    """Return the backends that compute on the device of the environment."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return ["torch", *(name for name, entry in backends.BACKENDS.items() if device.type in entry.device_types)]
 

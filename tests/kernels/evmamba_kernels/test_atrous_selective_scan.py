@@ -162,7 +162,7 @@ def test_autocast_leaves_the_recurrence_in_float32(backend):
 
 
 def run_kernels(backend: str, grad: torch.Tensor, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns the output and the six gradients of a backend's functions, without the operators around them."""
+    """Return the output and the six gradients of a backend's functions, without the operators around them."""
     forward, backward = ALL_BACKENDS[backend].load()
     return [forward(*arguments), *backward(grad, *arguments)]
 
@@ -266,7 +266,7 @@ def test_gradcheck():
 
 
 def differentiate(arguments, backend, order):
-    """Returns the gradients of nested sums of squares: of the output, of its gradients, and so on."""
+    """Return the gradients of nested sums of squares: of the output, of its gradients, and so on."""
     arguments = [argument.detach().requires_grad_() for argument in arguments]
     results = [atrous_selective_scan(*arguments, backend=backend)]
     for _ in range(order):

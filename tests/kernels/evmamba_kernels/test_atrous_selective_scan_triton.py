@@ -39,7 +39,7 @@ def run(arguments, grad):
 
 
 def run_reference(arguments, grad):
-    """Returns the exact results in float64."""
+    """Return the exact results in float64."""
     exact = [argument.double().requires_grad_() for argument in arguments]
     y = atrous_selective_scan_reference(*exact)
     return [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
@@ -70,7 +70,7 @@ def test_golden_values_and_gradients(name):
 
 @pytest.fixture(params=[1, 3, 100], ids=["one chunk", "three chunks", "chunks of a tile"])
 def prepare(request, monkeypatch):
-    """Returns arguments whose sequences take the given number of chunks, or one chunk per tile."""
+    """Return arguments whose sequences take the given number of chunks, or one chunk per tile."""
 
     def make(*sizes, **more_sizes):
         arguments = make_arguments(*sizes, **more_sizes)

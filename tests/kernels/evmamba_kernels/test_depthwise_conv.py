@@ -20,7 +20,7 @@ def arguments(*shape, kernel_size=3, dtype=torch.float32, seed=0):
 
 
 def exact(hidden_states, weight, bias, activation):
-    """Returns the sum of shifted feature maps times their weights."""
+    """Return the sum of shifted feature maps times their weights."""
     hidden_states, weight = hidden_states.double(), weight.double()
     (_, height, width, _), kernel_size = hidden_states.shape, weight.shape[-1]
     beside = kernel_size // 2

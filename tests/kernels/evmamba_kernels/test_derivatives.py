@@ -47,7 +47,7 @@ def convolved_and_mean(u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def by_columns(function: Callable, u: torch.Tensor) -> torch.Tensor:
-    """Returns the Jacobian from a forward-mode derivative per input."""
+    """Return the Jacobian from a forward-mode derivative per input."""
     columns = []
     for unit in torch.eye(u.numel()).view(-1, *u.shape):
         with forward_ad.dual_level():

@@ -253,7 +253,7 @@ def test_a_module_can_be_imported_again(tmp_path, monkeypatch):
 
 
 def gradients_of(name, tensors, grad_y):
-    """Returns the gradients of the operator, and those of PyTorch's in float64. Both are in the tensors' dtypes."""
+    """Return the gradients of the operator, and those of PyTorch's in float64. Both are in the tensors' dtypes."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     if name == "layer_norm_mean":
         del tensors[1]

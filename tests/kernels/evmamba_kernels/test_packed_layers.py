@@ -49,7 +49,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, d
 
 
 def quantized_rows(x: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of x after quantization to 255 steps between their least and largest numbers, in float64."""
+    """Return the rows of x after quantization to 255 steps between their least and largest numbers, in float64."""
     least, largest = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
     scale = ((largest - least) * torch.tensor(1 / 255)).double()
     return ((x.double() - least) / scale.clamp(min=1e-30)).round() * scale + least
@@ -173,7 +173,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch
 
 
 def exact_evss(x: torch.Tensor, p: EVSSParameters) -> torch.Tensor:
-    """Returns what the block adds to its input."""
+    """Return what the block adds to its input."""
     normalized = normalize(x, p.norm, p.eps[0])
     u, z = F.linear(normalized, *p.in_proj).chunk(2, dim=-1)
     with use_backend("torch"):
@@ -200,7 +200,7 @@ def inverted_residual_parameters(channels: int, ratio: int = 4) -> InvertedResid
 
 
 def exact_inverted_residual(x: torch.Tensor, p: InvertedResidualParameters) -> torch.Tensor:
-    """Returns what the block adds to its input."""
+    """Return what the block adds to its input."""
     expanded = F.relu(convolve(F.relu(F.linear(x, *p.expand_conv)), *p.depthwise_conv))
     mean = expanded.mean(dim=(1, 2), keepdim=True)
     factors = torch.sigmoid(F.linear(F.relu(F.linear(mean, *p.squeeze)), *p.expand))
@@ -311,7 +311,7 @@ print(json.dumps({"sums": sums, "units": [unit for unit in UNITS if f"+{unit}" i
 
 @cache
 def outputs_without(*instructions: str) -> dict:
-    """Returns the outputs of layers on a processor without the instruction sets whose names start so."""
+    """Return the outputs of layers on a processor without the instruction sets whose names start so."""
     features = [
         f"-{feature[1:]}" if feature[1:].startswith(instructions) else feature for feature in numba_simd.FEATURES
     ]

@@ -57,7 +57,7 @@ def model(tmp_path, name) -> Path:
 
 
 def find_line(text: str, piece: str) -> str:
-    """Returns the line that holds a piece, in which a narrow table may have broken the text."""
+    """Return the line that holds a piece, in which a narrow table may have broken the text."""
     (line,) = [line for line in text.splitlines() if piece in line]
     return line
 

@@ -33,7 +33,7 @@ STAGES = range(4)
 
 
 def backbone(prefix: str = "") -> dict[str, torch.Tensor]:
-    """Returns the micro network as a backbone: without the classifier, with norms behind the stages."""
+    """Return the micro network as a backbone: without the classifier, with norms behind the stages."""
     state_dict = {name: tensor for name, tensor in micro().items() if not name.startswith("classifier.")}
     for stage in STAGES:
         channels = MICRO_CASE[f"stage{stage}"].shape[-1]
@@ -43,7 +43,7 @@ def backbone(prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def detector(prefix: str = "") -> dict[str, torch.Tensor]:
-    """Returns a backbone with the modules of a detector of MMDetection beside it."""
+    """Return a backbone with the modules of a detector of MMDetection beside it."""
     names = {
         "neck.lateral_convs.0.conv.weight": (8, 16, 1, 1),
         "neck.lateral_convs.0.conv.bias": (8,),
@@ -60,7 +60,7 @@ def segmenter(prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def lightning(state_dict: dict[str, torch.Tensor]) -> dict:
-    """Returns the entries that Lightning writes."""
+    """Return the entries that Lightning writes."""
     return {
         "epoch": 3,
         "global_step": 100,

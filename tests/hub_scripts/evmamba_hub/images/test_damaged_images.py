@@ -54,7 +54,7 @@ def create_exif() -> Image.Exif:
 
 
 def write_all(format: str) -> list[bytes]:
-    """Returns files of a format in all modes and variants that Pillow writes and reads, with EXIF data."""
+    """Return files of a format in all modes and variants that Pillow writes and reads, with EXIF data."""
     gray = Image.effect_noise((WIDTH, HEIGHT), 90)
     files = []
     for mode, options in [*((mode, {}) for mode in MODES), *VARIANTS.get(format, [])]:
@@ -67,7 +67,7 @@ def write_all(format: str) -> list[bytes]:
 
 
 def find_place(content: bytes, rng: np.random.Generator) -> int:
-    """Returns a random place in a file. Headers are damaged more often than pixels."""
+    """Return a random place in a file. Headers are damaged more often than pixels."""
     end = len(content) if rng.random() < 0.5 else min(len(content), 200)
     return int(rng.integers(end))
 
@@ -131,7 +131,7 @@ def find_size(content: bytes) -> tuple[int, int]:
 
 
 def measure_peak_memory() -> int:
-    """Returns the largest memory of this process so far, in bytes."""
+    """Return the largest memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

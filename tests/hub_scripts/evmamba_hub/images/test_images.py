@@ -26,7 +26,7 @@ def forget_notices(monkeypatch):
 
 
 def read_gray(file: Path | BytesIO) -> list[int]:
-    """Returns the first row of an image that must be gray, without notices."""
+    """Return the first row of an image that must be gray, without notices."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         row = np.asarray(read_image(file))[0]
@@ -35,7 +35,7 @@ def read_gray(file: Path | BytesIO) -> list[int]:
 
 
 def create_tiff(values: list[int], dtype: str, tags: dict[int, tuple[int, int]] | None = None) -> BytesIO:
-    """Returns a TIFF of one row, little-endian, with further tags as (type, value)."""
+    """Return a TIFF of one row, little-endian, with further tags as (type, value)."""
     pixels = np.array(values, dtype=dtype)
     entries = {
         256: (TiffTags.SHORT, len(values)),  # width
@@ -220,7 +220,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 
 def create_exif(orientation: int = 6) -> bytes:
-    """Returns big-endian EXIF data with an entry before the orientation, and a directory after it."""
+    """Return big-endian EXIF data with an entry before the orientation, and a directory after it."""
     exif = Image.Exif()
     exif[0x010F] = "Maker of cameras"
     exif[ORIENTATION] = orientation
@@ -316,7 +316,7 @@ def test_broken_files_are_refused(tmp_path, content, message):
 
 
 def damage(format: str, place: int, value: bytes | None) -> bytes:
-    """Returns an image file that ends at a place, or has another value there."""
+    """Return an image file that ends at a place, or has another value there."""
     Image.new("RGB", (24, 16), "red").save(file := BytesIO(), format)
     content = file.getvalue()
     return content[:place] if value is None else replace(content, place, value)

@@ -66,7 +66,7 @@ def dataset(tmp_path) -> Path:
 
 
 def compute_gray_logits(model: Path, files: list[Path], mean: float = 0.5, std: float = 0.25) -> torch.Tensor:
-    """Returns the logits (B, labels) of gray images, which need no scaling."""
+    """Return the logits (B, labels) of gray images, which need no scaling."""
     gray = np.stack([np.asarray(Image.open(file).convert("L"), dtype=np.float32) for file in files])
     pixel_values = torch.from_numpy((gray / 255 - mean) / std)[:, None]  # (B, 1, H, W)
     with torch.no_grad():

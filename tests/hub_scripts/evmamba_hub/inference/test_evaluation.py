@@ -454,7 +454,7 @@ def test_a_part_of_the_classes(evmamba, few_digits, tmp_path):
 
 
 def rename_labels(tmp_path: Path, labels: list[str] | None) -> Path:
-    """Returns a copy of the model of the digits with other labels, or with labels without names."""
+    """Return a copy of the model of the digits with other labels, or with labels without names."""
     shutil.copytree(DIGITS, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     id2label, _ = config.pop("id2label"), config.pop("label2id")

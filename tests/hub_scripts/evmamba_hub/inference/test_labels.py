@@ -14,7 +14,7 @@ def to_id2label(labels: list[str]) -> dict[int, str]:
 
 
 def match(names: list[str], labels: list[str], label_map: dict[str, str] | None = None) -> tuple[list[int], dict]:
-    """Returns the indices, and the number of names by the way of their match."""
+    """Return the indices, and the number of names by the way of their match."""
     matcher = LabelMatcher(to_id2label(labels), label_map or {})
     return matcher.match(names), dict(matcher.ways)
 

@@ -67,7 +67,7 @@ def logits_of(network: nn.Module, num_channels: int = 3) -> torch.Tensor:
 
 
 def has_batch_norms(network: nn.Module) -> bool:
-    """Returns whether a network is as it was trained: copies for inference fold the batch norms."""
+    """Return whether a network is as it was trained: copies for inference fold the batch norms."""
     return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 

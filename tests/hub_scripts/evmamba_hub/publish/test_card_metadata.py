@@ -163,7 +163,7 @@ def test_another_measurement_is_added(new, block):
 
 
 def find_insertion(old: str, new: str) -> str:
-    """Returns the whole lines that were inserted into a text."""
+    """Return the whole lines that were inserted into a text."""
     start = next(idx for idx, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1])
     start = new.rindex("\n", 0, start) + 1
     added = new[start : start + len(new) - len(old)]
@@ -358,7 +358,7 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 def find_differences(old: Any, new: Any, place: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """Yields the places where data differ, with the new data."""
+    """Yield the places where data differ, with the new data."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(new.keys() - old.keys())]:
             yield from find_differences(old.get(key), new.get(key), (*place, key))
@@ -370,7 +370,7 @@ def find_differences(old: Any, new: Any, place: tuple = ()) -> Iterator[tuple[tu
 
 
 def count_equal(one: str, other: str) -> int:
-    """Returns the length of the common beginning of two texts."""
+    """Return the length of the common beginning of two texts."""
     pairs = zip(one, other, strict=False)
     return next((idx for idx, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(one), len(other)))
 

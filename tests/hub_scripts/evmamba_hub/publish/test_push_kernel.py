@@ -256,7 +256,7 @@ def call(module: ModuleType, name: str, tensors: list[torch.Tensor]) -> tuple[to
 
 
 def compute(module: ModuleType) -> list[torch.Tensor]:
-    """Returns outputs and gradients of all operators."""
+    """Return outputs and gradients of all operators."""
     results = []
     for name, shapes in OPERATORS.items():
         generator = torch.Generator().manual_seed(0)
