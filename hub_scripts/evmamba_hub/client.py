@@ -115,7 +115,7 @@ def describe_hub_error(error: Exception, repo_id: str, may_be_path: bool) -> str
     if isinstance(error, OfflineModeIsEnabled):
         return f"{no_path}{constants.ENDPOINT} is needed for {repo_id}: unset {OFFLINE_VARIABLES} to reach it"
     return (
-        f"{no_path}{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection broke off: check "
+        f"{no_path}{constants.ENDPOINT} cannot be reached for {repo_id}, or the connection was lost: check "
         f"{'the path or ' if may_be_path else ''}the connection and run the command again"
     )
 

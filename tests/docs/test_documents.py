@@ -211,7 +211,7 @@ def check_pip(words: list[str]) -> None:
 
 def check_requirement(requirement: str) -> None:
     name, extras = re.fullmatch(r"(\.|efficientvmamba)(?:\[([\w,]+)\])?(?: @ git\+URL)?", requirement).groups()
-    assert name == "." or "@" in requirement  # on no index yet
+    assert name == "." or "@" in requirement  # not on PyPI yet
     assert set(filter(None, (extras or "").split(","))) <= set(read_setup()["options.extras_require"])
 
 

@@ -96,7 +96,7 @@ def test_without_a_token_nothing_begins(train, hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "phase, action, reason",
     [
-        ("create", "hang up", "cannot be reached for someone/shapes, or the connection broke off"),
+        ("create", "hang up", "cannot be reached for someone/shapes, or the connection was lost"),
         ("commit", 500, "answered 500 for someone/shapes"),
     ],
 )

@@ -310,7 +310,7 @@ def test_classes_are_links_and_ignored_files_are_counted(make_recipe, stripes, t
     (tmp_path / "labels.csv").write_text("path,label\n")
     data = open_data(make_recipe(dataset=str(tmp_path)))
     assert (data.class_names, data.images_per_epoch) == (["horizontal", "vertical"], 33)
-    assert data.notes[0].startswith("Ignored 55 files that are hidden or no image by name")
+    assert data.notes[0].startswith("Ignored 55 files, hidden or without an image extension")
 
 
 def test_a_file_is_no_dataset(make_recipe, tmp_path):
@@ -376,7 +376,7 @@ def test_a_class_without_images(make_recipe, stripes, tmp_path):
     with pytest.raises(UserError, match=r"the class directory .*diagonal holds no image: fill it, or remove it$"):
         open_data(make_recipe(dataset=str(tmp_path / "images")))
     (tmp_path / "images" / "diagonal" / "photo.heic").write_bytes(b"")
-    with pytest.raises(UserError, match=r"remove it\. Ignored 1 file that is hidden or no image .*photo\.heic$"):
+    with pytest.raises(UserError, match=r"remove it\. Ignored 1 file, hidden or without .*photo\.heic$"):
         open_data(make_recipe(dataset=str(tmp_path / "images")))
 
 

@@ -33,7 +33,7 @@ MPEG = "MPEG"  # Pillow identifies it without decoding
 
 class FoundImages(NamedTuple):
     files: list[Path]  # in order
-    ignored: list[Path]  # files that are hidden, or whose endings are not those of images
+    ignored: list[Path]  # files that are hidden, or without an image extension
 
 
 def is_ignored(name: str) -> bool:
@@ -42,7 +42,7 @@ def is_ignored(name: str) -> bool:
 
 
 def list_decodable_suffixes() -> set[str]:
-    """Return the endings of the formats that Pillow decodes here, such as ".jpg"."""
+    """Return the extensions of the formats that Pillow decodes here, such as ".jpg"."""
     return {suffix for suffix, name in Image.registered_extensions().items() if is_decodable(name)}
 
 
@@ -134,7 +134,7 @@ def list_files(entry: os.DirEntry[str]) -> list[Path]:
 
 
 def search_images(directory: Path) -> FoundImages:
-    """Find the images below a directory by their endings. Hidden files and those of systems are ignored.
+    """Find the images below a directory by their extensions. Hidden files and those of systems are ignored.
 
     Raises:
         UserError: If a directory cannot be read.
@@ -182,8 +182,8 @@ def find_images(paths: list[Path]) -> FoundImages:
 
 def describe_ignored(ignored: list[Path]) -> str:
     """Return a sentence about the ignored files for the user."""
-    files = "1 file that is" if len(ignored) == 1 else f"{len(ignored):,} files that are"
-    return f"Ignored {files} hidden or no image by name, such as {ignored[0]}"
+    files = "1 file" if len(ignored) == 1 else f"{len(ignored):,} files"
+    return f"Ignored {files}, hidden or without an image extension, such as {ignored[0]}"
 
 
 def add_ignored(message: str, ignored: list[Path]) -> str:

@@ -111,7 +111,7 @@ def test_the_choice_of_images_is_told(make_recipe, stripes, tmp_path):
     console = Console(file=StringIO(), width=300)
     train_with_progress(TrainingRun(recipe, tmp_path / "run", resume=False), console)
     text = console.file.getvalue()
-    assert "Ignored 18 files that are hidden or no image by name, such as" in text
+    assert "Ignored 18 files, hidden or without an image extension, such as" in text
     assert "Held out 4 images for evaluation\n1 class has no held-out image: dotted\n" in text
 
 

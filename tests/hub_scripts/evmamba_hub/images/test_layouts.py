@@ -159,7 +159,7 @@ def test_hidden_and_foreign_directories_are_no_classes(tmp_path):
     opened = open_dataset(str(tmp_path))
     assert describe(opened) == (None, ["cat", "dog"], 2)
     assert any(
-        note.startswith("Ignored 8 files that are hidden or no image by name, such as ") for note in opened.notes
+        note.startswith("Ignored 8 files, hidden or without an image extension, such as ") for note in opened.notes
     )
 
 

@@ -41,7 +41,7 @@ def test_links_are_followed_and_other_files_are_ignored_and_counted(evmamba, tmp
     assert exit_code == 0, stderr
     assert len(json.loads(stdout)) == len(list(EXAMPLES.glob("*.png")))
     ignored = 3 + len([path for path in EXAMPLES.iterdir() if path.suffix != ".png"])
-    assert f"Ignored {ignored} files that are hidden or no image by name, such as {folder}" in stderr
+    assert f"Ignored {ignored} files, hidden or without an image extension, such as {folder}" in stderr
 
 
 def test_tables_name_image_and_label(evmamba):

@@ -81,7 +81,7 @@ def test_links_are_followed_and_the_choice_of_images_is_told(evmamba, few_digits
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["images"], results["dataset_split"]) == (70, "Valid")
     assert "Took the split Valid of Train, Valid" in err
-    assert "Ignored 7 files that are hidden or no image by name, such as" in err
+    assert "Ignored 7 files, hidden or without an image extension, such as" in err
 
 
 @pytest.mark.slow
@@ -738,7 +738,7 @@ def test_images_of_different_sizes(evmamba, few_digits, tmp_path):
     assert evaluate(evmamba, *arguments, "--batch-size", 1)["images"] == 71
 
 
-@pytest.mark.parametrize("action, message", [("hang up", "the connection broke off"), (403, "has no permission")])
+@pytest.mark.parametrize("action, message", [("hang up", "the connection was lost"), (403, "has no permission")])
 def test_results_that_cannot_be_uploaded_are_not_lost(evmamba, hub, few_digits, tmp_path, action, message):
     assert evmamba("push", DIGITS, "someone/digits")[0] == 0
     hub.faults = [Fault("commit", action)]
