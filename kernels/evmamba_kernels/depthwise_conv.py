@@ -30,7 +30,8 @@ def depthwise_conv(
         activation: `"none"`, `"relu"`, `"silu"` or `"gelu"`.
 
     Returns:
-        `(B, H, W, D)`, in the dtype of `hidden_states`.
+        `(B, H, W, D)`, in the dtype of `hidden_states`, also under autocast. There, PyTorch's convolution computes in
+        the dtype of autocast, and the CPU kernel in float32.
 
     Raises:
         ValueError: If `hidden_states` does not have four dimensions, shapes do not match, the tensors are on several
@@ -76,7 +77,7 @@ def convolve_in_pytorch(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     maps = F.conv2d(hidden_states.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-    return ACTIVATIONS[activation](maps).permute(0, 2, 3, 1)
+    return ACTIVATIONS[activation](maps.to(hidden_states.dtype)).permute(0, 2, 3, 1)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::depthwise_conv", mutates_args=(), device_types="cpu")

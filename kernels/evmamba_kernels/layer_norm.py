@@ -33,7 +33,7 @@ def layer_norm_gated(
         eps: Epsilon that is added to the variance.
 
     Returns:
-        `(..., D)`, in the dtype of `hidden_states`.
+        `(..., D)`, in the dtype of `hidden_states`, also under autocast.
 
     Raises:
         ValueError: If shapes do not match, or the tensors are on several devices.
@@ -54,7 +54,8 @@ def layer_norm_gated(
 def gated_in_pytorch(
     hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps) * F.silu(gate)
+    normalized = F.layer_norm(hidden_states, weight.shape, weight, bias, eps)  # autocast of GPUs returns float32
+    return (normalized * F.silu(gate)).to(hidden_states.dtype)
 
 
 def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -67,7 +68,7 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
         eps: Epsilon that is added to the variance.
 
     Returns:
-        `(B, D)`, in the dtype of `hidden_states`.
+        `(B, D)`, in the dtype of `hidden_states`, also under autocast.
 
     Raises:
         ValueError: If `hidden_states` does not have four dimensions, shapes do not match, or the tensors are on
@@ -83,7 +84,8 @@ def layer_norm_mean(hidden_states: torch.Tensor, weight: torch.Tensor, bias: tor
 
 
 def mean_in_pytorch(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps).mean(dim=(1, 2))
+    normalized = F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+    return normalized.mean(dim=(1, 2)).to(hidden_states.dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated", mutates_args=(), device_types="cpu")

@@ -1,6 +1,7 @@
-"""Derivatives of every operator with the default kernels: `torch.func`, forward mode, and batches of gradients.
+"""Every operator with the default kernels: derivatives, and dtypes under autocast.
 
-They are compared with reverse-mode derivatives of PyTorch operators in float64.
+Derivatives are those of `torch.func`, of forward mode, and batches of gradients. They are compared with reverse-mode
+derivatives of PyTorch operators in float64.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from evmamba_kernels import (
     depthwise_conv_and_mean,
     layer_norm_gated,
     layer_norm_mean,
+    use_backend,
 )
 from evmamba_kernels.atrous_selective_scan_reference import random_arguments
+from evmamba_kernels.backends import LOWER_DTYPES
 from golden_values import relative_error
 
 
@@ -26,11 +29,11 @@ SCAN_PARAMETERS = random_arguments(*SHAPE, state_size=3, rank=2)[1:]
 
 
 def scan(u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    return atrous_selective_scan(u, *(parameter.to(u.dtype) for parameter in SCAN_PARAMETERS))
+    return atrous_selective_scan(u, *(parameter.to(noise.dtype) for parameter in SCAN_PARAMETERS))
 
 
 def gated(u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    return layer_norm_gated(u, u * noise, noise[0, 0, 0], noise[0, 0, 1], 1e-5)
+    return layer_norm_gated(u, (u * noise).to(u.dtype), noise[0, 0, 0], noise[0, 0, 1], 1e-5)
 
 
 def mean(u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -117,3 +120,30 @@ def test_gradients_per_image(function):
 
     expected = torch.stack([torch.autograd.functional.jacobian(loss, image) for image in u])
     assert relative_error(torch.func.vmap(torch.func.grad(loss))(u), expected) < 2e-6
+
+
+WAYS = {
+    "kernels": lambda function: function,
+    "PyTorch": lambda function: use_backend("torch")(function),
+    "graph": lambda function: torch.compile(function, backend="aot_eager", fullgraph=True),
+}
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", LOWER_DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_autocast_changes_no_dtype(way, dtype, function):
+    """Under autocast, PyTorch's operators may return another dtype than that of the map. Parameters stay float32."""
+    u, noise = random_maps()
+    u = u.to(dtype)
+    exact = function(u.double(), noise.double())
+    run, variable = way(function), u.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            results = [run(u, noise)]
+        results.append(run(variable, noise))
+    for y in results:
+        assert y.dtype == dtype
+        assert relative_error(y, exact) < 2e-2
+    results[1].sum().backward()
+    assert variable.grad.dtype == dtype

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
+from torch._subclasses import FakeTensorMode
 
 import evmamba_kernels
 from evmamba_kernels import layer_norm_gated, layer_norm_mean, use_backend
@@ -189,6 +190,25 @@ def test_gradients_of_vmap():
 
 def test_operator_registration():
     torch.library.opcheck(gated_operator, (*arguments(4, 20), 1e-5))
+
+
+@pytest.fixture
+def autocast_of_gpus():
+    """Enable autocast as `torch.autocast("cuda")` does, which refuses without a GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@OF_BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_of_gpus_changes_no_dtype(autocast_of_gpus, dtype, name):
+    """There, PyTorch's LayerNorm returns float32. Fake tensors show it without a GPU."""
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 20, device="cuda", dtype=dtype)
+        weight = torch.empty(20, device="cuda")
+        assert F.layer_norm(x, (20,), weight, weight).dtype == torch.float32
+        assert FUNCTIONS[name](x, x, weight, weight, 1e-5).dtype == dtype
 
 
 def test_empty_batches():
