@@ -63,6 +63,10 @@ def image(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Return |actual - expected| / max(|expected|, floor) in the Euclidean norm, or NaN if `actual` holds a NaN."""
+    """Return |actual - expected| / max(|expected|, floor) in the Euclidean norm, or NaN if `actual` holds a NaN.
+
+    The arithmetic is float64 on the CPU, since some devices have no float64.
+    """
     assert actual.shape == expected.shape
+    actual, expected = (tensor.detach().cpu().double() for tensor in (actual, expected))
     return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()
