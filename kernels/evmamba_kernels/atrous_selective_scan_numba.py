@@ -369,7 +369,7 @@ def scan_fwd_job(job, inputs, y, packed, chunk, h, starts, keeps_states):
 
 
 def scan_fwd_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `SCAN_FWD_WORK`, its type names a map's dtype."""
+    """Process jobs until none is left. `pointer` points to a record `SCAN_FWD_WORK`. Its type names a map's dtype."""
     work = carray(untyped(pointer), 1, SCAN_FWD_WORK)[0]
     inputs, y = inputs_in(work, map_pointer(pointer, work.u)), map_pointer(pointer, work.y)
     sizes = inputs.sizes
@@ -545,7 +545,7 @@ def scan_bwd_job(job, inputs, starts, has_starts, gradients, packed, chunk, work
 
 
 def scan_bwd_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `SCAN_BWD_WORK`, its type names a map's dtype."""
+    """Process jobs until none is left. `pointer` points to a record `SCAN_BWD_WORK`. Its type names a map's dtype."""
     work = carray(untyped(pointer), 1, SCAN_BWD_WORK)[0]
     inputs = inputs_in(work, map_pointer(pointer, work.u))
     gradients = gradients_in(work, map_pointer(pointer, work.grad_y))

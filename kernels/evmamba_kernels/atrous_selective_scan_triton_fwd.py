@@ -58,7 +58,7 @@ def find_steps(
     A line is a row of the group's pixels in even groups, and a column in odd ones.
 
     Args:
-        LONG_LINES: Whether no line is shorter than T, T steps then span at most two lines.
+        LONG_LINES: Whether no line is shorter than T. Then T steps span at most two lines.
         WIDE: Whether an image spans 2^31 elements or more.
 
     Returns:

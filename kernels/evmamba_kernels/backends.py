@@ -10,14 +10,27 @@ The contract of both functions:
 
 - The arguments are checked: shapes and devices match, and no feature map is empty.
 - `hidden_states` and `grad` are in a dtype of the backend. Parameters are in any floating-point dtype.
-- Arguments have any strides, those of expanded tensors included. Strides change no bit of the result.
+- Arguments have any strides, those of expanded tensors included. The result has the same bits for all strides.
 - `y` has the shape and dtype of `hidden_states`. Gradients follow the order of the arguments of `forward`, each in the
   shape and dtype of its argument.
 - Results are new and contiguous, and share no memory with an argument.
-- The arithmetic is float32. A NaN in an argument reaches the results that depend on it.
+- The arithmetic is float32. A NaN in an argument reaches the results that depend on it. Results are open if `A_log`
+  is above 88, where exp(`A_log`) overflows.
+- Two calls with the same arguments give the same bits, on CPUs with the same number of threads. So sums have a fixed
+  order, without atomic additions.
+- GPU kernels run on the current stream. The functions neither synchronize with the device nor read its data, so CUDA
+  graphs can capture them.
 - Autograd records nothing inside: `backward` computes the gradients itself. Autocast may be active: disable it around
   PyTorch operators with `without_autocast` of `atrous_selective_scan_torch.py`.
 - Several Python threads may call at the same time.
+
+The choice of a backend depends on the device type and the dtype alone:
+
+- The entry lists the dtypes, at least float32. For others, the next backend that supports them computes. A request for
+  this backend is then an error.
+- Without a package or the hardware, the import of the module raises `ImportError`. Then the next backend computes too.
+- Beyond a limit of sizes, a call raises `ValueError` with the limit, as `make_plan` of "triton" does. No other backend
+  computes instead.
 
 The kernels of LayerNorm and of the depthwise convolution belong to "numba" and "triton". They run unless another
 backend is requested, whatever the scan chooses by itself.
@@ -210,7 +223,9 @@ def runs_kernels_of(backend: str, hidden_states: torch.Tensor) -> bool:
 
 
 def is_for_cpu_kernel(maps: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
-    """Return whether CPU kernels can replace PyTorch operators: they are not overridden, and support the dtypes.
+    """Return whether CPU kernels can replace PyTorch operators.
+
+    They can if no other backend is requested, and they support the dtypes.
 
     Args:
         maps: The feature map, followed by others that the kernel reads with it.
@@ -236,7 +251,9 @@ def is_for_cpu_inference_kernel(maps: tuple[torch.Tensor, ...], parameters: tupl
 
 
 def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Return whether GPU kernels should replace PyTorch operators: they are not overridden, and the map is large.
+    """Return whether GPU kernels should replace PyTorch operators.
+
+    They should if no other backend is requested, and the map is large.
 
     Args:
         tensors: The feature map, followed by the other tensors.

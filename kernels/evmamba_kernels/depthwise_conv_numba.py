@@ -178,7 +178,7 @@ def write_means(work):
 
 
 def depthwise_conv_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `WORK`, its type names the dtype of the maps.
+    """Process jobs until none is left. `pointer` points to a record `WORK`. Its type names the dtype of the maps.
 
     A job writes the sums of its outputs to `sums` `(images, bands, channels)`. The last job computes the means.
     """

@@ -118,7 +118,7 @@ def normalize_row(statistics, row, x, at, channels, weight, bias, out, start):
 
 
 def gated_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `GATED_WORK`, its type names the maps' dtype."""
+    """Process jobs until none is left. `pointer` points to a record `GATED_WORK`. Its type names the maps' dtype."""
     work = carray(untyped(pointer), 1, GATED_WORK)[0]
     x, gate = map_pointer(pointer, work.hidden_states), map_pointer(pointer, work.gate)
     out = map_pointer(pointer, work.out)
@@ -176,7 +176,7 @@ def add_normalized(statistics, x, start, stride, num_rows, channels, eps, sums, 
 
 
 def mean_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a record `MEAN_WORK`, its type names the map's dtype.
+    """Process jobs until none is left. `pointer` points to a record `MEAN_WORK`. Its type names the map's dtype.
 
     A job is a part of an image. It writes the sum of its normalized rows to `sums` `(images, parts, channels)`. The
     last job computes the means.

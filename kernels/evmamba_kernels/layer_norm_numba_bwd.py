@@ -80,7 +80,7 @@ def store_means(means, by_lane, channels):
 
 
 def gated_bwd_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a `GATED_BWD_WORK`, its type names the maps' dtype.
+    """Process jobs until none is left. `pointer` points to a record `GATED_BWD_WORK`. Its type names the maps' dtype.
 
     A job writes the gradients of its rows, and its sums for the parameters to `weight_sums` and `bias_sums`
     `(jobs, channels)`. The last job adds the sums of all jobs.
@@ -149,7 +149,7 @@ def gated_bwd_jobs(pointer):
 
 
 def mean_bwd_jobs(pointer):
-    """Process jobs until none is left. `pointer` points to a `MEAN_BWD_WORK`, its type names the maps' dtype.
+    """Process jobs until none is left. `pointer` points to a record `MEAN_BWD_WORK`. Its type names the maps' dtype.
 
     A job is a part of an image. It writes the gradients of its rows, and the sum of dL/dn x' to `sums`
     `(images, parts, channels)`. The last job adds the sums of all jobs.

@@ -26,7 +26,7 @@ FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @triton.jit
 def normalize(b_x, m_d, channels, eps):
-    """Return the normalized rows, without a meaning beyond their channels, and the inverse of the standard deviation.
+    """Return the normalized rows and the inverse standard deviation. Values beyond the channels are meaningless.
 
     Lanes add their values in pairs. The compiler would fuse a product into this sum, fma(a, b, other), and the two
     lanes would round differently. It fuses nothing into the results of `tl.where` and `tl.fma`, so each sum takes one.

@@ -147,7 +147,7 @@ def yield_thread(typing_context):
 
 @compiled
 def wait_for_jobs(pointer, count):
-    """Wait until `count` jobs are done, which other threads have claimed."""
+    """Wait until `count` jobs are done. Other threads have claimed them."""
     num_pauses = 0
     while num_jobs_done(pointer) < count:
         num_pauses += 1
