@@ -34,12 +34,11 @@ from .numba_simd import (
     load,
     load_first,
     map_pointer,
-    multiply,
+    mean_of_parts,
     multiply_add,
     splat,
     store,
     store_first,
-    sum_of_parts,
     untyped,
 )
 from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, readable, run_jobs
@@ -169,12 +168,9 @@ def convolve_row(convolution, row, first, last, pixel, out, out_pixel, sums):
 def write_means(work):
     """Compute the means from the sums of all bands."""
     sums, mean, channels = float_pointer(work.sums), float_pointer(work.mean), work.channels
-    share = splat(float32(1.0 / (work.height * work.width)))
-    for image in range(work.num_jobs // work.num_bands):
-        for d in range(0, channels, LANES):
-            count = min(LANES, channels - d)
-            total = sum_of_parts(sums, image * work.num_bands, work.num_bands, channels, d, count)
-            store_first(mean, image * channels + d, multiply(total, share), count)
+    num_bands, num_pixels = work.num_bands, work.height * work.width
+    for image in range(work.num_jobs // num_bands):
+        mean_of_parts(sums, image * num_bands, num_bands, channels, num_pixels, mean, image * channels)
 
 
 def depthwise_conv_jobs(pointer):

@@ -22,9 +22,7 @@ import torch.nn.functional as F
 
 try:
     import numpy as np
-    from llvmlite import ir
     from numba import carray
-    from numba.core import types
 except ImportError as error:
     raise ImportError("the CPU kernel of the EVSS block needs numba: pip install numba") from error
 
@@ -83,7 +81,6 @@ from .numba_simd import (
     load_first,
     multiply,
     multiply_add,
-    pointer_to,
     store,
     store_first,
     untyped,
@@ -101,8 +98,6 @@ from .numba_threads import (
     wait_for_jobs,
 )
 
-
-index_pointer = pointer_to(types.int64, ir.IntType(64))
 
 MAPS = ("normalized", "u", "convolved", "z", "mixed", "local", "mixed_sums", "local_sums", "factors")
 MEMORY = ("values", "sums", "statistics", "steps", "chunk", "h")  # offsets in the memory of a thread
@@ -192,9 +187,9 @@ def memory_of_thread(work, thread):
         float_pointer(start + work.sums),
         statistics_at(start + work.statistics),
         Chunk(
-            index_pointer(steps),
-            index_pointer(steps + 8 * CHUNK_LENGTH),
-            index_pointer(steps + 16 * CHUNK_LENGTH),
+            table_pointer(steps),
+            table_pointer(steps + 8 * CHUNK_LENGTH),
+            table_pointer(steps + 16 * CHUNK_LENGTH),
             float_pointer(chunk),
             float_pointer(chunk + projected),
             float_pointer(chunk + projected + vectors),

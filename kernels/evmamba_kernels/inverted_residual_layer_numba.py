@@ -55,11 +55,11 @@ from .numba_simd import (
     float_pointer,
     load,
     load_first,
+    mean_of_parts,
     multiply,
     splat,
     store,
     store_first,
-    sum_of_parts,
     untyped,
 )
 from .numba_threads import (
@@ -178,11 +178,8 @@ def squeeze_mean(job, work, table, maps, memory):
     num_vectors = (work.squeezed + LANES - 1) // LANES
     num_parts = (num_vectors + VECTORS_PER_JOB - 1) // VECTORS_PER_JOB
     part, image, size = job % num_parts, job // num_parts, work.expanded_size
-    share = splat(float32(1.0 / (work.height * work.width)))
-    for d in range(0, size, LANES):
-        count = min(LANES, size - d)
-        total = sum_of_parts(maps.sums, image * work.num_row_bands, work.num_row_bands, size, d, count)
-        store_first(memory.values, d, multiply(total, share), count)
+    num_bands, num_pixels = work.num_row_bands, work.height * work.width
+    mean_of_parts(maps.sums, image * num_bands, num_bands, size, num_pixels, memory.values, 0)
     weight, bias = bfloat16_pointer(table[WEIGHTS.squeeze]), float_pointer(table[WEIGHTS.squeeze + 1])
     first, last = part * VECTORS_PER_JOB, min((part + 1) * VECTORS_PER_JOB, num_vectors)
     hidden = float_pointer(work.hidden + 4 * image * num_vectors * LANES)

@@ -111,14 +111,6 @@ def gated_bwd_operator(
     return gated_bwd(grad, hidden_states, gate, weight, bias, eps)
 
 
-@gated_operator.register_fake
-def fake_gated(hidden_states, gate, weight, bias, eps):
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-register_gradient(gated_operator, gated_bwd_operator, gated_in_pytorch)
-
-
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gated_on_gpu", mutates_args=())
 def gated_on_gpu_operator(
     hidden_states: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
@@ -142,11 +134,13 @@ def gated_on_gpu_bwd_operator(
     return layer_norm_gated_bwd(grad, hidden_states, gate, weight, bias, eps)
 
 
+@gated_operator.register_fake
 @gated_on_gpu_operator.register_fake
-def fake_gated_on_gpu(hidden_states, gate, weight, bias, eps):
+def fake_gated(hidden_states, gate, weight, bias, eps):
     return hidden_states.new_empty(hidden_states.shape)
 
 
+register_gradient(gated_operator, gated_bwd_operator, gated_in_pytorch)
 register_gradient(gated_on_gpu_operator, gated_on_gpu_bwd_operator, gated_in_pytorch)
 
 

@@ -30,6 +30,7 @@ from .numba_simd import (
     load_first,
     load_splat,
     map_pointer,
+    mean_of_parts,
     multiply,
     multiply_add,
     silu,
@@ -38,7 +39,6 @@ from .numba_simd import (
     store,
     store_first,
     subtract,
-    sum_of_parts,
     untyped,
 )
 from .numba_threads import COUNTERS, claim_job, compiled_kernel, finish_job, readable, run_jobs
@@ -145,12 +145,11 @@ def gated_jobs(pointer):
 @compiled
 def write_mean(sums, image, num_parts, num_rows, channels, weight, bias, out, start):
     """Compute the mean of an image from the sums of its parts. Weight and bias apply to the mean alone."""
-    share = splat(float32(1.0 / num_rows))
+    mean_of_parts(sums, image * num_parts, num_parts, channels, num_rows, out, start)
     for d in range(0, channels, LANES):
         count = min(LANES, channels - d)
-        total = sum_of_parts(sums, image * num_parts, num_parts, channels, d, count)
-        affine = multiply_add(multiply(total, share), load_first(weight, d, count), load_first(bias, d, count))
-        store_first(out, start + d, affine, count)
+        mean, weights = load_first(out, start + d, count), load_first(weight, d, count)
+        store_first(out, start + d, multiply_add(mean, weights, load_first(bias, d, count)), count)
 
 
 @compiled

@@ -64,6 +64,7 @@ from .numba_simd import (
     store_first,
     subtract,
 )
+from .numba_threads import allocate
 
 
 HAS_VNNI = "+avx512vnni" in FEATURES
@@ -140,9 +141,8 @@ class Table:
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy at an address that is a multiple of 64 bytes, so no vector spans two cache lines."""
-    memory = torch.empty(tensor.numel() + 64 // tensor.itemsize, dtype=tensor.dtype)
-    skipped = -memory.data_ptr() % 64 // tensor.itemsize
-    return memory[skipped : skipped + tensor.numel()].view(tensor.shape).copy_(tensor)
+    (memory,) = allocate([tensor.nbytes])
+    return memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @compiled

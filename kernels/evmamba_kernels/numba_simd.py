@@ -736,3 +736,13 @@ def sum_of_parts(sums, first_part, num_parts, channels, d, count):
     for part in range(first_part, first_part + num_parts):
         total = add(total, load_first(sums, part * channels + d, count))
     return total
+
+
+@compiled
+def mean_of_parts(sums, first_part, num_parts, channels, num_pixels, out, start):
+    """Write the means over `num_pixels` pixels, whose sums are rows of `sums` `(parts, channels)`, to `out`."""
+    share = splat(float32(1.0 / num_pixels))
+    for d in range(0, channels, LANES):
+        count = min(LANES, channels - d)
+        total = sum_of_parts(sums, first_part, num_parts, channels, d, count)
+        store_first(out, start + d, multiply(total, share), count)
