@@ -50,7 +50,7 @@ def test_missing_paths_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no image"):
         find_images([tmp_path])
     create(tmp_path, "photo.heic", "table.h5")
-    with pytest.raises(UserError, match=r"holds no image.*Ignored 2 files that are.*, such as .*photo\.heic"):
+    with pytest.raises(UserError, match=r"holds no image.*Ignored 2 files, .*, such as .*photo\.heic"):
         find_images([tmp_path])
 
 

@@ -311,7 +311,6 @@ TABLES = {
     "header only": ("metadata.csv", b"file_name,label\n"),
     "empty": ("metadata.csv", b""),
     "cut JSON": ("metadata.jsonl", b'{"file_name": "images/0.png", "lab'),
-    "damaged Parquet": ("metadata.parquet", b"PAR1"),
 }
 
 
@@ -322,7 +321,7 @@ def test_a_metadata_file_that_names_no_images(digit_images, tmp_path, name, cont
     for folder in [tmp_path / split for split in splits] or [tmp_path]:
         shutil.copytree(digit_images / "3", folder / place, dirs_exist_ok=True)
         (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} names no images: save it .* with .*columns file_name and label, or"):
+    with pytest.raises(UserError, match=rf"{name} names no images: save it .*with .*columns file_name and label, or"):
         open_dataset(str(tmp_path))
     with pytest.raises(UserError, match=rf"{name} names no images"):
         open_dataset(str(tmp_path), label_column="label")
