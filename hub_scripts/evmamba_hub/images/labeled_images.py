@@ -342,21 +342,20 @@ def open_folder(folder: Path, split: str | None, image_column: str | None, label
         UserError: If the directory holds neither, its metadata file names no images, or the user names columns of
             classes.
     """
-    metadata, has_classes = read_metadata(folder), len(list_class_folders(folder)) > 1
+    metadata = read_metadata(folder)
+    reason = None  # why the directories are classes although there is a metadata file
     if metadata is not None:
         has_labels = (label_column or "label") in metadata.rows.columns
-        if has_labels or label_column is not None or not has_classes:
+        if has_labels or label_column is not None or len(list_class_folders(folder)) < 2:
             return open_metadata(metadata, image_column, label_column, split)
         reason = f"{metadata.file} has no column label"
     elif files := list_metadata_files(folder):
-        if not has_classes:
+        if len(list_class_folders(folder)) < 2:
             form = "in UTF-8, with commas and" if files[0].suffix == ".csv" else "with"
             raise UserError(
                 f"{files[0]} names no images: save it {form} the columns {FILE_NAME} and label, or move it away"
             )
         reason = f"{files[0]} names no images"
-    else:
-        reason = None
     if (image_column, label_column) != (None, None):
         raise UserError(f"{folder} {NO_TABLE}")
     images = ImageFolder(folder, split)
