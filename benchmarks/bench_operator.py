@@ -26,6 +26,7 @@ from measure import (
     in_fresh_process,
     median_times,
     parse_device,
+    pause_for,
     peak_memory,
     print_table,
     save_figure,
@@ -183,7 +184,7 @@ def measure_shape(
         check_equality(name, results, expected)
         methods[name, "forward"] = partial(run_forward, method, inputs)
         methods[name, "forward + backward"] = partial(run_forward_backward, method, inputs, grad)
-    seconds = median_times(methods, arguments.repeats, shape_name)
+    seconds = median_times(methods, arguments.repeats, shape_name, pause=pause_for(arguments.device))
     rows = [
         {
             "shape": shape_name,
@@ -223,7 +224,7 @@ def measure_scaling(names: list[str], arguments: argparse.Namespace) -> list[dic
         for name in names
         for side in arguments.sides
     }
-    seconds = median_times(methods, arguments.repeats, "growing maps")
+    seconds = median_times(methods, arguments.repeats, "growing maps", pause=pause_for(arguments.device))
     rows = []
     for name in names:
         first = seconds[name, arguments.sides[0]] / arguments.sides[0] ** 2

@@ -75,7 +75,7 @@ def times_in_turns(
     """Return the times of the calls of each method in steady state, in seconds.
 
     Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods. Kernels
-    of a GPU leave no threads that spin, so they need no pause.
+    of a GPU leave no threads that spin, so they need no pause (`pause_for`).
     """
     times = {name: [] for name in methods}
     rounds = range(warm_up_rounds + repeats)
@@ -86,6 +86,11 @@ def times_in_turns(
             if i >= warm_up_rounds:
                 times[name] += seconds
     return times
+
+
+def pause_for(device: torch.device) -> float:
+    """Return the pause before each turn of methods that run on a device, in seconds."""
+    return PAUSE if device.type == "cpu" else 0
 
 
 def median_times(

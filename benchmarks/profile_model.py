@@ -28,6 +28,7 @@ from measure import (
     describe_environment,
     median_times,
     parse_device,
+    pause_for,
     peak_memory,
     print_table,
     write_csv,
@@ -166,7 +167,8 @@ def main() -> None:
             if has_mamba_ssm:
                 methods["mamba_ssm"] = partial(run_within, scan_of_mamba_ssm, methods["eager"])
             where = {"part": part.name, "pass": pass_name, "batch": batch_size}
-            seconds = median_times(methods, arguments.repeats, " ".join(map(str, where.values())))
+            description = " ".join(map(str, where.values()))
+            seconds = median_times(methods, arguments.repeats, description, pause=pause_for(device))
             for name, method in methods.items():
                 speed = {"median ms": 1e3 * seconds[name], "images/s": batch_size / seconds[name]}
                 if device.type == "cuda":
