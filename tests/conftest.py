@@ -93,7 +93,12 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     """Skip the tests of a module that imports an optional package which is missing."""
-    report = yield
+    try:
+        report = yield
+    except SystemExit as error:  # of an example, which names what is missing
+        return pytest.CollectReport(
+            collector.nodeid, "skipped", (str(collector.path), 1, f"Skipped: {error.__context__}"), []
+        )
     error = report.call.excinfo and report.call.excinfo.value
     while error is not None:
         package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) else None

@@ -62,10 +62,10 @@ class Config(NamedTuple):
 
 # Keys: backend of Triton, warp size, and oldest compute capability (0 except on CUDA). The first match applies.
 #
-# The rows follow the compiler's report, not measurements. They have the longest tiles and most channels that keep
-# every kernel in registers on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints the report, tests
-# check it, and `benchmarks/NOTES.md` has the table. RDNA (hip, 32 lanes) and XPU have small tiles, since their code
-# has not been examined. `make bench-gpu` measures on a device.
+# The rows follow the compiler's report. They have the longest tiles and most channels that keep every kernel in
+# registers on sm_80, sm_90, sm_100 and gfx942. `benchmarks/triton_report.py` prints the report, tests check it, and
+# `benchmarks/NOTES.md` has the table, and times with other values on sm_90. RDNA (hip, 32 lanes) and XPU have small
+# tiles, since their code has not been examined. `make bench-gpu` measures on a device.
 CONFIGS = {
     ("cuda", 32, 90): Config(16, 8, 32, 8, 64, 64, "tf32x3", 11, 8),
     # spills with 64 channels, and with 64 projected steps, since warps then repeat each other's products
@@ -86,9 +86,9 @@ MATRIX_OUTPUTS = 64
 ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
 MATRIX_WARPS = {"num_warps": 8, "enable_fp_fusion": True}
 
-# Cost of one more chunk in state_passing_kernel, relative to that of a tile in scan_fwd_kernel. An estimate, not
-# measured. A tile takes 8 x 16 exponentials of a warp, at 8 cycles each: 1024 cycles. The carry reads 8 chunks at
-# once, so a chunk takes an eighth of a load from memory, assumed to take 512 cycles: 64 cycles.
+# Cost of one more chunk in state_passing_kernel, relative to that of a tile in scan_fwd_kernel. A tile takes 8 x 16
+# exponentials of a warp, at 8 cycles each: 1024 cycles. The carry reads 8 chunks at once, so a chunk takes an eighth
+# of a load from memory, assumed to take 512 cycles: 64 cycles. On an H200, values up to 1/4 are equally fast.
 CHUNK_COST = 1 / 16
 
 

@@ -826,6 +826,17 @@ def expect_ablations() -> list[list[Cell]]:
     return cells
 
 
+def expect_gpu_scan() -> list[list[Cell]]:
+    rows: dict[tuple[str, str], list[Cell]] = {}
+    for file in ("operator_cuda.csv", "operator_cuda_bfloat16.csv"):
+        for row in read_csv(file):
+            if row["method"] == "triton":
+                figures = float(row["median ms"]), float(row["torch / this"])
+                key = row["shape"].replace("x", " x "), row["pass"]
+                rows.setdefault(key, []).extend([figures, float(row["peak MiB"])])
+    return [[*key, *cells] for key, cells in rows.items()]
+
+
 def expect_registers() -> list[list[Cell]]:
     rows: dict[str, list[Cell]] = {}
     for version in ("3.6", "3.8", "3.9"):
@@ -854,6 +865,7 @@ TABLES = [
     ("Segmentation and detection on CPUs", 1, expect_upernet),
     ("Starts of dense models", 0, expect_starts),
     ("Ablations", 0, expect_ablations),
+    ("The scan on a GPU", 0, expect_gpu_scan),
     ("GPUs", 0, expect_registers),
 ]
 

@@ -1,4 +1,4 @@
-"""Tests of the network on a real GPU, as users run it there: `make test-gpu`."""
+"""Tests of the network on a GPU, as users run it there: `make test-gpu`."""
 
 import copy
 

@@ -85,7 +85,7 @@ def test_maps_beyond_2_to_the_31_elements(shape):
         expected = atrous_selective_scan(alone, *parameters, backend="triton")
         assert torch.equal(y[-1:], expected)
         (expected_grad,) = torch.autograd.grad(expected, alone, u[-1:])
-        assert relative_error(grad_u[-1:], expected_grad) < 1e-6
+        assert relative_error(grad_u[-1:], expected_grad) < 1e-5  # other chunks: few elements round differently
     else:
         # channels only mix in the projection: with all others zero, the first 4 scan like a separate feature map
         few = torch.zeros_like(parameters[0])

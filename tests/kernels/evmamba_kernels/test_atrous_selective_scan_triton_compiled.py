@@ -112,6 +112,7 @@ def launches():
     Returns a list of the launches.
     """
     launched = []
+    device = object()  # Triton keeps loaded kernels by device: those of a real one must not run
 
     class IdleLauncher:
         launch_cooperative_grid = False
@@ -130,7 +131,7 @@ def launches():
         utils=utils,
         launcher_cls=IdleLauncher,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
+        get_current_device=lambda: device,
         get_current_stream=lambda _: 0,
         get_active_torch_device=lambda: torch.device("cpu"),
     )
