@@ -44,9 +44,7 @@ def run_on_two_processes(function: Callable[[int], object], timeout: float = 150
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     results, end = context.Queue(), context.Event()
-    processes = [
-        context.Process(target=join_pair, args=(rank, place, function, results, end), daemon=True) for rank in (0, 1)
-    ]
+    processes = [context.Process(target=join_pair, args=(rank, place, function, results, end)) for rank in (0, 1)]
     for process in processes:
         process.start()
     try:

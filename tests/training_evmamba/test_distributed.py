@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from filelock import FileLock
 from safetensors.torch import load_file
+from train_by_fsdp import train_by_fsdp
 
 from evmamba_hub.errors import UserError
 from modeling_evmamba import EfficientVMambaForImageClassification
@@ -82,14 +83,14 @@ def launch(recipe, output_dir: Path, *options: str) -> subprocess.CompletedProce
 
 
 def launch_fsdp(recipe, output_dir: Path) -> None:
-    """Start or resume training on two processes that shard the weights."""
+    """Start or resume training on two processes that shard the weights, as a user does."""
     path = output_dir.with_suffix(".yaml")
     path.write_text(dump_recipe(recipe))
     spread = ["--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
     options = ["--use_fsdp", *spread, "--fsdp_cpu_ram_efficient_loading", "false", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]
     ended = subprocess.run(
-        [*command, str(Path(__file__).with_name("train_by_fsdp.py")), str(path), str(output_dir)],
+        [*command, str(Path(__file__).parents[1] / "train_by_fsdp.py"), str(path), str(output_dir)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -98,9 +99,32 @@ def launch_fsdp(recipe, output_dir: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+# what `accelerate launch` sets for the options of `launch_fsdp`
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def fork_fsdp(recipe, output_dir: Path) -> None:
+    """Do the same in forked processes, which need no imports."""
+
+    def train_shards(rank: int) -> dict:
+        os.environ.update(FSDP)
+        return train_by_fsdp(recipe, output_dir)
+
+    assert_same_results(*run_on_two_processes(train_shards))
+
+
 def train_on_two_processes(recipe, output_dir: Path, resume: bool = False) -> None:
-    first, second = run_on_two_processes(lambda rank: TrainingRun(recipe, output_dir, resume=resume).train())
-    assert first == second and first["images"] == 10, first
+    assert_same_results(*run_on_two_processes(lambda rank: TrainingRun(recipe, output_dir, resume=resume).train()))
+
+
+def assert_same_results(first: dict | str, second: dict | str) -> None:
+    assert isinstance(first, dict) and first["images"] == 10, first
+    assert second == first
 
 
 @needs_fork
@@ -140,13 +164,14 @@ def test_two_processes_resume_to_the_same_weights(make_recipe, tmp_path):
         train(recipe, resumed, resume=True)
 
 
+@needs_fork
 @pytest.mark.slow
 def test_two_processes_that_share_the_weights_learn_like_one(make_recipe, tmp_path):
     recipe = make_recipe(
         freeze_batch_norm=True, drop_path_rate=0.0, gradient_accumulation_steps=2, max_grad_norm=0.5, layer_decay=0.5
     )
     train(recipe, tmp_path / "one")
-    launch_fsdp(recipe, tmp_path / "shared")
+    fork_fsdp(recipe, tmp_path / "shared")
     logs = [read_log(tmp_path / name) for name in ("one", "shared")]
     for one, shared in zip(*logs, strict=True):
         assert {**shared, "images_per_second": 0} == pytest.approx({**one, "images_per_second": 0}, rel=1e-5)
@@ -159,12 +184,13 @@ def test_two_processes_that_share_the_weights_learn_like_one(make_recipe, tmp_pa
     torch.testing.assert_close(dict(model.state_dict()), shared, rtol=0, atol=0)
 
 
+@needs_fork
 @pytest.mark.slow
 def test_two_processes_that_share_the_weights_resume_to_the_same(make_recipe, tmp_path):
     machine = {"mixed_precision": "bf16", "gradient_checkpointing": True}
     recipe = make_recipe(**machine, frozen_stages=1, mixup_alpha=0.2, checkpoint_steps=3, keep_checkpoints=20)
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    launch_fsdp(recipe, unbroken)
+    fork_fsdp(recipe, unbroken)
     go_back(unbroken, resumed, step=3)
     launch_fsdp(recipe, resumed)
     assert_same_models(resumed, unbroken)
@@ -195,6 +221,7 @@ def test_sharing_of_weights_that_cannot_be(
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@needs_fork
 @pytest.mark.slow
 def test_two_processes_learn_from_a_stream(make_recipe, hub, stripes, tmp_path):
     files = {}
@@ -204,6 +231,5 @@ def test_two_processes_learn_from_a_stream(make_recipe, hub, stripes, tmp_path):
         files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / f"{split}.parquet").read_bytes()
     hub.create("someone/stripes", files, kind="dataset")
     recipe = make_recipe(dataset="someone/stripes", streaming=True, images_per_epoch=37, num_workers=1)
-    ended = launch(recipe, tmp_path / "run")
-    assert ended.returncode == 0, ended.stderr
+    train_on_two_processes(recipe, tmp_path / "run")
     assert read_log(tmp_path / "run")[-1]["validation_images"] == 10

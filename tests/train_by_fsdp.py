@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from training_evmamba.recipe import create_recipe, read_values
+from training_evmamba.recipe import Recipe, create_recipe, read_values
 from training_evmamba.trainer import TrainingRun
 
 
@@ -23,13 +23,14 @@ def check_sharding(model: nn.Module) -> None:
     assert all(isinstance(module, FSDPModule) for module in (model, *blocks))
 
 
-def main(recipe: Path, output_dir: Path) -> None:
+def train_by_fsdp(recipe: Recipe, output_dir: Path) -> dict:
     # this alone makes accelerate use FSDP
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-    run = TrainingRun(create_recipe(read_values(str(recipe))), output_dir, resume=True)
+    run = TrainingRun(recipe, output_dir, resume=True)
     check_sharding(run.model)
-    run.train()
+    return run.train()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    path, output_dir = map(Path, sys.argv[1:])
+    train_by_fsdp(create_recipe(read_values(str(path))), output_dir)
