@@ -1,9 +1,10 @@
-"""Settings that must precede the imports of the libraries, and the Hub of the tests."""
+"""Settings that must precede the imports of the libraries, the Hub of the tests, and files that processes share."""
 
 import gc
 import os
 import re
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -125,3 +126,25 @@ def running_hub():
     yield
     hub_server.stop()
     hub_home.cleanup()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A directory for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(shared_folder) -> Path:
+    """The bundled model in a directory of ONNX files, which the first process that needs it writes."""
+    from filelock import FileLock
+
+    from evmamba_demo.bundled import find_bundled_model
+    from evmamba_hub.publish.onnx_folder import export_onnx_folder
+
+    folder = shared_folder / "digits-onnx"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            export_onnx_folder(str(find_bundled_model()), folder)
+    return folder

@@ -36,13 +36,6 @@ class Space(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory) -> Path:
-    """A directory for all processes of pytest-xdist."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-
-
-@pytest.fixture(scope="session")
 def starting(shared_folder) -> FileLock:
     """Lets one process at a time create or start a Space. The first compiles kernels that the tests have not."""
     return FileLock(shared_folder / "starting.lock")

@@ -111,6 +111,13 @@ def save_screenshot(page: Page, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True, animations="disabled")
 
 
+def save_in_both_schemes(page: Page, name: str) -> None:
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_function(f"document.body.classList.contains('dark') === {str(scheme == 'dark').lower()}")
+        save_screenshot(page, f"{name}_{scheme}")
+
+
 def settle(page: Page) -> None:
     """Wait until all computations end."""
     trackers = "[...document.querySelectorAll('[data-testid=status-tracker]')]"
@@ -451,15 +458,14 @@ def read_kind(page: Page) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_what_a_dense_model_finds(open_dense_page, dark):
-    page = open_dense_page(dark=dark)
+def test_what_a_dense_model_finds(open_dense_page):
+    page = open_dense_page()
     kind = read_kind(page)
     expect(page.locator("#timing")).to_contain_text("on cpu in float32, optimized (backend: numba)")
     expect(page.locator("#photographers")).to_contain_text("CC BY 2.0")
     assert page.get_by_role("tab").all_inner_texts() == ["Detect" if kind == "detector" else "Segment", "Measure"]
     expect(page.locator("#list li").first).to_be_visible()
-    save_screenshot(page, f"{kind}_{'dark' if dark else 'light'}")
+    save_in_both_schemes(page, kind)
     before = page.locator("#list li").count()
     find_slider(page).press("End")
     if kind == "detector":
@@ -523,15 +529,14 @@ def test_measure_a_dense_model(open_dense_page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_dense_page_on_a_phone(open_dense_page, dark):
-    page = open_dense_page(width=360, height=800, dark=dark)
+def test_a_dense_page_on_a_phone(open_dense_page):
+    page = open_dense_page(width=360, height=800)
     expect(page.locator("#list li").first).to_be_visible()
     for tab in ("Measure", "Detect" if read_kind(page) == "detector" else "Segment"):
         open_narrow_tab(page, tab)
         settle(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
-    save_screenshot(page, f"{read_kind(page)}_phone_{'dark' if dark else 'light'}")
+    save_in_both_schemes(page, f"{read_kind(page)}_phone")
 
 
 @pytest.mark.slow

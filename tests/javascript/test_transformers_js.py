@@ -15,7 +15,7 @@ from PIL import Image
 from evmamba_demo.bundled import find_bundled_model, find_examples
 from evmamba_hub.images.images import read_image
 from evmamba_hub.inference.classify import classify_files, load_pipeline
-from evmamba_hub.publish.onnx_folder import export_onnx_folder, render_usage
+from evmamba_hub.publish.onnx_folder import render_usage
 from modeling_evmamba import EfficientVMambaForImageClassification
 
 
@@ -65,10 +65,10 @@ def modules() -> Path:
 
 
 @pytest.fixture(scope="module")
-def desk(modules, tmp_path_factory) -> Path:
+def desk(modules, digits_onnx, tmp_path_factory) -> Path:
     """The directory of a reader of docs/javascript.md, who has exported the digits and installed transformers.js."""
     folder = tmp_path_factory.mktemp("desk")
-    export_onnx_folder(str(find_bundled_model()), folder / "digits-onnx")
+    (folder / "digits-onnx").symlink_to(digits_onnx)
     shutil.copytree(find_examples()[0].parent, folder / "demo" / "examples")
     (folder / "node_modules").symlink_to(modules / "node_modules")
     return folder
