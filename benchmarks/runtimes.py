@@ -85,7 +85,7 @@ def build_our_onnx(model: nn.Module, images: torch.Tensor, folder: Path) -> Call
 def build_our_onnx_dynamic_int8(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
     file = folder / "dynamic_int8.onnx"
     shutil.copyfile(export_ours(model, folder), file)
-    quantize_onnx(file)
+    quantize_onnx(file, file)
     return partial(load_onnx(file), images)
 
 

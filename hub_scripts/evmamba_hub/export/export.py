@@ -169,6 +169,7 @@ def export_model(
     dtype: str = "float32",
     half_inputs: bool = False,
     revision: str | None = None,
+    float32_file: Path | None = None,
 ) -> ExportReport:
     """Export a classifier to one file, which takes `pixel_values` (B, C, H, W) and returns `logits` (B, labels).
 
@@ -182,6 +183,7 @@ def export_model(
         dtype: "float32", "float16" or, for ONNX, "int8" (8-bit weights in linear layers).
         half_inputs: Take pixel values and return logits in float16. It is for the dtype "float16".
         revision: Branch, tag or commit on the Hub.
+        float32_file: An ONNX file of the same model in float32. "int8" quantizes it instead of a new one.
 
     Raises:
         UserError: If the model cannot be loaded, the file cannot be written, a package or compiler is missing, or
@@ -205,7 +207,16 @@ def export_model(
             f"images must have at least {config.patch_size} x {config.patch_size} pixels, the size of a patch"
         )
     with staged(output) as file:
-        write_file(model, format, file, image_size=image_size, dtype=dtype, half_inputs=half_inputs, revision=revision)
+        write_file(
+            model,
+            format,
+            file,
+            image_size=image_size,
+            dtype=dtype,
+            half_inputs=half_inputs,
+            revision=revision,
+            float32_file=float32_file,
+        )
         differences = check_logits(open_file(format, file, half_inputs), reference, image_size, BOUNDS[dtype])
     if image_size is None:
         smallest = smallest_side(config)
@@ -222,15 +233,18 @@ def write_file(
     dtype: str = "float32",
     half_inputs: bool = False,
     revision: str | None = None,
+    float32_file: Path | None = None,
 ) -> None:
     """Write an exported file, without comparing logits. `export_model` describes the arguments."""
+    if dtype == "int8" and float32_file is not None:
+        return quantize_onnx(float32_file, file)
     network_dtype = "float16" if dtype == "float16" else "float32"  # int8 is quantized from float32
     classifier = load_exportable(model, network_dtype, revision)
     classifier.input_dtype = torch.float16 if half_inputs else torch.float32
     fold_batch_norms(classifier.model)
     FORMATS[format].write(classifier, image_size, file)
     if dtype == "int8":
-        quantize_onnx(file)
+        quantize_onnx(file, file)
 
 
 def open_file(format: str, file: Path, half_inputs: bool) -> Runtime:
@@ -302,12 +316,12 @@ def write_onnx(classifier: Exportable, image_size: tuple[int, int] | None, file:
     exported.save(file)
 
 
-def quantize_onnx(file: Path) -> None:
+def quantize_onnx(source: Path, file: Path) -> None:
     """Quantize the weights of linear layers to 8 bits. Their inputs are quantized at run time."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    model = onnx.load(file)
+    model = onnx.load(source)
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     products_of_scan = [  # batched over the groups of the scan, or without weights
         node.name for node in model.graph.node if node.op_type == "MatMul" and matrices.isdisjoint(node.input)

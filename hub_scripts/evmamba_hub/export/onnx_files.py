@@ -47,7 +47,13 @@ def export_onnx_files(
         before_file(name)
         try:
             reports[name] = export_model(
-                model, folder / name, "onnx", image_size=image_size, dtype=dtype, revision=revision
+                model,
+                folder / name,
+                "onnx",
+                image_size=image_size,
+                dtype=dtype,
+                revision=revision,
+                float32_file=folder / ONNX_FILES["float32"] if dtype == "int8" else None,
             )
         except UserError as error:
             raise UserError(f"{name}: {error}") from error

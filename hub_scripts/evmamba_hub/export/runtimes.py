@@ -54,8 +54,9 @@ class Candidate:
         """Write an exported file, unless another runtime has done so."""
         file = self.folder / f"{format}-{dtype}{FORMATS[format].suffix}"
         if not file.exists():
+            source = self.export(format, "float32") if dtype == "int8" else None
             with staged(file) as staging:
-                write_file(self.name, format, staging, dtype=dtype, revision=self.revision)
+                write_file(self.name, format, staging, dtype=dtype, revision=self.revision, float32_file=source)
         return file
 
 
