@@ -146,7 +146,7 @@ def measure_head(head: str, repeats: int) -> list[dict[str, object]]:
     for size in IMAGE_SIZES:
         methods = {(name, size): partial(run_model, model, torch.randn(1, 3, *size)) for name, model in models.items()}
         # a call takes seconds, beside which caches and allocator hardly count
-        rounds = {"warm_up_rounds": 1, "calls_per_round": 1, "untimed_calls": 0}
+        rounds = {"warm_up_rounds": 1, "calls_per_turn": 1, "untimed_calls": 0}
         seconds |= median_times(methods, repeats * count_rounds(size), f"{head}, {size[0]} x {size[1]}", **rounds)
     rows = []
     for name, size in product(models, IMAGE_SIZES):

@@ -6,7 +6,6 @@ import ctypes
 import math
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -31,11 +30,6 @@ console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 
 RESULTS_DIR = Path(__file__).parent / "results"
-WARM_UP_ROUNDS = 2  # the first call compiles
-CALLS_PER_ROUND = 3  # after one untimed call, since the previous method has changed caches and allocator
-# Seconds before each turn. Threads of OpenMP and of onnxruntime spin for up to 40 ms after their last call, and take
-# a core from other methods (NOTES.md).
-PAUSE = 0.1
 
 
 def parse_device(text: str) -> torch.device:
@@ -67,37 +61,24 @@ def times_in_turns(
     methods: dict[Hashable, Callable[[], object]],
     repeats: int,
     description: str,
-    warm_up_rounds: int = WARM_UP_ROUNDS,
-    calls_per_round: int = CALLS_PER_ROUND,
-    untimed_calls: int = 1,
-    pause: float = PAUSE,
+    warm_up_rounds: int = info.WARM_UP_ROUNDS,
+    **turns: float,
 ) -> dict[Hashable, list[float]]:
-    """Return the times of the calls of each method in steady state, in seconds.
-
-    Every round calls each method a few times in a row. A slow moment of the machine thus affects all methods. Kernels
-    of a GPU leave no threads that spin, so they need no pause (`pause_for`).
-    """
-    times = {name: [] for name in methods}
-    rounds = range(warm_up_rounds + repeats)
-    for i in track(rounds, description, console=error_console, transient=True):
-        for name, method in methods.items():
-            time.sleep(pause)
-            seconds = info.measure_latency(method, calls_per_round, untimed_calls)
-            if i >= warm_up_rounds:
-                times[name] += seconds
-    return times
+    """Show the progress of `measure_in_turns`, whose other arguments are `turns`. Return its times in seconds."""
+    rounds = track(range(warm_up_rounds + repeats), description, console=error_console, transient=True)
+    return info.measure_in_turns(methods, rounds, warm_up_rounds=warm_up_rounds, **turns)
 
 
 def pause_for(device: torch.device) -> float:
     """Return the pause before each turn of methods that run on a device, in seconds."""
-    return PAUSE if device.type == "cpu" else 0
+    return info.PAUSE if device.type == "cpu" else 0
 
 
 def median_times(
-    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str, **rounds: float
+    methods: dict[Hashable, Callable[[], object]], repeats: int, description: str, **turns: float
 ) -> dict[Hashable, float]:
     """Return the medians of `times_in_turns`, which describes the arguments."""
-    times = times_in_turns(methods, repeats, description, **rounds)
+    times = times_in_turns(methods, repeats, description, **turns)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 

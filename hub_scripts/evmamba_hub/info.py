@@ -2,10 +2,11 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +19,14 @@ from evmamba_kernels import choose_backend
 from evmamba_kernels.atrous_selective_scan import MACS_PER_STATE
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 
+
+Name = TypeVar("Name", bound=Hashable)
+
+WARM_UP_ROUNDS = 2  # the first call compiles
+CALLS_PER_TURN = 3  # after one untimed call, since the turns before have changed caches and allocator
+# Seconds before each turn. Threads of OpenMP and of onnxruntime spin for up to 40 ms after their last call, and take
+# a core from other methods (benchmarks/NOTES.md).
+PAUSE = 0.1
 
 PACKAGES = ("efficientvmamba", "torch", "transformers", "huggingface_hub", "numba", "triton", "onnxruntime", "timm")
 
@@ -86,6 +95,39 @@ def measure_latency(call: Callable[[], object], num_calls: int, warm_up_calls: i
         synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[warm_up_calls:]
+
+
+def measure_in_turns(
+    calls: Mapping[Name, Callable[[], object]],
+    rounds: Iterable[object],
+    *,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
+    calls_per_turn: int = CALLS_PER_TURN,
+    untimed_calls: int = 1,
+    pause: float = PAUSE,
+) -> dict[Name, list[float]]:
+    """Measure the latency of functions that take turns, so that a slow moment of the machine affects all of them.
+
+    Args:
+        calls: The functions to measure, by name.
+        rounds: One item for each round, such as `range(10)`, or a progress bar around it. In a round, each function
+            has one turn.
+        warm_up_rounds: The number of rounds that are not measured. They are the first of `rounds`.
+        calls_per_turn: The number of successive calls that a turn measures.
+        untimed_calls: The number of calls before them in each turn.
+        pause: The seconds to wait before each turn. Kernels of a GPU leave no threads that spin, so they need none.
+
+    Returns:
+        The seconds of each measured call, by name.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    for number, _ in enumerate(rounds):
+        for name, call in calls.items():
+            time.sleep(pause)
+            turn = measure_latency(call, calls_per_turn, untimed_calls)
+            if number >= warm_up_rounds:
+                seconds[name] += turn
+    return seconds
 
 
 def synchronize() -> None:

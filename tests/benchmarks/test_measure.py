@@ -1,10 +1,6 @@
 """The description of the machine in CSV files."""
 
 import subprocess
-import time
-from functools import partial
-from itertools import groupby, pairwise
-from operator import itemgetter
 from pathlib import Path
 
 from benchmarks import measure
@@ -40,16 +36,3 @@ def test_results_name_the_backend_alone():
     environment = measure.describe_environment()
     assert environment["scan"] in {"numba", "triton", "torch"}
     assert list(environment)[:2] == ["date", "commit"]
-
-
-def test_methods_take_turns_after_a_pause():
-    """The threads of one method must not take a core from the next."""
-    calls = []
-    methods = {name: partial(lambda name: calls.append((name, time.perf_counter())), name) for name in ("a", "b")}
-    times = measure.times_in_turns(methods, repeats=2, description="turns")
-    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("ab", 2 * measure.CALLS_PER_ROUND)
-    turns = [list(turn) for _, turn in groupby(calls, key=itemgetter(0))]
-    assert [turn[0][0] for turn in turns] == list("ab" * (measure.WARM_UP_ROUNDS + 2))
-    assert {len(turn) for turn in turns} == {1 + measure.CALLS_PER_ROUND}
-    for previous, turn in pairwise(turns):
-        assert turn[0][1] - previous[-1][1] >= measure.PAUSE

@@ -1,7 +1,7 @@
 """`evmamba check-runtimes`: run one checkpoint in every installed runtime."""
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,12 @@ from evmamba_hub.export.export import (
     write_file,
 )
 from evmamba_hub.files import staged
-from evmamba_hub.info import measure_latency
+from evmamba_hub.info import WARM_UP_ROUNDS, measure_in_turns
 from evmamba_kernels import use_backend
 from modeling_evmamba import EfficientVMambaForImageClassification, optimize_for_inference
 
 
-WARM_UP_CALLS, TIMED_CALLS = 3, 15
+ROUNDS = 5  # that are measured
 
 
 @dataclass
@@ -152,14 +152,25 @@ RUNTIMES: dict[str, Callable[[Candidate], Runtime]] = {
 
 
 def compare_runtimes(
-    model: str, names: Iterable[str] = tuple(RUNTIMES), revision: str | None = None
-) -> Iterator[RuntimeReport]:
+    model: str,
+    names: Iterable[str] = tuple(RUNTIMES),
+    revision: str | None = None,
+    *,
+    rounds: int = ROUNDS,
+    track: Callable[[Sequence, str], Iterable] = lambda items, activity: items,
+) -> list[RuntimeReport]:
     """Compare each runtime with PyTorch in float64 on images of several sizes, and measure the latency of one image.
+
+    All runtimes are built and checked first. Those that are available then take turns, as `measure_in_turns` says. So
+    all of them are in memory at the same time.
 
     Args:
         model: Directory or Hub id.
         names: Keys of `RUNTIMES`.
         revision: Branch, tag or commit on the Hub.
+        rounds: The number of measured rounds, each with a turn of every runtime.
+        track: A function that yields the items of a sequence, and shows the progress. It is called with the names and
+            "Checking", then with the numbers of all rounds and "Measuring, round".
 
     Raises:
         UserError: If the model cannot be loaded, or is another network.
@@ -171,20 +182,24 @@ def compare_runtimes(
         images = create_check_images(exact.config, size)
         with torch.inference_mode():
             batches.append((images, exact(images.double()).logits))
+    del exact
+    reports, calls = {}, {}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps the files that a runtime has open
         candidate = Candidate(model, revision, classifier, Path(folder))
-        for name in names:
+        for name in track(list(names), "Checking"):
             try:
                 runtime = RUNTIMES[name](candidate)
             except UserError as error:
-                yield RuntimeReport(name, missing=str(error))
+                reports[name] = RuntimeReport(name, missing=str(error))
                 continue
             with quiet_exporters():  # compilers run at the first call
-                difference = find_largest_difference(runtime, batches)
-            images, _ = batches[0]
-            with torch.inference_mode():
-                seconds = measure_latency(partial(runtime, images), TIMED_CALLS, WARM_UP_CALLS)
-            yield RuntimeReport(name, difference, 1e3 * statistics.median(seconds))
+                reports[name] = RuntimeReport(name, find_largest_difference(runtime, batches))
+            calls[name] = partial(runtime, batches[0][0])
+        with torch.inference_mode():
+            seconds = measure_in_turns(calls, track(range(1, WARM_UP_ROUNDS + rounds + 1), "Measuring, round"))
+    for name in calls:
+        reports[name].milliseconds = 1e3 * statistics.median(seconds[name])
+    return list(reports.values())
 
 
 @torch.inference_mode()

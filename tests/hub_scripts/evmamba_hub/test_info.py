@@ -1,10 +1,15 @@
 import subprocess
 import sys
+import time
+from functools import partial
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 import torch
 
+from evmamba_hub import info
 from evmamba_hub.info import describe_environment, measure_size
 from evmamba_kernels import backends
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig
@@ -81,3 +86,16 @@ def test_info_refuses_other_models(evmamba, tmp_path):
         exit_code, _, stderr = evmamba("info", model)
         assert exit_code == 1
         assert message in stderr
+
+
+def test_methods_take_turns_after_a_pause():
+    """The threads of one method must not take a core from the next."""
+    calls = []
+    methods = {name: partial(lambda name: calls.append((name, time.perf_counter())), name) for name in ("a", "b")}
+    times = info.measure_in_turns(methods, range(info.WARM_UP_ROUNDS + 2))
+    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("ab", 2 * info.CALLS_PER_TURN)
+    turns = [list(turn) for _, turn in groupby(calls, key=itemgetter(0))]
+    assert [turn[0][0] for turn in turns] == list("ab" * (info.WARM_UP_ROUNDS + 2))
+    assert {len(turn) for turn in turns} == {1 + info.CALLS_PER_TURN}
+    for previous, turn in pairwise(turns):
+        assert turn[0][1] - previous[-1][1] >= info.PAUSE

@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 import torch
 
 from evmamba_demo.bundled import find_bundled_model
+from evmamba_hub import info
+from evmamba_hub.errors import UserError
+from evmamba_hub.export import runtimes
 
 
 # the largest difference of a logit, of 5 or so
@@ -45,6 +50,54 @@ def test_table_of_runtimes():
         assert measured["PyTorch, accelerator"][0] < 1e-3
     else:
         assert not measured and "Skipped: PyTorch, accelerator: PyTorch finds no accelerator" in stdout
+
+
+def test_runtimes_take_turns_after_all_are_checked(evmamba, monkeypatch):
+    calls = []  # the runtime, and the number of images
+
+    def build(name):
+        def build_runtime(candidate):
+            file = candidate.folder / name
+            file.touch()
+
+            def run(pixel_values):
+                assert file.exists()
+                calls.append((name, len(pixel_values)))
+                return candidate.model(pixel_values).logits
+
+            return run
+
+        return build_runtime
+
+    def build_missing(candidate):
+        raise UserError("it is not installed")
+
+    fakes = {"first": build("first"), "missing": build_missing, "second": build("second")}
+    monkeypatch.setattr(runtimes, "RUNTIMES", fakes)
+    exit_code, stdout, stderr = evmamba("check-runtimes", find_bundled_model())
+    assert exit_code == 0, stderr
+    assert "Skipped: missing: it is not installed" in stdout
+    turns = [(name, [size for _, size in turn]) for name, turn in groupby(calls, key=itemgetter(0))]
+    checks = [(name, [1, 5, 2]) for name in ("first", "second")]
+    round_ = [(name, [1] * (1 + info.CALLS_PER_TURN)) for name in ("first", "second")]
+    assert turns == checks + (info.WARM_UP_ROUNDS + runtimes.ROUNDS) * round_
+
+
+def test_progress_names_the_runtimes():
+    shown = []
+
+    def track(items, activity):
+        for item in items:
+            shown.append(f"{activity} {item}")
+            yield item
+
+    names = ["PyTorch", "PyTorch, optimize_for_inference"]
+    reports = runtimes.compare_runtimes(str(find_bundled_model()), names, rounds=1, track=track)
+    assert [report.runtime for report in reports] == names
+    assert shown == [
+        *(f"Checking {name}" for name in names),
+        *(f"Measuring, round {number}" for number in (1, 2, 3)),
+    ]
 
 
 def test_without_openvino(evmamba, monkeypatch):
