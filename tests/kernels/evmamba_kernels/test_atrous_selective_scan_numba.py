@@ -349,22 +349,31 @@ def use_cache(folder: Path) -> subprocess.CompletedProcess:
     return run
 
 
+@pytest.fixture(scope="module")
+def used_copy(tmp_path_factory) -> Path:
+    """A directory with a copy of the kernels, and what it has compiled."""
+    folder = tmp_path_factory.mktemp("copy")
+    sources = Path(kernels.__file__).parent
+    shutil.copytree(sources, folder / "evmamba_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    assert use_cache(folder).stdout == "0\n"
+    return folder
+
+
 @pytest.mark.slow
-def test_a_change_of_any_source_is_compiled(tmp_path):
-    copy = tmp_path / "evmamba_kernels"
-    shutil.copytree(Path(kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    assert [use_cache(tmp_path).stdout for _ in range(2)] == ["0\n", "1\n"]
-    with (copy / "numba_simd.py").open("a") as file:
+def test_a_change_of_any_source_is_compiled(used_copy):
+    assert use_cache(used_copy).stdout == "1\n"
+    with (used_copy / "evmamba_kernels" / "numba_simd.py").open("a") as file:
         file.write("# a change\n")
-    assert use_cache(tmp_path).stdout == "0\n"
+    assert use_cache(used_copy).stdout == "0\n"
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path):
-    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "evmamba_kernels")
-    use_cache(tmp_path)
-    for file in (tmp_path / "cache").rglob("*mean_jobs*.nbc"):
+def test_a_cache_that_cannot_be_used_costs_time_only(used_copy):
+    contents = {file: file.read_bytes() for file in (used_copy / "cache").rglob("*mean_jobs*.nbc")}
+    for file in contents:
         file.write_bytes(b"")  # as after a power loss
-    run = use_cache(tmp_path)
+    run = use_cache(used_copy)
+    for file, content in contents.items():
+        file.write_bytes(content)
     assert run.stdout == "0\n"
     assert "the compiled CPU kernel mean_jobs cannot be cached, so every process compiles it again" in run.stderr
