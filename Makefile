@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 # what depends on versions; TESTS=tests runs everything
-TESTS ?= tests/kernels tests/modeling_evmamba tests/transformers_suites tests/training_evmamba/test_augmentation*.py \
+TESTS = tests/kernels tests/modeling_evmamba tests/training_evmamba/test_augmentation*.py \
 	tests/hub_scripts/evmamba_hub/cli/test_names.py tests/hub_scripts/evmamba_hub/inference/test_classify.py
 
 .PHONY: help install classify demo test test-slow test-triton test-gpu test-wheel test-lowest test-newest bench-gpu \
@@ -72,6 +72,7 @@ $(NEWEST)/.installed: PYTHON = python3.13
 	.venv-$*/bin/uv pip install --system-certs --quiet --python .venv-$* -c constraints-$*.txt -e ".[test,timm]"
 	touch $@
 
+test-newest: TESTS += tests/transformers_suites
 # Numba's cache does not tell versions of Numba apart.
 test-lowest test-newest: test-%: .venv-%/.installed
 	NUMBA_CACHE_DIR=$(CURDIR)/.venv-$*/numba .venv-$*/bin/python -m pytest -n 2 $(TESTS)
