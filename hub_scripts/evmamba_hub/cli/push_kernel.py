@@ -21,8 +21,8 @@ def push_kernel(
 
         get_kernel("someone/evmamba-kernels", version=0, trust_remote_code=True)
 
-    Each backend of PyTorch has a build: CPU, CUDA, ROCm and XPU. One commit uploads builds and card to the branch of
-    the version, and deletes files of earlier builds there. A second commit uploads the card to the main branch.
+    Each backend of PyTorch that has kernels gets a build. One commit uploads builds and card to the branch of the
+    version, and deletes files of earlier builds there. A second commit uploads the card to the main branch.
     `--create-pr` opens a pull request for each branch. An interrupted upload leaves a branch as it was. Run the same
     command again to complete it.
 

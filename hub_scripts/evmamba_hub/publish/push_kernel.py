@@ -30,8 +30,8 @@ LICENSE = "apache-2.0"
 VERSION = int(__version__.partition(".")[0])
 BRANCH = f"v{VERSION}"
 
-# Backends of PyTorch, as `kernels` names them, with Numba or Triton kernels for their device
-TORCH_BACKENDS = ("cpu", "cuda", "rocm", "xpu")
+# Backends of PyTorch that have kernels, as `kernels` names them, and their device types. That of "mps" is "metal".
+TORCH_BACKENDS = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
 
 BUILDS = "build/"
 STALE_PATTERNS = [f"{BUILDS}*"]  # files of earlier builds
@@ -46,7 +46,7 @@ def describe_build(backend: str, hashes: dict[str, str]) -> bytes:
     files makes it unique, so that several versions work in one process.
 
     Args:
-        backend: One of `TORCH_BACKENDS`.
+        backend: A key of `TORCH_BACKENDS`.
         hashes: The SHA-256 of each Python file of the build in base64, by its name.
     """
     digest = sha256(json.dumps(hashes).encode()).hexdigest()[:8]
