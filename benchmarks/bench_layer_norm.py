@@ -1,7 +1,8 @@
 """Time the GPU kernel of the gated LayerNorm against PyTorch's operators, on feature maps of growing size.
 
-The result is a value of `SMALLEST_MAP_ON_GPU` in `backends.py`: from which size on the kernel is faster. Calls follow
-each other without waiting for the device, as in a network. So a call takes the longer of its times on host and device.
+The result is a value of `SMALLEST_MAP_ON_GPU` in `layer_norm.py`: from which size on the kernel is faster. Calls
+follow each other without waiting for the device, as in a network. So a call takes the longer of its times on host and
+device.
 
 Example:
     python benchmarks/bench_layer_norm.py --dtypes float32 --channels 192

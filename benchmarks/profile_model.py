@@ -37,7 +37,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from evmamba_kernels import backends
+from evmamba_kernels import layer_norm
 from modeling_evmamba import VARIANTS, EfficientVMambaConfig, EfficientVMambaForImageClassification
 from modeling_evmamba import modeling_evmamba as network
 
@@ -64,11 +64,11 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def norms_of_pytorch() -> Iterator[None]:
     """Make networks use PyTorch operators for LayerNorm times gate, whatever the size of the feature map."""
-    smallest, backends.SMALLEST_MAP_ON_GPU = backends.SMALLEST_MAP_ON_GPU, math.inf
+    smallest, layer_norm.SMALLEST_MAP_ON_GPU = layer_norm.SMALLEST_MAP_ON_GPU, math.inf
     try:
         yield
     finally:
-        backends.SMALLEST_MAP_ON_GPU = smallest
+        layer_norm.SMALLEST_MAP_ON_GPU = smallest
 
 
 @contextmanager

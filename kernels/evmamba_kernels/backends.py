@@ -91,10 +91,6 @@ NAMESPACE = re.sub(r"\W", "_", __package__, flags=re.ASCII)
 # the backend that the environment or `use_backend` asks for; None chooses automatically
 preferred_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
-# Smallest feature map in bytes for which a GPU kernel pays. It saves four passes over the feature map (64 MiB, 20 us
-# of an H100), but costs the host more time than PyTorch's three operators. An estimate, not measured on a GPU.
-SMALLEST_MAP_ON_GPU = 2**24
-
 
 class Choice(NamedTuple):
     backend: str
@@ -250,19 +246,18 @@ def is_for_cpu_inference_kernel(maps: tuple[torch.Tensor, ...], parameters: tupl
     return is_for_cpu_kernel(maps, parameters)
 
 
-def is_for_gpu_kernel(tensors: tuple[torch.Tensor, ...]) -> bool:
+def is_for_gpu_kernel(hidden_states: torch.Tensor, smallest_map: int) -> bool:
     """Return whether GPU kernels should replace PyTorch operators.
 
-    They should if no other backend is requested, and the map is large.
+    They should if no other backend is requested, and the feature map is large. The operator checks its other tensors.
 
     Args:
-        tensors: The feature map, followed by the other tensors.
+        hidden_states: The feature map.
+        smallest_map: Bytes of the smallest feature map for which the kernel pays.
     """
     if not is_plain_call():  # before the size: a graph must not depend on it
         return False
-    hidden_states = tensors[0]
-    num_bytes = hidden_states.numel() * hidden_states.element_size()
-    if num_bytes < SMALLEST_MAP_ON_GPU or hidden_states.dtype not in LOWER_DTYPES:
+    if hidden_states.nbytes < smallest_map or hidden_states.dtype not in LOWER_DTYPES:
         return False
     return runs_kernels_of("triton", hidden_states)
 

@@ -17,7 +17,7 @@ from strided_maps import STRIDED_MAPS
 if "triton" not in BACKENDS:
     pytest.skip("runs on a GPU or in Triton's interpreter: make test-gpu, make test-triton", allow_module_level=True)
 
-from evmamba_kernels import backends
+from evmamba_kernels import layer_norm
 from evmamba_kernels.layer_norm import gated_on_gpu_bwd_operator, gated_on_gpu_operator
 
 
@@ -120,7 +120,7 @@ def test_what_runs(monkeypatch):
     tensors = make_arguments(4, 16)
     with use_backend("triton"):
         assert not is_ours(tensors)
-        monkeypatch.setattr(backends, "SMALLEST_MAP_ON_GPU", 4 * 16 * 4)
+        monkeypatch.setattr(layer_norm, "SMALLEST_MAP_ON_GPU", 4 * 16 * 4)
         assert is_ours(tensors)
         assert not is_ours([tensor.detach().double() for tensor in tensors])
         x, gate, *others = tensors
@@ -130,7 +130,7 @@ def test_what_runs(monkeypatch):
 
 
 def test_only_maps_and_parameters_are_kept(monkeypatch):
-    monkeypatch.setattr(backends, "SMALLEST_MAP_ON_GPU", 0)
+    monkeypatch.setattr(layer_norm, "SMALLEST_MAP_ON_GPU", 0)
     tensors = make_arguments(4, 16)
     kept = []
     with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
@@ -143,7 +143,7 @@ def test_exported_for_small_and_large_maps(monkeypatch):
         def forward(self, *tensors):
             return layer_norm_gated(*tensors, EPS)
 
-    monkeypatch.setattr(backends, "SMALLEST_MAP_ON_GPU", 4 * 16 * 100)
+    monkeypatch.setattr(layer_norm, "SMALLEST_MAP_ON_GPU", 4 * 16 * 100)
     sizes = {0: torch.export.Dim.DYNAMIC}
     small, large = ([tensor.detach() for tensor in make_arguments(rows, 16)] for rows in (7, 300))
     with use_backend("triton"):
