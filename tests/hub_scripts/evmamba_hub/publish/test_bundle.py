@@ -117,8 +117,9 @@ def create_environment(folder: Path, kind: str) -> Path:
     """Create a virtual environment with torch, transformers and Pillow, which transformers needs to read images."""
     venv.create(folder, with_pip=kind == "installed")
     if kind == "installed":
-        packages = ["-c", ROOT / "constraints.txt", "torch", "transformers", "pillow"]
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True)
+        options = ["-q", "--no-compile", "-c", ROOT / "constraints.txt"]
+        packages = ["torch", "transformers", "pillow"]
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", *options, *packages], check=True)
     else:
         link_distributions(folder, ["torch", "transformers", "pillow", *(["numba"] if kind == "with_numba" else [])])
     return folder
