@@ -55,6 +55,7 @@ from evmamba_hub.publish.push_kernel import OLDEST_CLIENT
 from examples import draw_shapes, object_detection, semantic_segmentation
 from golden_values import original_state_dict
 from hub_server import HubServer
+from modeling_evmamba import EfficientVMambaConfig, EfficientVMambaForImageClassification
 from training_evmamba.digits import main as write_digits
 from training_evmamba.recipe import Recipe, create_recipe, list_presets, load_recipe
 
@@ -316,6 +317,19 @@ def save_digits(folder: Path, names: list[str]) -> None:
         shutil.copy(example, path)
 
 
+def save_small_model(folder: Path) -> None:
+    """Write a classifier of both block types, which is exported in seconds, with the classes of the example digits."""
+    config = EfficientVMambaConfig.from_pretrained(
+        find_bundled_model(),
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        block_types=["evss", "inverted_residual"],
+        out_features=["stage2"],
+    )
+    EfficientVMambaForImageClassification(config).save_pretrained(folder)
+    shutil.copy(find_bundled_model() / "preprocessor_config.json", folder)
+
+
 @pytest.fixture(scope="module")
 def parquet_file() -> bytes:
     """Return a dataset of the example digits."""
@@ -340,8 +354,8 @@ def desk(tmp_path, monkeypatch, hub: HubServer, parquet_file, tiny_checkpoint) -
     """The directory of a reader, and the Hub, with all the files and repositories that the pages name."""
     shutil.copytree(find_bundled_model(), tmp_path / "demo" / "digits")
     shutil.copytree(find_examples()[0].parent, tmp_path / "demo" / "examples")
-    shutil.copytree(find_bundled_model(), tmp_path / "efficientvmamba-tiny")
-    shutil.copytree(find_bundled_model(), tmp_path / "my-model", ignore=shutil.ignore_patterns("README.md"))
+    for name in ("efficientvmamba-tiny", "my-model"):
+        save_small_model(tmp_path / name)
     shutil.copytree(find_photographs()[0].parent, tmp_path / "demo" / "photographs")
     save_digits(tmp_path / "flowers", ["daisy", "tulip"])
     digits = [path.stem[-1] for path in find_examples()]
