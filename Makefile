@@ -8,6 +8,9 @@ DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Neighboring tests run in one process, and share its fixtures. A process without work takes tests from the other one.
+ON_TWO_CORES := -n 2 --dist worksteal
+
 # environments with the lowest and the newest versions that the package is tested with
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
@@ -45,13 +48,13 @@ demo: $(DEMO)  ## Serve the demo of the bundled model on http://127.0.0.1:7860.
 	$(BIN)/evmamba demo
 
 test: $(INSTALLED)  ## Run all tests except the slow ones and the test of the wheel.
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(ON_TWO_CORES)
 
 test-slow: $(INSTALLED)  ## Run the slow tests, which compile, train on several processes, or kill runs.
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest $(ON_TWO_CORES) -m slow
 
 test-triton: $(INSTALLED)  ## Run the tests of the GPU kernels in Triton's interpreter, without a GPU.
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ON_TWO_CORES) -k triton tests/kernels
 
 test-gpu: $(INSTALLED)  ## Run the GPU tests of kernels, networks and training on a CUDA GPU.
 	EVMAMBA_TEST_DEVICE=cuda $(BIN)/python -m pytest -k "triton or gpu" tests/kernels
@@ -75,7 +78,7 @@ $(NEWEST)/.installed: PYTHON = python3.13
 test-newest: TESTS += tests/transformers_suites
 # Numba's cache does not tell versions of Numba apart.
 test-lowest test-newest: test-%: .venv-%/.installed
-	NUMBA_CACHE_DIR=$(CURDIR)/.venv-$*/numba .venv-$*/bin/python -m pytest -n 2 $(TESTS)
+	NUMBA_CACHE_DIR=$(CURDIR)/.venv-$*/numba .venv-$*/bin/python -m pytest $(ON_TWO_CORES) $(TESTS)
 
 test-lowest:  ## Run the tests that depend on versions with Python 3.11 and the lowest versions.
 test-newest:  ## Run the tests that depend on versions with Python 3.13, and the newest versions with timm.
