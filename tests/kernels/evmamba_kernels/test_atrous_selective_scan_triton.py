@@ -39,10 +39,10 @@ def run(arguments, grad):
 
 
 def run_reference(arguments, grad):
-    """Return the exact results in float64."""
-    exact = [argument.double().requires_grad_() for argument in arguments]
+    """Return the exact results, in float64 on the CPU."""
+    exact = [argument.cpu().double().requires_grad_() for argument in arguments]
     y = atrous_selective_scan_reference(*exact)
-    return [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
+    return [y.detach(), *torch.autograd.grad(y, exact, grad.cpu().double())]
 
 
 def assert_close(results, expected, bound=2e-6):
@@ -60,11 +60,11 @@ def test_golden_values_and_gradients(name):
 
     def in_our_layout(prefix):
         names = ("x", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
-        x, *parameters, A_log, D = (case[prefix + name].to(DEVICE) for name in names)
+        x, *parameters, A_log, D = (case[prefix + name] for name in names)
         return [x.permute(0, 2, 3, 1), *parameters, A_log.view(num_groups, channels, -1), D.view(num_groups, channels)]
 
-    y, grad_y = (case[key].to(DEVICE).permute(0, 2, 3, 1) for key in ("y", "grad_y"))
-    results = run([argument.float() for argument in in_our_layout("")], grad_y.float())
+    y, grad_y = (case[key].permute(0, 2, 3, 1) for key in ("y", "grad_y"))
+    results = run([argument.float().to(DEVICE) for argument in in_our_layout("")], grad_y.float().to(DEVICE))
     assert_close(results, [y, *in_our_layout("grad.")])
 
 
@@ -211,11 +211,11 @@ def test_softplus_and_sigmoid_are_accurate():
     x = torch.cat([-positive.clamp(max=80), torch.linspace(-80, 100, 2**15), positive]).to(DEVICE)
     softplus, sigmoid = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     apply_kernel[(len(x) // 1024,)](x, softplus, sigmoid, BLOCK=1024)
-    exact = x.double()
+    exact = x.cpu().double()
     for result, expected in [(softplus, torch.logaddexp(exact, exact * 0)), (sigmoid, torch.sigmoid(exact))]:
         # ex2 is within 2 units in the last place on GPUs, and its argument is rounded: |x| half units more
         bound = 2e-6 + 1e-7 * exact.abs()
-        assert ((result.double() - expected).abs() / expected < bound).all()
+        assert ((result.cpu().double() - expected).abs() / expected < bound).all()
 
 
 def test_softplus_beyond_its_range():

@@ -46,8 +46,8 @@ def exact(hidden_states, gate, weight, bias):
 
 def check(tensors, bound=2e-6):
     grad = torch.randn_like(tensors[0])
-    exact_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    expected = run(exact, exact_tensors, grad.double())
+    exact_tensors = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
+    expected = run(exact, exact_tensors, grad.cpu().double())
     for name, result, reference in zip(["y", *NAMES], run(ours, tensors, grad), expected, strict=True):
         assert relative_error(result, reference, floor=1e-6) < bound, name
         assert result.is_contiguous(), name
@@ -96,8 +96,8 @@ def test_rows_beside_the_map_count_for_nothing():
 def test_second_derivatives():
     tensors = make_arguments(5, 7)
     gradients = []
-    for function, dtype in ((ours, torch.float32), (exact, torch.float64)):
-        copies = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    for function, device, dtype in ((ours, DEVICE, torch.float32), (exact, "cpu", torch.float64)):
+        copies = [tensor.detach().to(device).to(dtype).requires_grad_() for tensor in tensors]
         first = torch.autograd.grad(function(*copies).square().sum(), copies, create_graph=True)
         gradients.append(torch.autograd.grad(sum(each.square().sum() for each in first), copies))
     for name, result, reference in zip(NAMES, *gradients, strict=True):
@@ -122,7 +122,7 @@ def test_what_runs(monkeypatch):
         assert not is_ours(tensors)
         monkeypatch.setattr(layer_norm, "SMALLEST_MAP_ON_GPU", 4 * 16 * 4)
         assert is_ours(tensors)
-        assert not is_ours([tensor.detach().double() for tensor in tensors])
+        assert not is_ours([tensor.detach().cpu().double() for tensor in tensors])
         x, gate, *others = tensors
         assert not is_ours([x, gate.detach().bfloat16(), *others])
     with use_backend("torch"):
