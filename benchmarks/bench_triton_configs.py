@@ -56,6 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--state-size", type=int, default=16, metavar="N", help="states per channel; default: 16")
     parser.add_argument("--repeats", type=int, default=30, help="rounds to take the median of; default: 30")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="dtype of the feature map; default: float32",
+    )
     parser.add_argument("--device", type=parse_gpu, default="cuda", help="default: cuda")
     parser.add_argument(
         "--output-dir", type=Path, default=RESULTS_DIR, help="directory of the CSV file; default: benchmarks/results"
@@ -96,7 +102,8 @@ def run_with(candidate: Candidate, key: tuple, function: Callable, *arguments: t
 
 def measure_field(field: str, shape: Shape, key: tuple, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Return a row per candidate, with the chunks of a sequence and the times of both passes."""
-    inputs = [tensor.detach() for tensor in make_inputs(shape, arguments.state_size, arguments.device)]
+    dtype = getattr(torch, arguments.dtype)
+    inputs = [tensor.detach() for tensor in make_inputs(shape, arguments.state_size, arguments.device, dtype)]
     grad = torch.randn_like(inputs[0])
     candidates = find_candidates(key, field)
     methods = {}
@@ -124,13 +131,14 @@ def main() -> None:
     device = kernels.describe_device(arguments.device)
     config = kernels.find_config(device)
     (key,) = [key for key, value in kernels.CONFIGS.items() if value is config]
-    environment = describe_environment() | {"repeats": str(arguments.repeats)}
+    environment = describe_environment() | {"repeats": str(arguments.repeats), "dtype": arguments.dtype}
+    suffix = arguments.device.type if arguments.dtype == "float32" else f"{arguments.device.type}_{arguments.dtype}"
     for field in arguments.vary:
         rows = []
         for shape in arguments.shapes or default_shapes(field):
             rows += measure_field(field, shape, key, arguments)
         print_table(f"{field} on {device}", rows)
-        write_csv(arguments.output_dir / f"triton_{field}_{arguments.device.type}.csv", rows, environment)
+        write_csv(arguments.output_dir / f"triton_{field}_{suffix}.csv", rows, environment)
 
 
 if __name__ == "__main__":

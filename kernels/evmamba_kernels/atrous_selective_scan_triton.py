@@ -47,11 +47,14 @@ LARGEST_BATCH = 65535 // NUM_GROUPS  # CUDA limits the size of a grid
 
 
 class Config(NamedTuple):
-    """Sizes that the kernels are compiled for. A program is one warp, so no step waits for another warp."""
+    """Sizes that the kernels are compiled for. A program is one warp, so no step waits for another warp.
+
+    Tiles, channels and steps are powers of two, as `tl.arange` needs. Channels are also multiples of the warp size.
+    """
 
     states: int  # in registers; more states take several launches
     forward_tile: int  # steps of a tile
-    forward_channels: int  # channels of a program, a multiple of the warp size
+    forward_channels: int  # of a program
     backward_tile: int
     backward_channels: int  # in scan_bwd_kernel, which sums over channels: more per thread need fewer shuffles
     projected_steps: int  # of a block of project_fwd_kernel
@@ -77,7 +80,8 @@ CONFIGS = {
     ("interpreter", 1, 0): Config(16, 4, 8, 4, 16, 64, "ieee", 1, 1),
 }
 
-MATRIX_STEPS = 64  # of the matrix products of the projection: steps (backward), channels and outputs of a block
+# Of the matrix products of the projection: steps (backward), channels and outputs of a block. All are powers of two.
+MATRIX_STEPS = 64
 MATRIX_CHANNELS = 64
 MATRIX_DEPTH = 32
 MATRIX_OUTPUTS = 64

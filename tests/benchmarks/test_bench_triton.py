@@ -60,6 +60,8 @@ def test_candidates_change_one_constant(field):
 
 
 def test_cost_of_a_chunk_changes_the_number_of_chunks(monkeypatch):
+    config = kernels.CONFIGS[H100]._replace(forward_tile=8, forward_channels=32, forward_programs=11)
+    monkeypatch.setitem(kernels.CONFIGS, H100, config)
     monkeypatch.setattr(kernels, "describe_device", lambda _: kernels.Device(*H100, multiprocessors=132))
     for shape in bench_triton_configs.default_shapes("chunk_cost"):
         candidates = bench_triton_configs.find_candidates(H100, "chunk_cost").values()
@@ -120,6 +122,12 @@ def test_maps_have_their_size():
             bench_triton_configs,
             "--vary precision --shapes 1,4,4,3 --state-size 1",
             "triton_precision_cpu.csv",
+            ["forward ms", "backward ms"],
+        ),
+        (
+            bench_triton_configs,
+            "--vary precision --shapes 1,4,4,3 --state-size 1 --dtype bfloat16",
+            "triton_precision_cpu_bfloat16.csv",
             ["forward ms", "backward ms"],
         ),
     ],

@@ -93,7 +93,20 @@ def prepare(request, monkeypatch):
     "batch_size, forward_chunks, backward_chunks", [(1, 49, 49), (16, 7, 8), (64, 1, 2), (128, 1, 1)]
 )
 def test_chunks_fill_the_device(monkeypatch, batch_size, forward_chunks, backward_chunks):
-    """An H100 fits 1452 programs of scan_fwd_kernel, and 1056 of scan_bwd_kernel."""
+    """A device such as an H100 fits 1452 programs of scan_fwd_kernel, and 1056 of scan_bwd_kernel."""
+    config = kernels.Config(
+        states=16,
+        forward_tile=8,
+        forward_channels=32,
+        backward_tile=8,
+        backward_channels=64,
+        projected_steps=64,
+        precision="ieee",
+        forward_programs=11,
+        backward_programs=8,
+    )
+    monkeypatch.setattr(kernels, "find_config", lambda _: config)
+    monkeypatch.setattr(kernels, "CHUNK_COST", 1 / 16)
     monkeypatch.setattr(kernels, "describe_device", lambda _: kernels.Device("cuda", 32, 90, multiprocessors=132))
     u = torch.empty(batch_size, 56, 56, 96, device="meta")
     assert kernels.make_plan(u).num_chunks == forward_chunks
