@@ -29,8 +29,8 @@ The choice of a backend depends on the device type and the dtype alone:
 - The entry lists the dtypes, at least float32. For others, the next backend that supports them computes. A request for
   this backend is then an error.
 - Without a package or the hardware, the import of the module raises `ImportError`. Then the next backend computes too.
-- Beyond a limit of sizes, a call raises `ValueError` with the limit, as `make_plan` of "triton" does. No other backend
-  computes instead.
+- Beyond a limit of sizes, a call raises `ValueError` with the limit, as `make_plan` of "triton" does. It also does so
+  on a device of these types that the backend does not know, as `find_config` does. No other backend computes instead.
 
 The kernels of LayerNorm and of the depthwise convolution belong to "numba" and "triton". They run unless another
 backend is requested, whatever the scan chooses by itself.

@@ -11,7 +11,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("the GPU kernels need triton: pip install triton") from error
+    raise ImportError("the GPU kernels need triton: pip install triton (on XPU, install PyTorch again)") from error
 
 
 OLDEST_TRITON = (3, 4)  # the first with tuples as loop-carried values
