@@ -1,7 +1,7 @@
 """Time the backends of the atrous selective scan against the plain recurrence, mambapy, and mamba_ssm on CUDA.
 
-All methods take turns in every round, after a comparison of their outputs and gradients. On GPUs, the table also has
-the lower bound by bytes and exponentials, at the device's measured rates.
+All methods take turns in every round, after a comparison of their outputs and gradients. On CUDA, the table also has
+peak memory, and the lower bound by bytes and exponentials, at the device's measured rates.
 
 Example:
     python benchmarks/bench_operator.py --repeats 5 --shapes 1,28,28,192
