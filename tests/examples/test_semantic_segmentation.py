@@ -391,6 +391,6 @@ def test_learns_shapes_from_the_bundled_classifier(tmp_path):
     draw_shapes(tmp_path / "shapes", training_images=400, validation_images=40, size=(96, 96))
     values = {"dataset": str(tmp_path / "shapes"), "image_size": 96, "hidden_size": 64, "report_to": []}
     fit = {"random_scale": [0.8, 1.25], "batch_size": 16, "learning_rate": 2e-3, "num_workers": 2}
-    length = dict.fromkeys(["steps", "evaluation_steps", "checkpoint_steps"], 300)
+    length = dict.fromkeys(["steps", "evaluation_steps", "checkpoint_steps"], 200)
     recipe = load_recipe("small", {"model": str(find_bundled_model()), **values, **fit, **length}, SegmentationRecipe)
     assert start(recipe, tmp_path / "run").train()["mean_iou"] >= 0.85
