@@ -7,7 +7,7 @@ the precision of products in float32, and `CHUNK_COST` vary alone. `CHUNK_COST` 
 its default feature maps have batches of 1 and 4.
 
 Example:
-    python benchmarks/bench_triton_configs.py --vary chunk_cost
+    python benchmarks/bench_triton_configs.py --vary chunk_cost --output-dir build/bench
     python benchmarks/bench_triton_configs.py --vary forward_tile backward_tile --shapes 1,56,56,96 128,28,28,192
 """
 

@@ -908,6 +908,25 @@ def test_tables_of_the_results_are_the_measured_figures(heading, number, expect)
     check_table(table, expect())
 
 
+@pytest.mark.parametrize(
+    "number, constant, measured",
+    [
+        (0, "forward_tile", ["forward ms"]),
+        (1, "backward_tile", ["backward ms"]),
+        (2, "precision", ["forward ms", "backward ms"]),
+    ],
+)
+def test_tables_of_the_notes_are_the_figures_of_the_h200(number, constant, measured):
+    rows: dict[str, list[Cell]] = {}
+    for row in read_csv(f"triton_{constant}_cuda.csv"):
+        if row["shape"].startswith("128x"):
+            rows.setdefault(row["value"], []).append(tuple(float(row[name]) for name in measured))
+    expected = {", ".join(re.findall(r"= (\w+)", name)): cells for name, cells in rows.items()}
+    _, *table = find_tables(ROOT / "benchmarks" / "NOTES.md", "Measured on an H200")[number]
+    found = {"" if "committed" in name else name.replace('"', ""): cells for name, *cells in table}
+    check_table(*([[name, *cells] for name, cells in sorted(rows.items())] for rows in (found, expected)))
+
+
 @pytest.mark.parametrize("version", ["3.6", "3.8", "3.9"])
 def test_nothing_spills_and_lanes_agree_in_the_reports(version):
     reports = read_csv(f"triton_report_{version}.csv")
