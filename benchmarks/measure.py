@@ -122,8 +122,8 @@ def read_process_status(field: str) -> int:
 
 
 def describe_environment() -> dict[str, str]:
-    """Return the date, the commit, the machine and the versions, the packages of baselines among them."""
-    environment = info.describe_environment((*info.PACKAGES, "mambapy", "mamba_ssm"))
+    """Return the date, the commit, the machine and the versions, those of compared packages among them."""
+    environment = info.describe_environment((*info.PACKAGES, "openvino", "mambapy", "mamba_ssm"))
     backend, _, _ = environment["scan"].partition(":")  # without the reason, whose words change with the code
     return {"date": date.today().isoformat(), "commit": read_commit(), **environment, "scan": backend}
 
