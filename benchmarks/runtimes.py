@@ -5,7 +5,6 @@ It returns a call that classifies these images.
 """
 
 import copy
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -84,8 +83,7 @@ def build_our_onnx(model: nn.Module, images: torch.Tensor, folder: Path) -> Call
 
 def build_our_onnx_dynamic_int8(model: nn.Module, images: torch.Tensor, folder: Path) -> Call:
     file = folder / "dynamic_int8.onnx"
-    shutil.copyfile(export_ours(model, folder), file)
-    quantize_onnx(file, file)
+    quantize_onnx(export_ours(model, folder), file)
     return partial(load_onnx(file), images)
 
 
