@@ -101,10 +101,11 @@ def test_a_mistake_is_one_line_in_every_process(tmp_path, monkeypatch, command):
 
 
 @pytest.mark.slow
-def test_a_mistake_has_no_traceback_under_torchrun(tmp_path):
+@pytest.mark.parametrize("command", MISTAKES[:2])
+def test_a_mistake_has_no_traceback_under_torchrun(tmp_path, command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evmamba_hub.cli"]
     completed = subprocess.run(
-        [*launch, *MISTAKES[1].replace("OUT", str(tmp_path / "run")).split()],
+        [*launch, *command.replace("OUT", str(tmp_path / "run")).split()],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
